@@ -1,0 +1,1 @@
+"""cheapscale: train a diffusion model once, small; buy resolution and speed afterwards."""

@@ -1,0 +1,39 @@
+"""Test machine: 8 simulated CPU devices, cheap compilation, and a persistent compile cache.
+
+The environment must be set before jax is imported anywhere. Rank promotion raises, so that a
+[4, 1] array silently broadcast against [8] is an error rather than a wrong number.
+"""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which pytest never parses
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real data and reference vectors; tests that need it skip where it is absent."""
+    folder = pathlib.Path(os.environ.get("CHEAPSCALE_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}: set CHEAPSCALE_SHARED to run this test")
+    return folder
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
