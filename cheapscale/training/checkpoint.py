@@ -1,0 +1,183 @@
+"""Checkpoints: Orbax, asynchronous, numbered by step, committed whole or not at all.
+
+A work directory holds `config.json` (what the run is), `checkpoints/<step>/{state,meta}` and the
+logs. `meta` carries the networks' architecture, so every consumer rebuilds a network from the
+checkpoint alone: `load_network(workdir, "net")`.
+"""
+
+import json
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from cheapscale.training.state import TrainState
+
+PyTree = Any
+
+# Keys whose change does not alter the meaning of a checkpoint: a run may resume with other values.
+HARMLESS = (
+    "total_steps", "log_every", "eval_every", "save_every", "preview_every", "keep", "mesh",
+    "resume", "evals", "num_threads", "dry_run", "cache", "data_dir",
+)  # fmt: skip
+
+
+class Loaded(NamedTuple):
+    """A network read from a work directory: weights, how to rebuild it, and at which step."""
+
+    params: PyTree
+    meta: dict
+    step: int
+    workdir: str
+
+
+class Checkpoints:
+    """The checkpoints of one work directory; use as a context manager."""
+
+    def __init__(self, workdir: str | pathlib.Path, *, save_every: int, keep: int = 2):
+        policy = ocp.checkpoint_managers
+        self.folder = pathlib.Path(workdir).resolve() / "checkpoints"
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=policy.AnySavePolicy(
+                    [
+                        policy.FixedIntervalPolicy(save_every),
+                        policy.PreemptionCheckpointingPolicy(),
+                    ]
+                ),
+                preservation_policy=policy.LatestN(keep),
+            ),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.manager.close()
+
+    def latest_step(self) -> int | None:
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: TrainState, meta: dict, *, force: bool = False) -> bool:
+        """Save where the policy says so, or always with `force`; returns at once (asynchronous)."""
+        if force and self.manager.latest_step() == step:
+            return False
+        return self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            ),
+            force=force,
+        )
+
+    def reached_preemption(self, step: int) -> bool:
+        """True at the step on which all processes agreed to stop (needs jax.distributed)."""
+        return self.manager.reached_preemption(step)
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+        """(state placed as `abstract`'s shardings say, meta): any mesh may restore any checkpoint."""
+        step = self.manager.latest_step() if step is None else step
+        restored = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+            ),
+        )
+        return restored["state"], restored["meta"]
+
+    def wait(self) -> None:
+        self.manager.wait_until_finished()
+
+
+def load_network(
+    workdir: str | pathlib.Path,
+    net: str | None = None,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Loaded:
+    """Read one network's (EMA) weights, and nothing else, from a work directory.
+
+    net: its name; None takes the only one there. Raises FileNotFoundError where there is no
+    checkpoint, ValueError where it holds no such network.
+    """
+    folder = pathlib.Path(workdir).resolve() / "checkpoints"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no checkpoint in {workdir}: train that stage first, or point at its work directory"
+        )
+    with ocp.CheckpointManager(folder) as manager:
+        step = manager.latest_step() if step is None else step
+        if step is None or step not in manager.all_steps():
+            raise FileNotFoundError(
+                f"{workdir} has no checkpoint of step {step}: it has {list(manager.all_steps())}"
+            )
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        names = list(meta["networks"])
+        if net is None and len(names) == 1:
+            net = names[0]
+        if net not in names:
+            raise ValueError(f"{workdir} holds the networks {names}, not {net!r}: name one of them")
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    field = "ema_params" if ema else "params"
+    with ocp.PyTreeCheckpointer() as reader:
+        path = folder / str(step) / "state"
+        stored = reader.metadata(path).item_metadata.tree[field][net]
+        target = {field: {net: jax.tree.map(lambda m: jax.ShapeDtypeStruct(
+            m.shape, m.dtype, sharding=sharding), stored)}}  # fmt: skip
+        tree = reader.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                item=target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True,
+            ),
+        )
+    return Loaded(tree[field][net], meta, step, str(workdir))
+
+
+def differing_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """'key: old -> new' for every leaf that differs and changes the meaning of a checkpoint."""
+    rows = []
+    for name in sorted(set(old) | set(new)):
+        if name in HARMLESS:
+            continue
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            rows += differing_keys(a, b, f"{prefix}{name}.")
+        elif a != b:
+            rows.append(f"{prefix}{name}: {a!r} -> {b!r}")
+    return rows
+
+
+def claim_workdir(workdir: str | pathlib.Path, config: dict) -> None:
+    """Write config.json into a fresh work directory; refuse one that belongs to another run."""
+    path = pathlib.Path(workdir) / "config.json"
+    config = json.loads(json.dumps(config))  # tuples and lists compare equal
+    if path.is_file():
+        rows = differing_keys(json.loads(path.read_text()), config)
+        if rows:
+            raise ValueError(
+                f"{workdir} was started with another config ({'; '.join(rows)}): "
+                "use a new work directory, or undo the change"
+            )
+    elif jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".tmp")
+        part.write_text(json.dumps(config, indent=2) + "\n")
+        part.replace(path)
+
+
+def save_diverged(workdir: str | pathlib.Path, step: int, state: TrainState) -> pathlib.Path:
+    """Keep a non-finite state for inspection, outside the checkpoints a resume would read."""
+    folder = pathlib.Path(workdir).resolve() / "diverged" / str(step)
+    if folder.exists() and jax.process_index() == 0:
+        shutil.rmtree(folder)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder, state)
+    return folder

@@ -1,0 +1,270 @@
+"""The one training loop. It knows no stage by name: everything it runs is in the `Stage` value.
+
+Start order: the work directory's newest checkpoint > `config.resume` > the stage's warm start >
+scratch. Loop order, which keeps the device busy and every state saveable (do not reorder):
+
+    batch -> step (asynchronous) -> log the previous step's metrics -> evals -> save -> pre-emption
+"""
+
+import math
+import signal
+import subprocess
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from cheapscale.training import checkpoint as ckpt
+from cheapscale.training import sharding
+from cheapscale.training.logging import Log
+from cheapscale.training.stage import Stage
+from cheapscale.training.state import TrainState, create_state, stream_key
+
+PyTree = Any
+
+
+class Preempted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+class Diverged(Exception):
+    """A loss was not finite; the state is saved beside the checkpoints."""
+
+
+class StopSignal:
+    """SIGTERM and SIGINT set a flag that the loop reads between steps (one process).
+
+    With several processes the flag would be raised at different steps, so there Orbax's
+    synchronised point decides instead.
+    """
+
+    def __init__(self):
+        self.raised = False
+
+    def __enter__(self):
+        self.previous = {}
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                try:
+                    self.previous[number] = signal.signal(number, self._raise)
+                except ValueError:  # not the main thread (a notebook's worker): no handler there
+                    break
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _raise(self, *_):
+        self.raised = True
+
+
+def abstract_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
+    """Shapes, dtypes and shardings of the run's state; nothing is computed."""
+
+    def make(key):
+        return create_state(*stage.init_params(key), stage.optimisers, stage.meta["networks"])
+
+    shapes = jax.eval_shape(make, stream_key(seed, "init", 0))
+    places = sharding.infer_sharding(shapes, mesh)
+    return jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
+    )
+
+
+def fresh_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
+    """Initialise on the mesh (no host copy), then warm-start, then make EMA and optimisers."""
+    abstract = abstract_state(stage, mesh, seed)
+    places = jax.tree.map(lambda s: s.sharding, abstract)
+    init = jax.jit(stage.init_params, out_shardings=(places.params, places.extra))
+    params, extra = init(stream_key(seed, "init", 0))
+    params = jax.tree.map(jax.device_put, stage.warm_start(params), places.params)
+    make = jax.jit(
+        lambda p, e: create_state(p, e, stage.optimisers, stage.meta["networks"]),
+        out_shardings=places,
+    )
+    return make(params, extra)
+
+
+def compile_step(stage: Stage, mesh: jax.sharding.Mesh, state: PyTree, frozen: PyTree, batch):
+    """The stage's step compiled once for this mesh: (callable, FLOPs of one step, peak bytes)."""
+    places = jax.tree.map(lambda s: s.sharding, state)
+    step = jax.jit(stage.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+    compiled = step.lower(state, frozen, batch, stream_key(0, "step", 0)).compile()
+    cost = compiled.cost_analysis() or {}
+    memory = compiled.memory_analysis()
+    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
+    return compiled, float(cost.get("flops", 0.0)), peak
+
+
+def provenance() -> dict:
+    """Where a result comes from: commit, package versions, device."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    import flax
+    import optax
+    import orbax.checkpoint
+
+    return {
+        "commit": commit or "unknown",
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+        "orbax": orbax.checkpoint.__version__,
+        "numpy": np.__version__,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def train(
+    stage: Stage,
+    workdir: str,
+    config: dict,
+    *,
+    name: str,
+    seed: int,
+    total_steps: int,
+    log_every: int,
+    save_every: int,
+    keep: int = 2,
+    mesh: dict | None = None,
+    resume: str = "",
+) -> dict:
+    """Train to `total_steps` and return the summary.
+
+    Raises Preempted or Diverged (state saved), ValueError on a batch the mesh cannot split or a work
+    directory of another config.
+    """
+    device_mesh = sharding.make_mesh(**(mesh or {}))
+    sharding.check_batch(stage.batch_size, device_mesh)
+    ckpt.claim_workdir(workdir, config)
+    with (
+        ckpt.Checkpoints(workdir, save_every=save_every, keep=keep) as checkpoints,
+        StopSignal() as stop,
+        jax.set_mesh(device_mesh),
+    ):
+        # 1. State: restored, or made.
+        ledger = dict(stage.meta.get("ledger", {"flops": 0.0, "device_seconds": 0.0}))
+        if checkpoints.latest_step() is not None:
+            state, meta = checkpoints.restore(abstract_state(stage, device_mesh, seed))
+            ledger = meta["ledger"]
+            logging.info("%s: resumed at step %d from %s", name, int(state.step), workdir)
+        elif resume:
+            with ckpt.Checkpoints(resume, save_every=save_every) as other:
+                if other.latest_step() is None:
+                    raise FileNotFoundError(f"config.resume {resume!r} has no checkpoint")
+                state, meta = other.restore(abstract_state(stage, device_mesh, seed))
+            ledger = meta["ledger"]
+            logging.info("%s: continues the run in %s at step %d", name, resume, int(state.step))
+        else:
+            state = fresh_state(stage, device_mesh, seed)
+        start = int(state.step)
+        if start >= total_steps:
+            logging.info("%s: already at step %d of %d", name, start, total_steps)
+            return summarise(stage, name, workdir, start, {}, ledger, 0.0)
+
+        # 2. Frozen weights and data, then one compilation.
+        frozen = jax.tree.map(jnp.asarray, stage.load_frozen())
+        frozen = jax.device_put(frozen, sharding.infer_sharding(frozen, device_mesh))
+        batches = stage.batches(start)
+        batch = sharding.shard_batch(next(batches), device_mesh)
+        logging.info("%s: compiling one step", name)
+        began = time.monotonic()
+        step_fn, flops, peak = compile_step(stage, device_mesh, state, frozen, batch)
+        logging.info(
+            "%s: compiled in %.1f s, %.3g FLOPs a step, %.0f MB",
+            name, time.monotonic() - began, flops, peak / 1e6,
+        )  # fmt: skip
+
+        log = Log(workdir, name, total_steps)
+        meta = stage.meta | {"ledger": ledger, "config": config, "provenance": provenance()}
+        bill = Bill(ledger, flops, start)
+        metrics, last, step = None, {}, start
+
+        # 3. The loop.
+        try:
+            while step < total_steps:
+                previous = metrics
+                state, metrics = step_fn(state, frozen, batch, stream_key(seed, "step", step))
+                step += 1
+                if step == start + 1:
+                    jax.block_until_ready(metrics)  # the first call is not representative
+                    log.start(step)
+                    begun = time.monotonic()
+                if step < total_steps:
+                    batch = sharding.shard_batch(next(batches), device_mesh)
+                if previous is not None and (step - 1) % log_every == 0:
+                    last = finite(previous, step - 1, state, workdir, name)
+                    log.scalars(step - 1, last, progress=True)
+                for title, (every, evaluate) in stage.evals.items():
+                    if step % every == 0 or step == total_steps:
+                        report(log, step, title, evaluate(state, frozen))
+                stopping = stop.raised or checkpoints.reached_preemption(step)
+                if step % save_every == 0 or step == total_steps or stopping:
+                    last = finite(metrics, step, state, workdir, name)
+                    bill.update(step)
+                    checkpoints.save(step, state, meta, force=True)
+                if stopping and step < total_steps:
+                    checkpoints.wait()
+                    raise Preempted(f"pre-empted at step {step}")
+            log.scalars(step, last, progress=True)
+            rate = (step - start - 1) / max(time.monotonic() - begun, 1e-9)
+            checkpoints.wait()
+            return summarise(stage, name, workdir, step, last, ledger, rate)
+        finally:
+            log.close()
+
+
+class Bill:
+    """Adds this run's FLOPs and device-seconds to a ledger that started with its teachers' own."""
+
+    def __init__(self, ledger: dict, flops_per_step: float, start: int):
+        self.ledger, self.before = ledger, dict(ledger)
+        self.flops_per_step, self.start = flops_per_step, start
+        self.began = time.monotonic()
+
+    def update(self, step: int) -> None:
+        seconds = (time.monotonic() - self.began) * jax.device_count()
+        self.ledger["flops"] = self.before["flops"] + self.flops_per_step * (step - self.start)
+        self.ledger["device_seconds"] = self.before["device_seconds"] + seconds
+
+
+def finite(metrics: dict, step: int, state: PyTree, workdir: str, name: str) -> dict:
+    """Fetch one step's metrics as floats; a non-finite one saves the state and raises Diverged."""
+    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    for metric, value in values.items():
+        if not math.isfinite(value):
+            folder = ckpt.save_diverged(workdir, step, state)
+            raise Diverged(
+                f"{name}: {metric} is {value} at step {step}: the state is saved in {folder}; lower "
+                "the learning rate, or run the command again to resume from the last checkpoint"
+            )
+    return values
+
+
+def report(log: Log, step: int, title: str, result: dict) -> None:
+    """Numbers to the scalars, uint8 pictures to the previews."""
+    pictures = {k: v for k, v in result.items() if getattr(v, "ndim", 0) == 3}
+    scalars = {f"{title}/{k}": v for k, v in result.items() if k not in pictures}
+    log.images(step, {f"{title}_{k}": v for k, v in pictures.items()})
+    if scalars:
+        log.scalars(step, scalars)
+
+
+def summarise(
+    stage: Stage, name: str, workdir: str, step: int, metrics: dict, ledger: dict, rate: float
+) -> dict:
+    """What a training run says about itself on its last line."""
+    return {
+        "stage": name,
+        "workdir": str(workdir),
+        "step": step,
+        "metrics": metrics,
+        "steps_per_second": round(rate, 3),
+        "ledger": ledger,
+        "frozen_networks": stage.meta.get("frozen_networks", {}),
+    }

@@ -1,0 +1,97 @@
+"""Where arrays live: one named mesh, and one rule that places every leaf on it.
+
+Axes: `data` (batch), `fsdp` (batch, and the parameters are split along it), `tensor` (kept for
+tensor parallelism; 1 until a network uses it). Axis types are Auto: linen layers fail under
+Explicit axes with sharded kernels.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+PyTree = Any
+AXES = ("data", "fsdp", "tensor")
+# Leaves smaller than this many elements are replicated: gathering them costs more than it saves.
+MIN_SHARDED = 2**20
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh over all devices; one size may be -1, the devices that are left.
+
+    Raises ValueError if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise ValueError(
+            f"mesh sizes {dict(zip(AXES, sizes))}: each is positive, at most one is -1"
+        )
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes))} does not cover {len(devices)} devices: "
+            "make config.mesh multiply to the device count, or set one axis to -1"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis of a batch is split over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Refuse a batch that the mesh cannot split evenly."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise ValueError(
+            f"batch_size {batch_size} is not divisible by the mesh's data x fsdp = {ways}: "
+            f"use a multiple of {ways}"
+        )
+
+
+def infer_sharding(tree: PyTree, mesh: Mesh, min_size: int = MIN_SHARDED) -> PyTree:
+    """A NamedSharding for each leaf (arrays or ShapeDtypeStructs): large leaves are split along
+    their largest axis that `fsdp` divides, everything else is replicated.
+
+    Optimiser moments have the shapes of their parameters, so they follow them.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def place(leaf):
+        if fsdp == 1 or math.prod(leaf.shape) < min_size:
+            return replicated(mesh)
+        divisible = [axis for axis, n in enumerate(leaf.shape) if n % fsdp == 0]
+        if not divisible:
+            return replicated(mesh)
+        axis = max(divisible, key=lambda a: leaf.shape[a])
+        return NamedSharding(mesh, P(*(None,) * axis, "fsdp"))
+
+    return jax.tree.map(place, tree)
+
+
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """This process's rows (NumPy) -> global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """Global arrays -> NumPy on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
