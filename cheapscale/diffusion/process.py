@@ -1,0 +1,222 @@
+"""Noise levels: grids, draws, VP schedules and the units they are measured in.
+
+The internal currency is EDM's sigma: a noisy image is x = x0 + sigma * eps. Everything else is
+converted here, at the border.
+
+    sigma       EDM noise level; the data keeps its own scale
+    alpha_bar   VP schedules: x_vp = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps
+    t           VP network time: the index 0 .. T-1 of the alpha_bar table, fractional in between
+                (papers that count steps 1 .. T call index t "step t + 1")
+
+    (1)  sigma_i = (smax^(1/rho) + i/(n-1) (smin^(1/rho) - smax^(1/rho)))^rho,
+         Karras et al. 2022, Eq. 5
+    (2)  sigma(t) = sqrt((1 - alpha_bar_t) / alpha_bar_t),  alpha = 1 / sqrt(1 + sigma^2)
+    (3)  x_vp = alpha x_edm
+    (4)  SNR = alpha_bar / (1 - alpha_bar) = 1 / sigma^2;  decibels = -20 log10 sigma
+
+Grids and tables are float64 NumPy arrays computed on the host: they are constants of a compiled
+program, and rounding them to float32 any earlier than at the network would show in inversion.
+Functions of sigma or t accept NumPy values or (traced) JAX arrays and answer in kind.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# ln(sigma) of a clean image, as the released consistency-model code has it: ln(0 + 1e-44).
+_LOG_SIGMA_ZERO = math.log(1e-44)
+
+NOISE_FEATURES = ("openai", "edm")
+
+
+def karras_grid(
+    n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> np.ndarray:
+    """n levels from sigma_max down to sigma_min, equation (1). Returns float64 [n]."""
+    if n < 2:
+        raise ValueError(f"a sigma grid has a start and an end: n must be at least 2, got {n}")
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    ramp = np.linspace(0.0, 1.0, n)
+    start, end = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    grid = (start + ramp * (end - start)) ** rho
+    grid[0], grid[-1] = sigma_max, sigma_min  # the powers miss the ends by an ulp or two
+    return grid
+
+
+def sampling_grid(
+    n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> np.ndarray:
+    """n Karras levels, descending, and a final 0. Returns float64 [n + 1]."""
+    return np.append(karras_grid(n, sigma_min, sigma_max, rho), 0.0)
+
+
+def inversion_grid(
+    n: int = 40, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> np.ndarray:
+    """The n Karras levels ascending: an image is taken to live at sigma_min, no noise added."""
+    return karras_grid(n, sigma_min, sigma_max, rho)[::-1].copy()
+
+
+def draw_sigma(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    P_mean: float = -1.2,
+    P_std: float = 1.2,
+    sigma_range: tuple[float, float] | None = None,
+) -> jax.Array:
+    """Lognormal noise levels, ln sigma ~ N(P_mean, P_std^2).
+
+    With `sigma_range` = (low, high) the same density truncated to that interval: how a specialist
+    of one SNR group is fine-tuned. Returns float32 of `shape`.
+    """
+    if sigma_range is None:
+        return jnp.exp(P_mean + P_std * jax.random.normal(key, shape))
+    low, high = sigma_range
+    if not 0 <= low < high:
+        raise ValueError(f"sigma_range must satisfy 0 <= low < high, got {sigma_range}")
+    a = (math.log(low) - P_mean) / P_std if low > 0 else -np.inf
+    b = (math.log(high) - P_mean) / P_std if high < np.inf else np.inf
+    return jnp.exp(P_mean + P_std * jax.random.truncated_normal(key, a, b, shape))
+
+
+def log_snr(sigma: Any) -> Any:
+    """Natural logarithm of SNR = 1/sigma^2, equation (4)."""
+    return -2.0 * _numpy_of(sigma).log(sigma)
+
+
+def decibels(sigma: Any) -> Any:
+    """SNR in decibels, -20 log10 sigma: 0 dB where noise and pixel scale are equal."""
+    return -20.0 * _numpy_of(sigma).log10(sigma)
+
+
+def noise_feature(kind: str, sigma: Any) -> Any:
+    """What the network's noise embedding is fed: 250 ln sigma (openai) or ln(sigma)/4 (edm).
+
+    sigma = 0 gives the finite feature of 1e-44. Same shape as `sigma`.
+    """
+    xp = _numpy_of(sigma)
+    sigma = xp.asarray(sigma)
+    positive = sigma > 0
+    log_sigma = xp.where(positive, xp.log(xp.where(positive, sigma, 1)), _LOG_SIGMA_ZERO)
+    if kind == "openai":
+        return 250.0 * log_sigma
+    if kind == "edm":
+        return log_sigma / 4.0
+    raise ValueError(f"unknown noise feature {kind!r}: choose one of {NOISE_FEATURES}")
+
+
+def to_vp(x: jax.Array, sigma: Any) -> jax.Array:
+    """x0 + sigma eps -> alpha x0 + sqrt(1 - alpha^2) eps, equation (3). sigma: scalar or [b]."""
+    return x / over_pixels(jnp.sqrt(1 + jnp.square(jnp.asarray(sigma, x.dtype))), x)
+
+
+def from_vp(x_vp: jax.Array, sigma: Any) -> jax.Array:
+    """Inverse of `to_vp`: back to x0 + sigma eps."""
+    return x_vp * over_pixels(jnp.sqrt(1 + jnp.square(jnp.asarray(sigma, x_vp.dtype))), x_vp)
+
+
+def over_pixels(value: jax.Array, x: jax.Array) -> jax.Array:
+    """A scalar or [b] value in x's dtype, shaped [b, 1, ..., 1] to multiply x of shape [b, ...]."""
+    value = jnp.broadcast_to(jnp.asarray(value, x.dtype), x.shape[:1])
+    return value.reshape(x.shape[:1] + (1,) * (x.ndim - 1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VPSchedule:
+    """A discrete variance-preserving schedule: its alpha_bar table, float64 [T], decreasing."""
+
+    name: str
+    alpha_bar: np.ndarray
+
+    def __post_init__(self):
+        table = np.asarray(self.alpha_bar, np.float64)
+        if table.ndim != 1 or len(table) < 2 or not np.all(np.diff(table) < 0):
+            raise ValueError(f"alpha_bar of {self.name!r} must be a decreasing 1-D table")
+        if not (table[-1] > 0 and table[0] < 1):
+            raise ValueError(
+                f"alpha_bar of {self.name!r} must lie strictly between 0 and 1, got "
+                f"[{table[-1]}, {table[0]}]: a zero-SNR end has no finite sigma"
+            )
+        object.__setattr__(self, "alpha_bar", table)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.alpha_bar)
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """Equation (2) on the table: float64 [T], increasing."""
+        return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
+
+    def sigma(self, t: Any) -> Any:
+        """Noise level at time t, ln sigma interpolated linearly between table entries."""
+        xp = _numpy_of(t)
+        times = np.arange(self.num_steps, dtype=np.float64)
+        return xp.exp(xp.interp(t, times, np.log(self.sigmas)))
+
+    def time_of_sigma(self, sigma: Any) -> Any:
+        """Inverse of `sigma`; levels outside the table give its first or last time."""
+        xp = _numpy_of(sigma)
+        sigma = xp.maximum(sigma, self.sigmas[0])  # keeps sigma = 0 out of the logarithm
+        times = np.arange(self.num_steps, dtype=np.float64)
+        return xp.interp(xp.log(sigma), np.log(self.sigmas), times)
+
+    def grid(
+        self, n: int, *, spacing: str = "leading", offset: int = 1, last: int | None = None
+    ) -> np.ndarray:
+        """The sigma levels of an n-step DDIM run, descending, then 0. Returns float64 [<= n + 1].
+
+        leading: times k (T // n) + offset, as latent diffusion's samplers have it; trailing: times
+        T, T - T/n, ... minus 1. `last` keeps only times <= last: the tail of the *same* grid, which
+        is how a self-cascade restarts from step K (index K - 1) without a denser grid.
+        """
+        T = self.num_steps
+        if not 1 <= n <= T:
+            raise ValueError(f"{n} sampler steps do not fit the {T} steps of {self.name!r}")
+        if spacing == "leading":
+            times = np.minimum(np.arange(n)[::-1] * (T // n) + offset, T - 1)
+        elif spacing == "trailing":
+            times = np.round(T - np.arange(n) * (T / n)).astype(int) - 1
+        else:
+            raise ValueError(f"unknown spacing {spacing!r}: choose 'leading' or 'trailing'")
+        if last is not None:
+            times = times[times <= last]
+            if not len(times):
+                raise ValueError(f"no time of the {n}-step grid lies at or below {last}")
+        return np.append(self.sigmas[times], 0.0)
+
+
+def vp_schedule(name: str, num_steps: int = 1000) -> VPSchedule:
+    """The named schedule's table.
+
+    linear         beta from 1e-4 to 0.02 (DDPM, Ho et al. 2020, scaled to num_steps)
+    scaled_linear  sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (latent diffusion)
+    cosine         Nichol & Dhariwal 2021, Eq. 17, beta capped at 0.999
+    """
+    if num_steps < 2:
+        raise ValueError(f"a schedule needs at least 2 steps, got {num_steps}")
+    scale = 1000 / num_steps
+    if name == "linear":
+        beta = np.linspace(scale * 1e-4, scale * 0.02, num_steps)
+    elif name == "scaled_linear":
+        beta = scale * np.linspace(math.sqrt(0.00085), math.sqrt(0.012), num_steps) ** 2
+    elif name == "cosine":
+        edges = np.cos((np.linspace(0, 1, num_steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
+        beta = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
+    else:
+        raise ValueError(
+            f"unknown VP schedule {name!r}: choose 'linear', 'scaled_linear' or 'cosine'"
+        )
+    if beta[-1] >= 1:
+        raise ValueError(f"{num_steps} steps are too few for {name!r}: its last beta reaches 1")
+    return VPSchedule(name, np.cumprod(1 - beta))
+
+
+def _numpy_of(value: Any):
+    # jnp for (traced) device arrays, float64 NumPy for everything computed on the host
+    return jnp if isinstance(value, jax.Array) else np
