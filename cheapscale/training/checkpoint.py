@@ -78,7 +78,7 @@ class Checkpoints:
         return self.manager.reached_preemption(step)
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-        """(state placed as `abstract`'s shardings say, meta): any mesh may restore any checkpoint."""
+        """(state placed as `abstract` says, meta): any mesh may restore any checkpoint."""
         step = self.manager.latest_step() if step is None else step
         restored = self.manager.restore(
             step,
@@ -105,23 +105,13 @@ def load_network(
     net: its name; None takes the only one there. Raises FileNotFoundError where there is no
     checkpoint, ValueError where it holds no such network.
     """
+    step, meta = read_meta(workdir, step)
     folder = pathlib.Path(workdir).resolve() / "checkpoints"
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no checkpoint in {workdir}: train that stage first, or point at its work directory"
-        )
-    with ocp.CheckpointManager(folder) as manager:
-        step = manager.latest_step() if step is None else step
-        if step is None or step not in manager.all_steps():
-            raise FileNotFoundError(
-                f"{workdir} has no checkpoint of step {step}: it has {list(manager.all_steps())}"
-            )
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        names = list(meta["networks"])
-        if net is None and len(names) == 1:
-            net = names[0]
-        if net not in names:
-            raise ValueError(f"{workdir} holds the networks {names}, not {net!r}: name one of them")
+    names = list(meta["networks"])
+    if net is None and len(names) == 1:
+        net = names[0]
+    if net not in names:
+        raise ValueError(f"{workdir} holds the networks {names}, not {net!r}: name one of them")
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     field = "ema_params" if ema else "params"
@@ -139,6 +129,23 @@ def load_network(
             ),
         )
     return Loaded(tree[field][net], meta, step, str(workdir))
+
+
+def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, dict]:
+    """(step, meta) of the newest checkpoint, or of `step`; FileNotFoundError where there is none."""
+    folder = pathlib.Path(workdir).resolve() / "checkpoints"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no checkpoint in {str(workdir)!r}: train that stage first, or point at its work directory"
+        )
+    with ocp.CheckpointManager(folder) as manager:
+        step = manager.latest_step() if step is None else step
+        if step is None or step not in manager.all_steps():
+            raise FileNotFoundError(
+                f"{workdir} has no checkpoint of step {step}: it has {list(manager.all_steps())}"
+            )
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    return step, meta
 
 
 def differing_keys(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run tells its user: JSONL and tensorboard scalars, PNG previews, one progress line, ETA."""
+"""What a run tells its user: JSONL and tensorboard scalars, PNG previews, progress with ETA."""
 
 import json
 import math
@@ -111,7 +111,7 @@ class Log:
 
 
 def finish(workdir: str | pathlib.Path, name: str, summary: dict) -> None:
-    """The closing JSON object of a command: <name>.json in the work directory, last line of stdout."""
+    """A command's closing JSON object: <name>.json in the work directory, last line of stdout."""
     if jax.process_index() != 0:
         return
     path = pathlib.Path(workdir) / f"{name}.json"

@@ -136,8 +136,8 @@ def train(
 ) -> dict:
     """Train to `total_steps` and return the summary.
 
-    Raises Preempted or Diverged (state saved), ValueError on a batch the mesh cannot split or a work
-    directory of another config.
+    Raises Preempted or Diverged (state saved), ValueError on a batch the mesh cannot split or a
+    work directory of another config.
     """
     device_mesh = sharding.make_mesh(**(mesh or {}))
     sharding.check_batch(stage.batch_size, device_mesh)
@@ -236,12 +236,13 @@ class Bill:
 def finite(metrics: dict, step: int, state: PyTree, workdir: str, name: str) -> dict:
     """Fetch one step's metrics as floats; a non-finite one saves the state and raises Diverged."""
     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    for metric, value in values.items():
+    # a loss names the cause better than the gradient norm that it spoils
+    for metric, value in sorted(values.items(), key=lambda item: "loss" not in item[0]):
         if not math.isfinite(value):
             folder = ckpt.save_diverged(workdir, step, state)
             raise Diverged(
-                f"{name}: {metric} is {value} at step {step}: the state is saved in {folder}; lower "
-                "the learning rate, or run the command again to resume from the last checkpoint"
+                f"{name}: {metric} is {value} at step {step}: the state is saved in {folder}; "
+                "lower the learning rate, or run the same command to resume from the last checkpoint"
             )
     return values
 

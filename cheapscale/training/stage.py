@@ -26,7 +26,7 @@ class Stage(NamedTuple):
     batches(start_step) -> iterator of nested dicts of NumPy arrays, this process's rows: a pure
         function of the step, so resuming needs no iterator state.
     load_frozen() -> weights that are an argument of `step` but never trained, donated or saved.
-    warm_start(params) -> params carrying other runs' weights; called only on a fresh work directory.
+    warm_start(params) -> params carrying other runs' weights; only for a fresh work directory.
     evals: name -> (every how many steps, fn(state, frozen) -> {name: scalar or uint8 image}).
     meta: plain JSON values that travel with the weights: enough to rebuild the networks.
     batch_size: global; refused by the loop where the mesh cannot split it.

@@ -1,0 +1,84 @@
+"""Networks rebuilt from a checkpoint alone: a teacher as D(x; sigma, y), a generator as G(z, y).
+
+`meta` is what travels with the weights:
+{"networks": {name: U-Net fields}, "diffusion": {...}, "data": {...}}.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from cheapscale.diffusion import denoiser, process
+from cheapscale.models.unet import unet
+from cheapscale.training.checkpoint import Loaded, load_network
+
+PyTree = Any
+
+
+def make_denoiser(model: dict, diffusion: dict) -> Callable:
+    """bind(params, **apply options) -> D(x [b,h,w,c], sigma [b] or scalar, label=..., augment=...).
+
+    model: fields of the U-Net. diffusion: `process`, `prediction`, `sigma_data`. The denoiser's
+    currency is EDM's sigma whatever process the network was trained for.
+    """
+    net = unet(**model)
+
+    def bind(params: PyTree, **options):
+        def F(x, noise, **condition):
+            return net.apply({"params": params}, x, noise, **condition, **options)
+
+        if diffusion["process"] == "edm":
+            return denoiser.edm(F, diffusion["sigma_data"], net.config.noise_feature)
+        schedule = process.vp_schedule(diffusion["process"])
+        return denoiser.vp_denoiser(F, schedule, diffusion["prediction"])
+
+    return bind
+
+
+def make_generator(model: dict, diffusion: dict) -> Callable:
+    """generate(params, z [b,h,w,c] at scale sigma_max, label [b]) -> image [b,H,W,c].
+
+    PaGoDA's one-step map: the raw network at the constant sigma_max, without skip or output scaling
+    (spec section 3.1).
+    """
+    net = unet(**model)
+
+    def generate(params: PyTree, z: jax.Array, label: jax.Array) -> jax.Array:
+        def F(x, noise, **condition):
+            return net.apply({"params": params}, x, noise, **condition)
+
+        return denoiser.one_step(
+            F,
+            z,
+            sigma_max=diffusion["sigma_max"],
+            sigma_data=diffusion["sigma_data"],
+            feature=net.config.noise_feature,
+            label=label,
+        )
+
+    return generate
+
+
+def load_teacher(workdir: str | pathlib.Path, **options) -> Loaded:
+    """The EMA weights of a pretraining run; ValueError where the work directory is another stage's."""
+    loaded = load_network(workdir, **options)
+    if "net" not in loaded.meta["networks"]:
+        raise ValueError(
+            f"{workdir} holds {list(loaded.meta['networks'])}, not a teacher: "
+            "point config.teacher at the work directory of a pretrain run"
+        )
+    return loaded
+
+
+def fingerprint(params: PyTree) -> str:
+    """A short SHA-256 of weights: names, shapes and bytes, in path order."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]

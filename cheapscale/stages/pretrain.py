@@ -1,0 +1,147 @@
+"""Stage 1: a diffusion model on downsampled images (spec section 1; Karras et al. 2022).
+
+    for (x, y) in data at base resolution, flipped and augmented:
+        y <- null with probability label_dropout
+        ln sigma ~ N(P_mean, P_std^2),  eps ~ N(0, I)
+        minimise (sigma^2 + sigma_d^2) / (sigma sigma_d)^2 * mean_pixels (D(x + sigma eps; sigma, y) - x)^2
+        ema <- min(decay, (1+n)/(10+n)) average of the weights
+
+A VP process trains the same network with DDPM's simple loss instead.
+"""  # noqa: E501
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cheapscale.data.augment import augment, flip
+from cheapscale.diffusion import denoiser, process
+from cheapscale.models.unet import unet
+from cheapscale.stages import data
+from cheapscale.stages.networks import make_denoiser
+from cheapscale.stages.sampling import in_batches, prior, teacher_map
+from cheapscale.training.logging import image_grid
+from cheapscale.training.optim import make_optimiser
+from cheapscale.training.stage import Stage, denoise_step, noise_bins
+from cheapscale.training.state import Optimiser, TrainState
+
+PyTree = Any
+
+
+def build(config) -> Stage:
+    """Stage 1 from its config (see configs/). Raises ValueError on a config that cannot run."""
+    model = config.model.to_dict()
+    diffusion = config.diffusion.to_dict()
+    source = data.open_data(config.data)
+    data.check_model(model, source)
+    optimiser = Optimiser(make_optimiser(**config.optim))
+
+    def init_params(key: jax.Array) -> tuple[PyTree, PyTree]:
+        net = unet(**model)
+        shape = (1, source.resolution, source.resolution, 3)
+        params = net.init(key, jnp.zeros(shape), jnp.zeros(1), label=jnp.zeros(1, jnp.int32))
+        return {"net": params["params"]}, {"loss_per_bin": noise_bins()}
+
+    return Stage(
+        init_params=init_params,
+        optimisers={"net": optimiser},
+        step=functools.partial(
+            denoise_step,
+            loss_fn=functools.partial(
+                denoising_loss,
+                bind=make_denoiser(model, diffusion),
+                diffusion=diffusion,
+                null_label=model["num_classes"],
+                label_dropout=config.pretrain.label_dropout,
+            ),
+            optimiser=optimiser,
+            ema_decay=config.ema.decay,
+        ),
+        batches=functools.partial(
+            data.real_batches,
+            source,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            transform=functools.partial(
+                augmented, flips=config.data.flip, probability=config.pretrain.augment
+            ),
+        ),
+        load_frozen=dict,
+        warm_start=lambda params: params,
+        evals={
+            "samples": (
+                config.eval_every,
+                functools.partial(
+                    preview, model=model, diffusion=diffusion, steps=config.pretrain.preview_steps
+                ),
+            )
+        },
+        meta={
+            "stage": "pretrain",
+            "networks": {"net": model},
+            "diffusion": diffusion,
+            "data": data.describe(source),
+        },
+        batch_size=config.batch_size,
+    )
+
+
+def augmented(item: dict, rng: np.random.Generator, *, flips: bool, probability: float) -> dict:
+    """One training image: mirrored half of the time, then EDM's non-leaking augmentation."""
+    image = item["image"]
+    if flips and rng.random() < 0.5:
+        image = flip(image)
+    if probability:
+        image, labels = augment(image, rng, probability)
+        item = item | {"augment": labels}
+    return item | {"image": image}
+
+
+def denoising_loss(
+    params: PyTree,
+    frozen: PyTree,
+    batch: PyTree,
+    key: jax.Array,
+    *,
+    bind,
+    diffusion: dict,
+    null_label: int,
+    label_dropout: float,
+) -> tuple[jax.Array, jax.Array]:
+    """(weighted loss [b], sigma [b]) of one batch {image, label[, augment]} (spec section 1.2)."""
+    del frozen
+    k_loss, k_drop, k_label = jax.random.split(key, 3)
+    D = bind(params, train=True, rngs={"dropout": k_drop})
+    condition = {"label": batch["label"]}
+    if label_dropout:
+        dropped = jax.random.bernoulli(k_label, label_dropout, batch["label"].shape)
+        condition["label"] = jnp.where(dropped, null_label, batch["label"])
+    if "augment" in batch:
+        condition["augment"] = batch["augment"]
+    if diffusion["process"] == "edm":
+        return denoiser.edm_loss(
+            D,
+            batch["image"],
+            k_loss,
+            diffusion["P_mean"],
+            diffusion["P_std"],
+            diffusion["sigma_data"],
+            **condition,
+        )
+    schedule = process.vp_schedule(diffusion["process"])
+    return denoiser.vp_loss(D, batch["image"], k_loss, schedule, **condition)
+
+
+def preview(
+    state: TrainState, frozen: PyTree, *, model: dict, diffusion: dict, steps: int, count: int = 16
+) -> dict:
+    """{"grid": picture} of EMA samples from fixed noise, classes in turn."""
+    ids = np.arange(count)
+    base = model["resolution"]
+    z = np.asarray(prior(0, ids, (base, base, model["in_channels"]), diffusion["sigma_max"]))
+    labels = (ids % max(model["num_classes"], 1)).astype(np.int32)
+    run = teacher_map(model, diffusion, steps=steps)
+    images = in_batches(run, state.ema_params["net"], z, labels, batch_size=count)
+    return {"grid": image_grid(images)}

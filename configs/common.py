@@ -1,0 +1,189 @@
+"""What every config shares: the argument string and the fields of each stage.
+
+A config file is a program of plain values: get_config("stage=grow,resolution=64,size=s") returns the
+complete ConfigDict of one stage, and stages(arg) the argument strings of the whole pipeline in order.
+"""
+
+from ml_collections import ConfigDict
+
+STAGES = ("pretrain", "invert", "distill", "grow")
+
+
+def parse_arg(arg: str | None, **defaults) -> ConfigDict:
+    """ "a=1,flag" -> the defaults with those values, cast to the defaults' types.
+
+    A bare word switches a boolean on. Raises ValueError on an unknown word, naming the known ones.
+    """
+    parsed = ConfigDict(defaults)
+    for word in filter(None, (arg or "").split(",")):
+        name, _, value = word.partition("=")
+        if name not in defaults:
+            raise ValueError(
+                f"config argument {name!r} is unknown: this file takes {', '.join(defaults)}"
+            )
+        kind = type(defaults[name])
+        if kind is bool:
+            parsed[name] = value in ("", "1", "true", "True")
+        else:
+            parsed[name] = kind(value)
+    if "stage" in parsed and parsed.stage not in STAGES:
+        raise ValueError(f"stage {parsed.stage!r} is unknown: choose one of {', '.join(STAGES)}")
+    return parsed
+
+
+def stages(base: int, resolutions: tuple[int, ...]) -> list[str]:
+    """The argument strings of a pipeline: three stages at `base`, then one growth per resolution."""
+    grown = [f"stage=grow,resolution={r}" for r in resolutions if r > base]
+    return ["stage=pretrain", "stage=invert", "stage=distill", *grown]
+
+
+def doublings(start: int, end: int) -> int:
+    """How many times `start` is doubled to reach `end`; ValueError where it is not reached."""
+    count = 0
+    while start * 2**count < end:
+        count += 1
+    if start * 2**count != end or count == 0:
+        raise ValueError(
+            f"resolution {end} is not a doubling of {start}: use {start} x 2, 4, 8 ..."
+        )
+    return count
+
+
+def base_config(stage: str, **fields) -> ConfigDict:
+    """Every field of one stage with its default; `fields` replaces whole top-level entries.
+
+    Paths: `teacher`, `latents` and `base` are the work directories of the stages this one reads;
+    launch/pipeline.py fills them in.
+    """
+    config = ConfigDict()
+    config.stage = stage
+    config.seed = 0
+    config.total_steps = 1000
+    config.batch_size = 64
+    config.log_every = 50
+    config.eval_every = 1000
+    config.save_every = 1000
+    config.keep = 2
+    config.resume = ""
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.data = ConfigDict(
+        {
+            "name": "scenes",
+            "split": "train",
+            "eval_split": "test",
+            "data_dir": "",
+            "resolution": 8,
+            "flip": True,
+            "options": {},
+        }
+    )
+    config.ema = ConfigDict({"decay": 0.999})
+    if stage == "pretrain":
+        config.model = ConfigDict()
+        config.diffusion = edm()
+        config.optim = optimiser("adam", 1e-3, warmup_steps=100)
+        config.pretrain = ConfigDict({"label_dropout": 0.0, "augment": 0.0, "preview_steps": 20})
+    if stage in ("invert", "distill", "grow"):
+        config.teacher = ""
+        config.latents = ""
+    if stage == "invert":
+        config.invert = ConfigDict(
+            {
+                "nodes": 40,
+                "clip": False,
+                "cfg_scale": 1.0,
+                "dtype": "float32",
+                "per_shard": 1024,
+            }
+        )
+    if stage in ("distill", "grow"):
+        config.optim = optimiser("radam", 8e-6)
+        config.optim_discriminator = optimiser("radam", 2e-3)
+        config.features = features()
+        config.discriminator = ConfigDict({"width": 16})
+        config[stage] = generator_loss(stage)
+    if stage == "grow":
+        config.base = ""
+    for name, value in fields.items():
+        config[name] = value
+    return config
+
+
+def edm() -> ConfigDict:
+    """The EDM process (Karras et al. 2022) in PaGoDA's range."""
+    return ConfigDict(
+        {
+            "process": "edm",
+            "prediction": "x0",
+            "sigma_min": 0.002,
+            "sigma_max": 80.0,
+            "rho": 7.0,
+            "sigma_data": 0.5,
+            "P_mean": -1.2,
+            "P_std": 1.2,
+        }
+    )
+
+
+def optimiser(name: str, lr: float, **changes) -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": name,
+            "lr": lr,
+            "warmup_steps": 0,
+            "decay_steps": 0,
+            "clip_norm": 0.0,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+        }
+        | changes
+    )
+
+
+def features(names: tuple[str, ...] = ("classifier",), **changes) -> ConfigDict:
+    """Frozen networks of the discriminator and the distance; files and hashes by name."""
+    return ConfigDict({"names": names, "paths": {}, "sha256": {}, "input_size": 0} | changes)
+
+
+def generator_loss(stage: str) -> ConfigDict:
+    """Weights and switches of stages 2 and 3, at the specification's defaults (section 3.2-4.4)."""
+    loss = ConfigDict(
+        {
+            "distance": "feature",  # feature | lpips | pixel
+            "reconstruction_weight": 1.0,
+            "adversarial_weight": 0.2,  # lambda's constant factor
+            "adaptive": True,  # times |grad L_rec| / |grad L_adv| at the last layer
+            "squared_norms": False,  # the paper's formula; the code's norms are not squared
+            "gan_loss": "hinge",  # hinge (the code's) | logistic (the paper's)
+            "separate_updates": False,  # two optimiser steps, L_rec then L_adv
+            "data_proportion": 1.0,  # share of each class whose pairs feed L_rec
+        }
+    )
+    if stage == "grow":
+        loss.adversarial_weight = 1.0
+        loss.adaptive = False
+        loss.widths = (32,)  # channels of the grown blocks, one entry for each doubling
+    return loss
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The same stage cut down to 3 steps on 24 tiny scenes: what the tests run."""
+    config.total_steps = 3
+    config.batch_size = 8
+    config.log_every = 1
+    config.eval_every = 3
+    config.save_every = 2
+    config.data.name = "scenes"
+    config.data.split, config.data.eval_split = "train", "test"
+    config.data.data_dir = ""
+    config.data.options = {"size": 24}
+    if "discriminator" in config:
+        config.discriminator.width = 4
+        config.features = features(("classifier",))
+    if "invert" in config:
+        config.invert.nodes = 3
+        config.invert.per_shard = 16
+    if "pretrain" in config:
+        config.pretrain.preview_steps = 2
+    return config

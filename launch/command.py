@@ -1,0 +1,40 @@
+"""What every command does around its work: logging, the compile cache, errors in one sentence."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import flags, logging
+
+from cheapscale.training.logging import finish
+from cheapscale.training.loop import Diverged, Preempted
+
+PREEMPTED = 143  # 128 + SIGTERM: what a shell reports of a terminated process
+
+
+def execute(name: str, workdir: str, body: Callable[[], dict]) -> None:
+    """Run `body` and close with its summary: one JSON line on stdout, <name>.json in `workdir`.
+
+    Known errors end the command with one sentence on stderr and status 1; a pre-empted run says at
+    which step and ends with status 143.
+    """
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().setFormatter(None)
+    for noisy in ("orbax", "jax._src"):
+        import logging as python_logging
+
+        python_logging.getLogger(noisy).setLevel(python_logging.ERROR)
+    if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
+        jax.distributed.initialize()
+    # Compiled programs are kept between runs; they are executable code, so the folder is private.
+    cache = os.environ.get("CHEAPSCALE_CACHE", os.path.expanduser("~/.cache/cheapscale"))
+    jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "jax"))
+    try:
+        finish(workdir, name, body())
+    except Preempted as stop:
+        print(stop, flush=True)
+        sys.exit(PREEMPTED)
+    except (ValueError, FileNotFoundError, OSError, Diverged) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,85 @@
+"""The whole pipeline: pretrain, invert, distill, grow, then pictures, a table and one JSON object.
+
+    python -m launch.pipeline --config=configs/scenes.py --arg=size=quick --workdir=runs/quick
+
+Each stage has its own folder in the work directory; running the same command again resumes.
+"""
+
+import importlib.util
+import pathlib
+import time
+
+import jax
+from absl import app, flags, logging
+
+from cheapscale import report
+from cheapscale.stages.run import run
+from cheapscale.training.logging import duration
+from launch.command import execute
+
+flags.DEFINE_string("config", None, "Config file with get_config and stages.")
+flags.DEFINE_string("arg", "", "Argument string for the config file, e.g. size=quick,seed=1.")
+flags.DEFINE_string("workdir", None, "Where every stage's folder goes.")
+flags.DEFINE_integer("num_samples", 1000, "Samples per quality number.")
+FLAGS = flags.FLAGS
+
+
+def load_module(path: str):
+    """The config file as a module."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"there is no config file {path!r}: see configs/")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]:
+    """[(folder, config)] of the pipeline, with every path between the stages filled in."""
+    module = load_module(path)
+    root = pathlib.Path(workdir)
+    planned, base = [], ""
+    for stage_arg in module.stages(arg):
+        config = module.get_config(",".join(filter(None, (arg, stage_arg))))
+        folder = config.stage
+        if config.stage == "grow":
+            folder = f"grow{config.data.resolution}"
+            config.base = base
+        if config.stage != "pretrain":
+            config.teacher = str(root / "pretrain")
+            config.latents = str(root / "latents")
+        if config.stage in ("distill", "grow"):
+            base = str(root / folder)
+        planned.append((folder, config))
+    return planned
+
+
+def pipeline(path: str, arg: str, workdir: str, num_samples: int) -> dict:
+    """Run every stage in turn and report on them; returns the report's figures."""
+    began = time.monotonic()
+    planned = stage_configs(path, arg, workdir)
+    runs = []
+    for position, (folder, config) in enumerate(planned, start=1):
+        elapsed = duration(time.monotonic() - began)
+        logging.info("stage %d of %d: %s (%s so far)", position, len(planned), folder, elapsed)
+        start = time.monotonic()
+        place = str(pathlib.Path(workdir) / folder)
+        summary = run(config, place)
+        runs.append(report.Run(folder, config, place, summary, time.monotonic() - start))
+        jax.clear_caches()
+    summary = report.write(runs, workdir, num_samples=num_samples)
+    return summary | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def main(argv) -> None:
+    del argv
+    execute(
+        "pipeline",
+        FLAGS.workdir,
+        lambda: pipeline(FLAGS.config, FLAGS.arg, FLAGS.workdir, FLAGS.num_samples),
+    )
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
