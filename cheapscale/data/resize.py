@@ -1,0 +1,113 @@
+"""The one downsampling operator: teacher, inversion, growth pairs and super-resolution share it.
+
+PaGoDA pairs an image with the latent of its downsampled self, so whatever operator is chosen has
+to be the same wherever a smaller image is made (Kim et al. 2024, section 1 of their code base;
+rule: x_lo and x_hi come from the same original file). For an image of short side s and a target R:
+
+    s = k R, k a whole number   centre crop to s x s, then the mean of every k x k block, in float
+    otherwise                   halve with PIL's BOX while the short side is >= 2 R, then PIL's
+                                BICUBIC until it is R, then centre crop R x R
+
+The block mean composes: downsample(downsample(x, 4R), R) = downsample(x, R). The chain runs in
+float, and for 8-bit input is rounded once, at its end, to the 8-bit grid; block means are not.
+EXIF orientation is not applied, as in the reference pipelines.
+"""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+Array = Any  # NumPy or jax: area_mean uses methods that both have
+
+# Names the operator in fingerprints and latent manifests: change it whenever a pixel can change.
+RESIZE_ID = "area-mean|box-bicubic-crop/1"
+
+
+def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Any PIL image, or a uint8 array [h, w], [h, w, 1 | 3 | 4] -> uint8 [h, w, 3].
+
+    Transparency is composited on white; 16-bit grey is scaled to 8 bits.
+    """
+    if isinstance(image, np.ndarray):
+        pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+        if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[-1] == 3:
+            return pixels
+        if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.shape[-1] == 4):
+            raise ValueError(
+                f"an image must be uint8 with 1, 3 or 4 channels, not {image.dtype} {image.shape}"
+            )
+        image = Image.fromarray(pixels)
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        deep = np.asarray(image).astype(np.float64) / 257.0
+        image = Image.fromarray(np.clip(np.rint(deep), 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def area_mean(x: Array, resolution: int) -> Array:
+    """Mean over square blocks: [..., k R, k R, c] float -> [..., R, R, c]; NumPy or jax arrays."""
+    *lead, height, width, channels = x.shape
+    if height != width or height % resolution:
+        raise ValueError(
+            f"area_mean needs a square image whose side is a multiple of {resolution}, "
+            f"got {height}x{width}: use downsample, which crops and takes any ratio"
+        )
+    k = height // resolution
+    if k == 1:
+        return x
+    blocks = x.reshape(*lead, resolution, k, resolution, k, channels)
+    if isinstance(x, np.ndarray):  # float32 running sums of large blocks lose 1e-5
+        return blocks.mean(axis=(-4, -2), dtype=np.float64).astype(x.dtype)
+    return blocks.mean(axis=(-4, -2))
+
+
+def downsample(image: np.ndarray, resolution: int, *, allow_upscale: bool = False) -> np.ndarray:
+    """One image [h, w, c], uint8 or float in [-1, 1] -> float32 [R, R, c] in [-1, 1].
+
+    Refuses an image whose short side is below `resolution` unless `allow_upscale` (bicubic).
+    """
+    if resolution < 1:
+        raise ValueError(f"resolution must be at least 1, got {resolution}")
+    height, width, _ = image.shape
+    short = min(height, width)
+    if short < resolution and not allow_upscale:
+        raise ValueError(
+            f"an image of {height}x{width} is smaller than resolution {resolution}: "
+            "lower the resolution or set allow_upscale=True"
+        )
+    eight_bit = image.dtype == np.uint8
+    if short % resolution:
+        pixels = _chain(image.astype(np.float32), resolution)
+        if not eight_bit:
+            return np.clip(pixels, -1.0, 1.0)
+        return np.clip(np.rint(pixels), 0.0, 255.0) / np.float32(127.5) - np.float32(1.0)
+    square = _centre_crop(image, short)
+    if not eight_bit:
+        return area_mean(square.astype(np.float32, copy=False), resolution)
+    # Block sums of bytes are whole numbers, so the mean is exact up to one float32 rounding.
+    k = short // resolution
+    blocks = square.reshape(resolution, k, resolution, k, -1)
+    sums = blocks.sum(axis=(1, 3), dtype=np.uint32) if k > 1 else square
+    return sums.astype(np.float32) / np.float32(127.5 * k * k) - np.float32(1.0)
+
+
+def _centre_crop(image: np.ndarray, side: int) -> np.ndarray:
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    return image[top : top + side, left : left + side]
+
+
+def _chain(image: np.ndarray, resolution: int) -> np.ndarray:
+    """BOX halvings, then BICUBIC, then the centre crop; float32 planes, so nothing rounds."""
+    height, width, channels = image.shape
+    planes = [Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(channels)]
+    while min(width, height) >= 2 * resolution:
+        width, height = width // 2, height // 2
+        planes = [plane.resize((width, height), Image.Resampling.BOX) for plane in planes]
+    scale = resolution / min(width, height)
+    size = (round(width * scale), round(height * scale))
+    planes = [plane.resize(size, Image.Resampling.BICUBIC) for plane in planes]
+    return _centre_crop(np.stack([np.asarray(plane) for plane in planes], axis=-1), resolution)

@@ -1,0 +1,302 @@
+"""Procedural captioned pictures with exact ground truth: the data set that is always at hand.
+
+A scene is a plain ground and one to three objects that do not overlap. The first object is the
+main one: it is larger than the others and its shape is the label. Each object has a shape, a
+colour, a texture, perhaps an outline, a position, a size and a tilt, all independent of each
+other: nothing but the shape itself gives the label away.
+
+`scene(seed, split, index)` is a pure function; the splits draw from disjoint random streams. It
+uses uniform doubles only, whose stream NumPy keeps stable over its versions.
+
+Detail lives at chosen scales. Silhouettes are readable from 8 px; textures have periods of 1/22
+to 1/15 of the side, so that they average out at 8 and 16 px and resolve from about 64 px; outlines
+are 1/64 of the side wide. Growing a base of 8 or 16 px by 4 to 8 has something to add.
+
+Drawing is exact area sampling on one lattice of 512 x 512 points: every point belongs to exactly
+one material (ground, body, accent, ink) and a pixel is the mean of its points. As coverages are
+counted in whole numbers, the picture at R is the block mean of the picture at any multiple of R up
+to float32 rounding. Objects do not overlap, so a picture is linear in the coverages:
+
+    image = ground + sum over objects and materials of coverage * (colour of material - ground)
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+LATTICE = 512
+SCENES_ID = "scenes/1"  # change it whenever a scene or a pixel can change
+
+SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar")
+TEXTURES = ("plain", "striped", "checked", "dotted")
+SPLITS = {"train": 0, "test": 1}  # name -> random stream
+
+# name -> (body, accent), 8-bit RGB; the accent is a tint of the body, so that hue survives blur.
+COLOURS = {
+    "red": ((212, 42, 46), (255, 188, 178)),
+    "orange": ((241, 134, 22), (255, 226, 178)),
+    "yellow": ((246, 205, 34), (255, 250, 214)),
+    "green": ((40, 150, 62), (190, 238, 190)),
+    "teal": ((18, 158, 172), (186, 242, 240)),
+    "blue": ((40, 88, 214), (182, 206, 255)),
+    "purple": ((128, 54, 182), (226, 198, 250)),
+    "pink": ((236, 96, 162), (255, 214, 232)),
+}
+# name -> (ground, ink of outlines)
+GROUNDS = {
+    "ivory": ((240, 234, 218), (22, 22, 30)),
+    "mist": ((196, 208, 218), (22, 22, 30)),
+    "slate": ((66, 78, 94), (250, 250, 246)),
+    "night": ((22, 24, 36), (250, 250, 246)),
+}
+
+MAIN_SIZE = (0.48, 0.66)  # diameters of the circumscribed circle, in sides of the image
+SMALL_SIZE = (0.18, 0.27)
+TEXTURE_PERIOD = (1 / 22, 1 / 15)
+OUTLINE = 1 / 64
+TILT = math.pi / 10  # shapes lean at most this far either way, so "bar" or "square" stay readable
+BORDER = 0.02  # objects keep this distance from the edge, and half of it from each other
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneObject:
+    """One object. Unit coordinates: x to the right, y downwards, the image is [0, 1] x [0, 1]."""
+
+    shape: str
+    colour: str
+    texture: str
+    outlined: bool
+    x: float
+    y: float
+    size: float  # diameter of the circumscribed circle
+    angle: float  # radians
+    texture_angle: float  # radians
+    texture_period: float  # fraction of the side
+
+    def body_point(self) -> tuple[float, float]:
+        """A point well inside the object: its centre, or its band where the centre is hollow."""
+        offset = {"ring": (-0.76, 0.0), "crescent": (-0.68, 0.0)}.get(self.shape, (0.0, 0.0))
+        c, s, r = math.cos(self.angle), math.sin(self.angle), self.size / 2
+        return self.x + r * (c * offset[0] - s * offset[1]), self.y + r * (
+            s * offset[0] + c * offset[1]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A ground and its objects, the main one first."""
+
+    ground: str
+    objects: tuple[SceneObject, ...]
+
+
+def scene(seed: int, split: str, index: int) -> Scene:
+    """The index-th scene of a split: a pure function of its three arguments."""
+    draws = iter(np.random.default_rng((seed, SPLITS[split], index)).random(256).tolist())
+
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * next(draws)
+
+    def choice(options):
+        options = tuple(options)
+        return options[int(next(draws) * len(options))]
+
+    ground = choice(GROUNDS)
+    objects: list[SceneObject] = []
+    for k in range(choice((1, 2, 2, 3, 3))):
+        size = between(*(SMALL_SIZE if k else MAIN_SIZE))
+        x, y = _place(objects, size, between)
+        objects.append(
+            SceneObject(
+                shape=choice(SHAPES),
+                colour=choice(COLOURS),
+                texture=choice(TEXTURES),
+                outlined=next(draws) < 0.4,
+                x=x,
+                y=y,
+                size=size,
+                angle=between(-TILT, TILT),
+                texture_angle=between(0.0, math.pi),
+                texture_period=between(*TEXTURE_PERIOD),
+            )
+        )
+    return Scene(ground, tuple(objects))
+
+
+def _place(objects: list[SceneObject], size: float, between) -> tuple[float, float]:
+    """A centre whose circle touches no other: the first of 16 tries, else the freest corner."""
+    low = BORDER + size / 2
+    tries = [(between(low, 1 - low), between(low, 1 - low)) for _ in range(16)]
+
+    def clearance(point):
+        return min(
+            (math.dist(point, (o.x, o.y)) - (o.size + size) / 2 for o in objects),
+            default=math.inf,
+        )
+
+    for point in tries:
+        if clearance(point) >= BORDER / 2:
+            return point
+    # The sizes leave one corner free whatever the main and the second object do.
+    return max(((a, b) for a in (low, 1 - low) for b in (low, 1 - low)), key=clearance)
+
+
+def label(picture: Scene) -> int:
+    """The class: which of SHAPES the main object is."""
+    return SHAPES.index(picture.objects[0].shape)
+
+
+def caption(picture: Scene) -> str:
+    """For example "a red striped disc left of a small blue square and above a small pink bar".
+
+    Relations are those of the main object to each of the others, along the longer axis of their
+    distance.
+    """
+    main, *others = picture.objects
+    text = _noun_phrase(main)
+    for k, other in enumerate(others):
+        text += f"{' and' if k else ''} {relation(main, other)} {_noun_phrase(other, 'small')}"
+    return text
+
+
+def relation(a: SceneObject, b: SceneObject) -> str:
+    """Where a is as seen from b: "left of", "right of", "above" or "below"."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(dx) >= abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def _noun_phrase(o: SceneObject, *size: str) -> str:
+    outline = ("outlined",) if o.outlined else ()
+    texture = () if o.texture == "plain" else (o.texture,)
+    words = " ".join((*size, *outline, o.colour, *texture, o.shape))
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def check_resolution(resolution: int) -> None:
+    """Refuses a resolution that does not divide the lattice."""
+    if resolution < 1 or LATTICE % resolution:
+        raise ValueError(
+            f"scenes are drawn at resolutions that divide {LATTICE}, not at {resolution}: "
+            f"choose a power of two up to {LATTICE}"
+        )
+
+
+def draw(picture: Scene, resolution: int) -> np.ndarray:
+    """float32 [R, R, 3] in [-1, 1]; R has to divide 512."""
+    check_resolution(resolution)
+    k = LATTICE // resolution
+    ground, ink = (_unit(rgb) for rgb in GROUNDS[picture.ground])
+    image = np.empty((resolution, resolution, 3), np.float32)
+    image[:] = ground
+    for o in picture.objects:
+        body, accent = (_unit(rgb) for rgb in COLOURS[o.colour])
+        # Lattice points of the bounding box: the same ones at every resolution, bit for bit.
+        columns, rows = (_points(centre, o.size / 2) for centre in (o.x, o.y))
+        dx = ((np.arange(*columns, dtype=np.float32) + 0.5) / LATTICE - o.x)[None, :]
+        dy = ((np.arange(*rows, dtype=np.float32) + 0.5) / LATTICE - o.y)[:, None]
+        depth = _depth(o, dx, dy)
+        inside = depth >= 0
+        parts = [(inside, body - ground)]
+        if o.outlined:
+            rim = inside & (depth < OUTLINE)
+            parts.append((rim, ink - body))
+        if o.texture != "plain":
+            pattern = inside & _pattern(o, dx, dy)
+            parts.append((pattern & ~rim if o.outlined else pattern, accent - body))
+        window = image[rows[0] // k : -(-rows[1] // k), columns[0] // k : -(-columns[1] // k)]
+        for mask, difference in parts:
+            window += _coverage(mask, rows[0] % k, columns[0] % k, k)[..., None] * difference
+    return image
+
+
+def _unit(rgb: tuple[int, int, int]) -> np.ndarray:
+    return np.asarray(rgb, np.float32) / np.float32(127.5) - np.float32(1.0)
+
+
+def _points(centre: float, radius: float) -> tuple[int, int]:
+    """First and one past the last lattice point of an interval."""
+    first, last = math.floor((centre - radius) * LATTICE), math.ceil((centre + radius) * LATTICE)
+    return max(first, 0), min(last, LATTICE)
+
+
+def _coverage(mask: np.ndarray, top: int, left: int, k: int) -> np.ndarray:
+    """Share of each pixel's k x k lattice points in the mask, which starts at (top, left) within
+    its first pixel. The counts are whole numbers: exact."""
+    if k == 1:
+        return mask.astype(np.float32)
+    height, width = mask.shape
+    rows, columns = -(-(top + height) // k), -(-(left + width) // k)
+    padded = np.zeros((rows * k, columns * k), np.uint8)
+    padded[top : top + height, left : left + width] = mask
+    counts = padded.reshape(rows, k, columns * k).sum(axis=1, dtype=np.uint16)
+    counts = counts.reshape(rows, columns, k).sum(axis=2, dtype=np.uint32)
+    return counts.astype(np.float32) / np.float32(k * k)
+
+
+def _depth(o: SceneObject, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """Distance to the object's edge in sides of the image, positive inside."""
+    r = np.float32(o.size / 2)
+    c, s = np.float32(math.cos(o.angle)), np.float32(math.sin(o.angle))
+    u, v = (c * dx + s * dy) / r, (c * dy - s * dx) / r
+    return r * _SHAPE_DEPTH[o.shape](u, v)
+
+
+def _pattern(o: SceneObject, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """Where the accent colour goes, as far as the texture is concerned."""
+    c, s = np.float32(math.cos(o.texture_angle)), np.float32(math.sin(o.texture_angle))
+    period = np.float32(o.texture_period)
+    u = (c * dx + s * dy) / period
+    if o.texture == "striped":
+        return u - np.floor(u) < 0.5
+    v = (c * dy - s * dx) / period
+    u, v = u - np.floor(u), v - np.floor(v)
+    if o.texture == "checked":
+        return (u < 0.5) ^ (v < 0.5)
+    u, v = u - np.float32(0.5), v - np.float32(0.5)
+    return u * u + v * v < np.float32(0.32**2)
+
+
+def _box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
+    return np.minimum(np.float32(half_width) - np.abs(u), np.float32(half_height) - np.abs(v))
+
+
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # Equilateral, apex up (v points down): three half planes at distance 1/2 from the centre.
+    half = np.float32(math.sqrt(3) / 2)
+    return np.float32(0.5) - np.maximum(v, half * np.abs(u) - np.float32(0.5) * v)
+
+
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # Five points. Mirror and fold the plane into one of ten sectors, where the edge is one line
+    # from the tip (0, 1) to the inner corner at 36 degrees.
+    inner = 0.46
+    half = math.pi / 5
+    u, v = np.abs(u), -v
+    for axis in (3 * half, half):  # reflect across the lines through the inner corners
+        nx, ny = np.float32(math.cos(axis)), np.float32(-math.sin(axis))
+        over = 2 * np.maximum(u * nx + v * ny, 0)
+        u, v = u - over * nx, v - over * ny
+    u = np.abs(u)
+    cx, cy = inner * math.sin(half), inner * math.cos(half)
+    length = math.hypot(cx, 1 - cy)
+    nx, ny = (1 - cy) / length, cx / length
+    return np.float32(ny) - (u * np.float32(nx) + v * np.float32(ny))
+
+
+# Depth below the edge for shapes inscribed in the unit circle; u right, v down. A bound of the
+# Euclidean distance inside, exact away from corners, which is what an outline needs.
+_SHAPE_DEPTH = {
+    "disc": lambda u, v: 1 - np.hypot(u, v),
+    "ring": lambda u, v: np.float32(0.24) - np.abs(np.hypot(u, v) - np.float32(0.76)),
+    "square": lambda u, v: _box(u, v, 0.7071, 0.7071),
+    "triangle": _triangle,
+    "cross": lambda u, v: np.maximum(_box(u, v, 0.94, 0.32), _box(u, v, 0.32, 0.94)),
+    "star": _star,
+    "crescent": lambda u, v: np.minimum(
+        1 - np.hypot(u, v), np.hypot(u - np.float32(0.42), v) - np.float32(0.78)
+    ),
+    "bar": lambda u, v: _box(u, v, 0.95, 0.3),
+}
