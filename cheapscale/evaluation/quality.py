@@ -1,0 +1,193 @@
+"""How good a set of images is, measured in the features of one frozen network.
+
+`reference` reads the real images once; `quality` compares generated ones with them and returns a
+flat dict of numbers named after the network: fd_classifier, kd_classifier, fd_mobilenetv2 ...
+The network must not have been part of a training loss: a generator trained against it can please
+it without looking any better, so `quality` refuses one that the run lists (or, where the user
+insists, says so in the metric's name).
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cheapscale.evaluation.coverage import nearest, precision_recall
+from cheapscale.evaluation.fid import frechet_distance, kernel_distance
+from cheapscale.evaluation.pixels import from_uint8, to_uint8
+from cheapscale.models.features.network import FeatureNetwork
+
+
+class Reference(NamedTuple):
+    """Real images of one source in the features of one network.
+
+    features, images: [n, d] and uint8 [n, R, R, 3], held out from training where `train_*` is
+    given; `train_*` the same of training images, else None. floor, kd_floor: distances between two
+    sets of real images, what a perfect generator would score.
+    """
+
+    network: FeatureNetwork
+    features: np.ndarray
+    images: np.ndarray
+    train_features: np.ndarray | None
+    train_images: np.ndarray | None
+    floor: float
+    kd_floor: float
+
+
+def embed(network: FeatureNetwork, images: np.ndarray, *, batch_size: int = 250) -> np.ndarray:
+    """Pooled features, float32 [n, d], of uint8 images [n, R, R, 3]."""
+    if network.outputs is None:
+        raise ValueError(f"{network.name} has no pooled features: measure with another network")
+    if images.dtype != np.uint8:
+        raise ValueError(f"embed takes uint8 images, got {images.dtype}: apply pixels.to_uint8")
+    features = []
+    size = min(batch_size, len(images))
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        missing = size - len(batch)
+        padded = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), np.uint8)])
+        out = _features(network.outputs, network.params, jnp.asarray(from_uint8(padded)))
+        features.append(np.asarray(out, np.float32)[: len(batch)])
+    return np.concatenate(features)
+
+
+def reference(
+    network: FeatureNetwork,
+    source: Any,
+    *,
+    train_source: Any = None,
+    num: int = 5000,
+    batch_size: int = 250,
+) -> Reference:
+    """Reads and embeds up to `num` images (a fixed random choice) of a source.
+
+    Args:
+        source: images to compare with, by preference a held-out split.
+        train_source: the training split. With it the floor is training images against `source`,
+            and memorisation can be measured; without it, one half of `source` against the other.
+    """
+    images = read_images(source, num)
+    features = embed(network, images, batch_size=batch_size)
+    train_images = train_features = None
+    if train_source is not None:
+        train_images = read_images(train_source, num)
+        train_features = embed(network, train_images, batch_size=batch_size)
+        pair = train_features, features
+    else:
+        half = len(features) // 2
+        pair = features[:half], features[half : 2 * half]
+    if min(len(pair[0]), len(pair[1])) < 2:
+        raise ValueError(f"{len(features)} images of {source.name!r} are too few to compare with")
+    return Reference(
+        network, features, images, train_features, train_images,
+        floor=frechet_distance(*pair), kd_floor=kernel_distance(*pair),
+    )  # fmt: skip
+
+
+def quality(
+    reference: Reference,
+    images: np.ndarray | jax.Array | Iterable[Any],
+    *,
+    used_in_loss: Iterable[str] | Mapping[str, str] = (),
+    insist: bool = False,
+    k: int = 3,
+    num_nearest: int = 500,
+    batch_size: int = 250,
+) -> dict[str, float]:
+    """Metrics of generated images against a reference.
+
+    Args:
+        images: float [n, R, R, 3] in [-1, 1], or an iterable of such batches. They are truncated to
+            eight bits, as the real ones are stored.
+        used_in_loss: networks of the training loss as the run's summary lists them: names, or
+            name -> sha256. A match of either with the reference's network is refused, or with
+            `insist` marked in the metrics' names.
+        num_nearest: how many images the pixel-space neighbour search takes.
+
+    Returns:
+        num, num_real; fd_<network>, floor, fd_minus_floor; kd_<network>, kd_floor (unbiased: use
+        these on small sets); precision, recall (k neighbours). With training images in the
+        reference also the mean distance to the nearest of them, nn_features and nn_pixels (per
+        pixel rms, [-1, 1] units), each with its value for real held-out images, *_real: a
+        generator that memorises falls far below it.
+    """
+    name = checked_name(reference.network, used_in_loss, insist=insist)
+    images = _gather(images)
+    if images.shape[1:] != reference.images.shape[1:]:
+        raise ValueError(
+            f"generated images are {images.shape[1:]}, real ones {reference.images.shape[1:]}: "
+            "compare at one resolution"
+        )
+    features = embed(reference.network, images, batch_size=batch_size)
+    distance = frechet_distance(reference.features, features)
+    neighbours = min(k, len(features) - 1, len(reference.features) - 1)
+    coverage = precision_recall(reference.features, features, k=neighbours)
+    result = {
+        "num": len(features),
+        "num_real": len(reference.features),
+        f"fd_{name}": distance,
+        "floor": reference.floor,
+        "fd_minus_floor": distance - reference.floor,
+        f"kd_{name}": kernel_distance(reference.features, features),
+        "kd_floor": reference.kd_floor,
+        "precision": coverage.precision,
+        "recall": coverage.recall,
+    }
+    if reference.train_features is not None:
+        for suffix, queries, pixels in (
+            ("", features, images),
+            ("_real", reference.features, reference.images),
+        ):
+            result["nn_features" + suffix] = float(
+                nearest(queries, reference.train_features)[0].mean()
+            )
+            result["nn_pixels" + suffix] = _nearest_pixels(
+                pixels[:num_nearest], reference.train_images
+            )
+    return result
+
+
+def checked_name(
+    network: FeatureNetwork,
+    used_in_loss: Iterable[str] | Mapping[str, str],
+    *,
+    insist: bool = False,
+) -> str:
+    """The network's name in metrics; raises ValueError if a loss used the network."""
+    hashes = dict(used_in_loss) if isinstance(used_in_loss, Mapping) else {}
+    same_weights = network.sha256 and network.sha256 in hashes.values()
+    if network.name not in set(used_in_loss) and not same_weights:
+        return network.name
+    if insist:
+        return f"{network.name}(used in the loss)"
+    raise ValueError(
+        f"{network.name} was part of this run's training loss, so it cannot measure it: use "
+        "another network, or insist and have the metric's name say so"
+    )
+
+
+def read_images(source: Any, num: int) -> np.ndarray:
+    """uint8 [n, R, R, 3]: up to `num` images of a source, a fixed random choice in fixed order."""
+    ids = np.random.default_rng(0).permutation(len(source))[:num]
+    return _gather(np.asarray(source[int(i)]["image"])[None] for i in ids)
+
+
+def _gather(images):
+    batches = [images] if hasattr(images, "ndim") else images
+    return np.concatenate([to_uint8(batch) for batch in batches])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(outputs, params, x):
+    return outputs(params, x)["features"]
+
+
+def _nearest_pixels(queries, references):
+    distance, _ = nearest(
+        queries.reshape(len(queries), -1), references.reshape(len(references), -1)
+    )
+    return float(distance.mean() / 127.5 / queries[0].size ** 0.5)

@@ -1,0 +1,263 @@
+"""Fits the small classifier that serves as a feature network where no published one is at hand.
+
+Two classifiers of one data set never share weights: the one inside a *loss* (projected
+discriminator, perceptual distance) and the one that *measures* differ in seed, in width and in the
+images they saw, and the measuring one sees only every second image of the training split. Where a
+source has no labels the task is to tell by how many quarter turns an image was rotated, and the
+network's name says so.
+
+Training is deterministic, takes well under a minute on two CPU cores, and its result is cached in
+`$CHEAPSCALE_CACHE` (default ~/.cache/cheapscale) as weights (.npz) and a report (.json).
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+
+from cheapscale.models.features.classifier import Classifier
+from cheapscale.models.features.network import FeatureNetwork
+
+PyTree = Any
+
+VERSION = 1  # of everything below that changes the weights but not the key's other fields
+VIEW = 32  # larger images are trained on as crops and as reductions of this size
+PURPOSES = {
+    "loss": {"seed": 1, "width": 16, "subset": "all"},
+    "metric": {"seed": 2, "width": 12, "subset": "even"},
+}
+
+
+class Fitted(NamedTuple):
+    """A fitted classifier: the frozen network, and what is known about it (JSON values)."""
+
+    network: FeatureNetwork
+    report: dict
+
+
+def fit_classifier(
+    source: Any,
+    *,
+    purpose: str,
+    seed: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    batch_size: int = 128,
+    max_images: int = 10_000,
+    cache_dir: str | pathlib.Path | None = None,
+) -> Fitted:
+    """The classifier of `source` (its training split) for one purpose, fitted or from the cache.
+
+    Args:
+        source: items {"image": [R, R, 3] in [-1, 1], "label"}, and `num_classes`, `resolution`,
+            `fingerprint()`.
+        purpose: "loss" or "metric"; sets the defaults of seed and width, and the images used.
+        steps: updates; by default 300, and 200 above 16 px.
+        max_images: a fixed random choice of at most so many is read.
+
+    Returns:
+        Fitted. network.name is "classifier" (metric) or "loss_classifier", with "(rotation)"
+        appended where there are no labels; network.outputs gives 64-d features and logits.
+        report has "accuracy" on images held out of the fit, and what it was fitted on.
+    """
+    if purpose not in PURPOSES:
+        raise ValueError(f"unknown purpose {purpose!r}: choose one of {tuple(PURPOSES)}")
+    default = PURPOSES[purpose]
+    rotation = source.num_classes < 2
+    spec = {
+        "version": VERSION,
+        "source": source.fingerprint(),
+        "resolution": source.resolution,
+        "num_classes": 4 if rotation else source.num_classes,
+        "task": "rotation" if rotation else "label",
+        "purpose": purpose,
+        "subset": default["subset"],
+        "seed": default["seed"] if seed is None else seed,
+        "width": default["width"] if width is None else width,
+        "steps": (300 if source.resolution <= 16 else 200) if steps is None else steps,
+        "batch_size": batch_size,
+        "max_images": max_images,
+    }
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+    path = _cache(cache_dir) / f"{purpose}-{source.resolution}px-{digest}"
+    cached = _read(path, spec)
+    if cached is None:
+        params, accuracy, count = _fit(source, spec)
+        cached = params, spec | {"accuracy": accuracy, "images": count, "sha256": _hash(params)}
+        _write(path, *cached)
+        logging.info(
+            "fitted a classifier (%s, %s) on %d images: held-out accuracy %.3f",
+            purpose, spec["task"], count, accuracy,
+        )  # fmt: skip
+    params, report = cached
+    name = {"loss": "loss_classifier", "metric": "classifier"}[purpose]
+    return Fitted(as_network(name + "(rotation)" * rotation, params, report), report)
+
+
+def as_network(name: str, params: PyTree, report: dict) -> FeatureNetwork:
+    """FeatureNetwork of weights and the report that came with them."""
+    net = _module(report["num_classes"], report["width"])
+    params = jax.tree.map(jnp.asarray, params)
+    return FeatureNetwork(
+        name=name,
+        apply=functools.partial(_maps, net),
+        params=params,
+        sha256=report["sha256"],
+        input_size=net.input_size,
+        outputs=functools.partial(_outputs, net),
+    )
+
+
+def _module(num_classes, width):
+    return Classifier(num_classes=num_classes, width=width)
+
+
+def _maps(net, params, x):
+    return net.apply({"params": params}, x)[1]
+
+
+def _outputs(net, params, x):
+    logits, _, penultimate = net.apply({"params": params}, x)
+    return {"features": penultimate, "logits": logits}
+
+
+def _fit(source, spec):
+    images, labels = _read_images(source, spec)
+    rotation = spec["task"] == "rotation"
+    held_out = min(1000, len(images) // 5)
+    if held_out < 1:
+        raise ValueError(
+            f"{len(images)} images of {source.name!r} are too few to fit a classifier on: give 10"
+        )
+    net = _module(spec["num_classes"], spec["width"])
+    view = min(source.resolution, VIEW)
+    shape = (1, view, view, 3)
+    params = jax.jit(net.init)(jax.random.key(spec["seed"], impl="rbg"), jnp.zeros(shape))["params"]
+    steps = spec["steps"]
+    tx = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 4e-3, steps // 10 + 1, steps + 1))
+    opt_state = tx.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, x, label):
+        def loss(params):
+            logits = net.apply({"params": params}, x)[0]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for n in range(steps):
+        rng = np.random.default_rng((spec["seed"], n))
+        pick = rng.integers(held_out, len(images), spec["batch_size"])
+        x, label = _augment(images[pick], labels[pick], rng, rotation, view)
+        params, opt_state = step(params, opt_state, x, label)
+
+    # held-out accuracy at full size, as the network will be used
+    classify = jax.jit(lambda params, x: jnp.argmax(net.apply({"params": params}, x)[0], axis=-1))
+    rng, right = np.random.default_rng(spec["seed"]), []
+    for start in range(0, held_out, 100):
+        part = slice(start, min(start + 100, held_out))
+        x, label = images[part], labels[part]
+        if rotation:
+            x, label = _rotate(x, rng)
+        x = np.concatenate([x, np.zeros((100 - len(x), *x.shape[1:]), x.dtype)])  # one compilation
+        right.append(np.asarray(classify(params, _float(x)))[: len(label)] == label)
+    return jax.tree.map(np.asarray, params), float(np.concatenate(right).mean()), len(images)
+
+
+def _read_images(source, spec):
+    """uint8 [n, R, R, 3] and labels [n] in one fixed random order."""
+    ids = np.arange(len(source))
+    if spec["subset"] == "even":
+        ids = ids[::2]
+    ids = np.random.default_rng(0).permutation(ids)[: spec["max_images"]]
+    images = np.empty((len(ids), source.resolution, source.resolution, 3), np.uint8)
+    labels = np.empty(len(ids), np.int32)
+    for row, i in enumerate(ids):
+        item = source[int(i)]
+        images[row] = np.clip(np.round((item["image"] + 1) * 127.5), 0, 255)
+        labels[row] = item["label"]
+    return images, labels
+
+
+def _augment(images, labels, rng, rotation, view):
+    # mirror first, turn second: a mirrored quarter turn would be the opposite quarter turn
+    mirrored = rng.random(len(images)) < 0.5
+    images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+    if rotation:
+        images, labels = _rotate(images, rng)
+    size = images.shape[1]
+    if size == view:
+        return _float(images), labels
+    # half the batch shows detail (a crop), half the whole (block means of the largest multiple)
+    half, whole = len(images) // 2, size // view
+    corner = rng.integers(0, size - view + 1, (half, 2))
+    crops = [image[r : r + view, c : c + view] for image, (r, c) in zip(images, corner)]
+    rest = images[half:, : whole * view, : whole * view].astype(np.float32)
+    blocks = rest.reshape(len(rest), view, whole, view, whole, 3).mean(axis=(2, 4))
+    return np.concatenate([_float(np.stack(crops)), blocks / 127.5 - 1]), labels
+
+
+def _rotate(images, rng):
+    turns = rng.integers(0, 4, len(images)).astype(np.int32)
+    return np.stack([np.rot90(image, k) for image, k in zip(images, turns)]), turns
+
+
+def _float(images):
+    return images.astype(np.float32) / 127.5 - 1
+
+
+def _cache(folder):
+    if folder is None:
+        folder = os.environ.get("CHEAPSCALE_CACHE", "~/.cache/cheapscale")
+    return pathlib.Path(folder).expanduser() / "classifiers"
+
+
+def _hash(params):
+    digest = hashlib.sha256()
+    for name, leaf in sorted(_flat(params).items()):
+        digest.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _flat(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _write(path, params, report):
+    # weights first, report last: a report on disk means that the weights beside it are whole
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, save in (
+        (".npz", lambda f: np.savez(f, **_flat(params))),
+        (".json", lambda f: f.write(json.dumps(report, indent=1).encode())),
+    ):
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            save(file)
+        os.replace(file.name, path.with_name(path.name + suffix))
+
+
+def _read(path, spec):
+    report_path = path.with_name(path.name + ".json")
+    if not report_path.exists():
+        return None
+    report = json.loads(report_path.read_text())
+    params: dict = {}
+    with np.load(path.with_name(path.name + ".npz")) as stored:
+        for name in stored.files:
+            *outer, last = name.split("/")
+            functools.reduce(lambda d, key: d.setdefault(key, {}), outer, params)[last] = stored[
+                name
+            ]
+    if _hash(params) != report["sha256"] or any(report[k] != v for k, v in spec.items()):
+        raise ValueError(f"{report_path} does not describe the weights beside it: delete both")
+    return params, report

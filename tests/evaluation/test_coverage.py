@@ -1,0 +1,65 @@
+"""Precision and recall against brute force and on sets built to have known answers."""
+
+import numpy as np
+import pytest
+
+from cheapscale.evaluation import coverage
+
+
+def _brute_force(real, fake, k):
+    def radius(points, i):
+        return sorted(np.linalg.norm(points - points[i], axis=1))[k]
+
+    def share(points, centres):
+        return np.mean([
+            any(np.linalg.norm(p - c) <= radius(centres, i) for i, c in enumerate(centres))
+            for p in points
+        ])  # fmt: skip
+
+    return share(fake, real), share(real, fake)
+
+
+@pytest.mark.parametrize("k, tile", [(3, 1024), (1, 7)])
+def test_equals_brute_force_whatever_the_tile(k, tile):
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(40, 3)), 0.6 * rng.normal(size=(25, 3)) + 0.8
+    result = coverage.precision_recall(real, fake, k=k, tile=tile)
+    assert result == pytest.approx(_brute_force(real, fake, k))
+    assert 0 < result.recall < 1
+
+
+def test_dropped_modes_cost_recall_and_outliers_cost_precision():
+    rng = np.random.default_rng(1)
+    modes = np.array([[0.0, 0.0], [100.0, 0.0]])
+    real = np.concatenate([rng.normal(size=(50, 2)) + m[None] for m in modes])
+    one_mode = rng.normal(size=(50, 2))
+    result = coverage.precision_recall(real, one_mode)
+    assert result.precision > 0.85 and 0.4 < result.recall <= 0.5
+    result = coverage.precision_recall(one_mode, real)
+    assert result.recall > 0.85 and 0.4 < result.precision <= 0.5
+    assert coverage.precision_recall(real, real + 1000) == (0, 0)
+    assert coverage.precision_recall(real, real) == (1, 1)
+
+
+def test_precision_survives_features_far_from_the_origin():
+    rng = np.random.default_rng(2)
+    real, fake = rng.normal(size=(40, 3)), rng.normal(size=(40, 3)) + 0.5
+    moved = coverage.precision_recall(real + 1e6, fake + 1e6)
+    assert moved == coverage.precision_recall(real, fake)
+
+
+def test_nearest_finds_copies_and_their_index():
+    rng = np.random.default_rng(3)
+    references = rng.integers(0, 255, (60, 12), np.uint8)
+    queries = references[[7, 41]].copy()
+    queries[1, 0] ^= 4
+    distance, index = coverage.nearest(queries, references, tile=16)
+    np.testing.assert_array_equal(index, [7, 41])
+    np.testing.assert_allclose(distance, [0, 4], atol=1e-5)
+
+
+def test_bad_sets_are_refused():
+    with pytest.raises(ValueError, match="more than 3 vectors"):
+        coverage.precision_recall(np.ones((3, 2)), np.ones((9, 2)))
+    with pytest.raises(ValueError, match=r"must be \[n, d\]"):
+        coverage.nearest(np.ones((3, 2)), np.ones((9, 3)))
