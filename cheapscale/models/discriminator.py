@@ -9,7 +9,9 @@ PaGoDA uses them (spec 3.4). For each frozen network with maps f_0 (finest) ... 
     D_i = head_i(o_i, label)              trainable                                        (4)
 
 CCM and CSM are drawn once and frozen. `up` keeps the corners aligned; its rows sum to one, so it
-commutes with the 1x1 convolution, which is done first, where there are fewer pixels.
+commutes with the 1x1 convolution, which is done first, where there are fewer pixels. Maps as large
+as the network's own input are left out: (3) would enlarge them, and most of the time would go into
+judging them at twice the resolution of the image.
 
 A head halves o_i with spectral-norm 4x4 convolutions, batch norm and LeakyReLU(0.2) until it is
 nominally 8 px (round(log2(side / 8)) times), then a spectral-norm 4x4 convolution without padding.
@@ -152,7 +154,7 @@ def projected_discriminator(
             name = network.name
             advanced[name] = {}
             features = network.apply(frozen[name]["network"], x)
-            mixed = mix(frozen[name]["mixing"], features)
+            mixed = mix(frozen[name]["mixing"], reduced(network, resolution, features))
             for i, (head, feature) in enumerate(zip(heads[name], mixed)):
                 slot = f"head{i}"
                 variables = {"params": params[name][slot], "spectral": spectral[name][slot]}
@@ -168,10 +170,22 @@ def projected_discriminator(
 
 
 def map_shapes(network: FeatureNetwork, resolution: int) -> list[tuple[int, int]]:
-    """(side, channels) of a network's maps, finest first, without running it."""
+    """(side, channels) of the maps that are mixed, finest first, without running the network."""
     x = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
-    maps = jax.eval_shape(network.apply, network.params, x)
+    maps = reduced(network, resolution, jax.eval_shape(network.apply, network.params, x))
     return [(m.shape[1], m.shape[3]) for m in maps]
+
+
+def reduced(network: FeatureNetwork, resolution: int, maps: Sequence) -> tuple:
+    """The maps that are smaller than the network's input."""
+    side = max(resolution, network.input_size)
+    kept = tuple(m for m in maps if m.shape[1] < side)
+    if not kept:
+        raise ValueError(
+            f"every map of {network.name!r} is as large as its {side}-px input: projected features "
+            "need a network with strides above 1"
+        )
+    return kept
 
 
 def mixed_shapes(shapes: Sequence[tuple[int, int]], width: int) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from cheapscale.models.diffaugment import POLICY, augment, check_policy
-from cheapscale.models.discriminator import init_mixing, map_shapes, mix
+from cheapscale.models.discriminator import init_mixing, map_shapes, mix, reduced
 from cheapscale.models.features.network import FeatureNetwork, enlarge
 
 PyTree = Any
@@ -84,7 +84,9 @@ def feature_distance(
     def maps(frozen, network, x, key):
         x = augment(enlarge(x, network.input_size), key, policy)
         features = network.apply(frozen["network"], x)
-        return mix(frozen["mixing"], features) if projected else features
+        if not projected:
+            return features
+        return mix(frozen["mixing"], reduced(network, resolution, features))
 
     def apply(frozen, x, y, key):
         _check(x, y)

@@ -16,7 +16,7 @@ from cheapscale.models.discriminator import (
 from cheapscale.models.features.network import FeatureNetwork
 
 
-def pooling_network(name="pool", strides=(1, 2, 4), channels=6):
+def pooling_network(name="pool", strides=(2, 4, 8), channels=6):
     """A cheap feature network: block means, linearly mixed to more channels."""
 
     def apply(params, x):
@@ -152,13 +152,14 @@ def test_channel_table_and_logit_counts_of_the_paper():
     assert logits.shape == (2, 64)
 
 
-@pytest.mark.parametrize("strides, side", [((1,), 2), ((2, 4), 4), ((1, 2, 4, 8), 8)])
+@pytest.mark.parametrize("strides, side", [((2,), 2), ((2, 4), 4), ((1, 2, 4, 8), 8)])
 def test_small_maps_and_unconditional_heads(strides, side):
     d = projected_discriminator([pooling_network(strides=strides)], resolution=side, width=2)
     params, spectral = jax.eval_shape(d.init, jax.random.key(0))
     frozen = jax.eval_shape(d.init_frozen, jax.random.key(0))
     x = jnp.zeros((2, side, side, 3))
     logits, _ = jax.eval_shape(d.apply, params, spectral, frozen, x, None, jax.random.key(0))
+    strides = [s for s in strides if s > 1]  # a map at full size is left out
     sides = [2 * side // strides[0]] + [side // s for s in strides[:-1]]
     halved = [s // 2 ** len(head_channels(s, 2)) for s in sides]
     assert logits.shape == (2, sum((s - min(4, s) + 1) ** 2 for s in halved))
@@ -181,6 +182,8 @@ def test_wrong_inputs_are_named(built):
         d.apply(params, spectral, frozen, images(0), None, jax.random.key(0))
     with pytest.raises(ValueError, match="distinct names"):
         projected_discriminator([pooling_network(), pooling_network()], resolution=8)
+    with pytest.raises(ValueError, match="'pool' is as large as its 8-px input"):
+        projected_discriminator([pooling_network(strides=(1,))], resolution=8)
     with pytest.raises(ValueError, match=r"\(4, 2\).*num_classes=3"):
         projected_discriminator(
             [pooling_network()], resolution=8, num_classes=3, embedding=np.zeros((4, 2))

@@ -1,0 +1,183 @@
+"""DeiT-B distilled (timm's "deit_base_distilled_patch16_224") re-assembled into four maps.
+
+A pre-norm vision transformer (Touvron et al. 2021, arXiv 2012.12877): patches, a class and a
+distillation token in front, learned positions, blocks x + attention(LN x), x + MLP(LN x), exact
+GELU, LayerNorm eps 1e-6. Positions are resized bilinearly where the image is not the file's size.
+Its patch tokens after a quarter, half, three quarters and all of the blocks (2, 5, 8, 11 of 12)
+become maps as in the projected discriminator (spec 3.4): a 1x1 convolution to 96, 192, 384, 768
+channels, then a 4x4 stride-4 transposed, a 2x2 stride-2 transposed, no, and a 3x3 stride-2
+convolution: strides 4, 8, 16, 32 for patches of 16. These re-assembly kernels are random and
+frozen: `redraw` draws them anew.
+
+Names are timm's: cls_token, dist_token, pos_embed, patch_embed.proj, blocks.<n>.{norm1, attn.qkv,
+attn.proj, norm2, mlp.fc1, mlp.fc2}; qkv channels are ordered (three, head, dim), heads of 64.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cheapscale.models.features.convolution import conv
+from cheapscale.models.features.network import FeatureNetwork, enlarge
+from cheapscale.models.features.vgg import DEVIATION, MEAN
+from cheapscale.models.features.weights import Weights
+
+PyTree = Any
+
+HEAD_DIM = 64
+EXTRA_TOKENS = 2  # class and distillation
+SEGMENTS = 4
+
+
+def build(weights: Weights, input_size: int = 224, seed: int = 0) -> FeatureNetwork:
+    """The network from timm's weights, its random re-assembly drawn from `seed`."""
+    proj = weights.take("patch_embed.proj.weight", -1, 3, -1, -1)
+    width, patch = proj.shape[0], proj.shape[2]
+    depth = 1 + max(
+        (int(n.split(".")[1]) for n in weights.arrays if n.startswith("blocks.")), default=-1
+    )
+    if not depth or depth % SEGMENTS or width % HEAD_DIM:
+        raise ValueError(
+            f"{weights.path} has {depth} blocks of width {width}: this network needs a multiple of "
+            f"{SEGMENTS} blocks and of {HEAD_DIM} channels"
+        )
+    blocks = [_block(weights, f"blocks.{i}.", width) for i in range(depth)]
+    size = depth // SEGMENTS
+    vit = {
+        "patch": {
+            "kernel": proj.transpose(2, 3, 1, 0),
+            "bias": weights.take("patch_embed.proj.bias", width),
+        },
+        "extra": jnp.concatenate(
+            [weights.take(name, 1, 1, width) for name in ("cls_token", "dist_token")], axis=1
+        ),
+        "position": weights.take("pos_embed", 1, -1, width),
+        # One stacked tree per segment: a scan over it compiles one block, not all of them.
+        "segments": [
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks[i : i + size])
+            for i in range(0, depth, size)
+        ],
+    }
+    vit = jax.tree.map(jnp.asarray, vit)
+
+    def redraw(key):
+        return {"vit": vit, "reassembly": init_reassembly(key, width)}
+
+    def apply(params, x):
+        x = enlarge(x, input_size)
+        if x.shape[1] % patch or x.shape[2] % patch:
+            raise ValueError(
+                f"deit_base_distilled sees images of {x.shape[1]}x{x.shape[2]}, not a multiple of "
+                f"its {patch}-px patches: set input_size to a larger multiple"
+            )
+        return tuple(reassemble(params["reassembly"], hidden(params["vit"], x)))
+
+    params = redraw(jax.random.key(seed))
+    return FeatureNetwork(
+        "deit_base_distilled", apply, params, weights.sha256, input_size, redraw=redraw
+    )
+
+
+def _block(weights: Weights, prefix: str, width: int) -> PyTree:
+    def linear(name, fan_in, fan_out):
+        return {
+            "kernel": weights.take(f"{prefix}{name}.weight", fan_out, fan_in).T,
+            "bias": weights.take(f"{prefix}{name}.bias", fan_out),
+        }
+
+    def norm(name):
+        return {
+            "scale": weights.take(f"{prefix}{name}.weight", width),
+            "bias": weights.take(f"{prefix}{name}.bias", width),
+        }
+
+    mlp = weights.take(f"{prefix}mlp.fc1.bias", -1).shape[0]
+    return {
+        "norm1": norm("norm1"),
+        "qkv": linear("attn.qkv", width, 3 * width),
+        "proj": linear("attn.proj", width, width),
+        "norm2": norm("norm2"),
+        "fc1": linear("mlp.fc1", width, mlp),
+        "fc2": linear("mlp.fc2", mlp, width),
+    }
+
+
+def hidden(vit: PyTree, x: jax.Array) -> list[jax.Array]:
+    """Images [b, h, w, 3] in [-1, 1] -> the patch tokens [b, h/p, w/p, width] after each quarter
+    of the blocks."""
+    x = ((x + 1.0) / 2.0 - MEAN[None, None, None, :]) / DEVIATION[None, None, None, :]
+    patch = vit["patch"]["kernel"].shape[0]
+    x = conv(x, vit["patch"]["kernel"], patch, "VALID") + vit["patch"]["bias"][None, None, None, :]
+    b, h, w, c = x.shape
+    extra = jnp.broadcast_to(vit["extra"], (b, EXTRA_TOKENS, c))
+    tokens = jnp.concatenate([extra, x.reshape(b, h * w, c)], axis=1)
+    tokens = tokens + _positions(vit["position"], h, w)
+    out = []
+    for segment in vit["segments"]:
+        tokens, _ = jax.lax.scan(lambda t, block: (_transform(block, t), None), tokens, segment)
+        out.append(tokens[:, EXTRA_TOKENS:].reshape(b, h, w, c))
+    return out
+
+
+def _positions(position: jax.Array, h: int, w: int) -> jax.Array:
+    side = math.isqrt(position.shape[1] - EXTRA_TOKENS)
+    if (side, side) == (h, w):
+        return position
+    grid = position[:, EXTRA_TOKENS:].reshape(1, side, side, -1)
+    # The reference's resize does not smooth ahead of shrinking.
+    grid = jax.image.resize(grid, (1, h, w, grid.shape[3]), "bilinear", antialias=False)
+    return jnp.concatenate([position[:, :EXTRA_TOKENS], grid.reshape(1, h * w, -1)], axis=1)
+
+
+def _transform(block: PyTree, x: jax.Array) -> jax.Array:
+    b, t, c = x.shape
+    qkv = _linear(block["qkv"], _layer_norm(block["norm1"], x))
+    qkv = qkv.reshape(b, t, 3, c // HEAD_DIM, HEAD_DIM)
+    attended = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+    x = x + _linear(block["proj"], attended.reshape(b, t, c))
+    h = jax.nn.gelu(_linear(block["fc1"], _layer_norm(block["norm2"], x)), approximate=False)
+    return x + _linear(block["fc2"], h)
+
+
+def _linear(weights: PyTree, x: jax.Array) -> jax.Array:
+    return x @ weights["kernel"] + weights["bias"][None, None, :]
+
+
+def _layer_norm(weights: PyTree, x: jax.Array) -> jax.Array:
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    return x * weights["scale"][None, None, :] + weights["bias"][None, None, :]
+
+
+def init_reassembly(key: jax.Array, width: int) -> PyTree:
+    """Random frozen kernels of the re-assembly, normal with variance 1 / fan-in, biases zero."""
+    layers = []
+    for i, kernel in enumerate((4, 2, 0, 3)):
+        channels = width // 8 * 2**i
+        key, a, b = jax.random.split(key, 3)
+        layer = {"project": jax.random.normal(a, (width, channels)) * width**-0.5}
+        if kernel:
+            # A transposed convolution as wide as its stride has one input pixel per output pixel.
+            fan_in = channels * (9 if kernel == 3 else 1)
+            shape = (kernel, kernel, channels, channels)
+            layer["resize"] = jax.random.normal(b, shape) * fan_in**-0.5
+        layers.append(layer)
+    return layers
+
+
+def reassemble(layers: PyTree, tokens: list[jax.Array]) -> list[jax.Array]:
+    """Four token maps at one size -> maps at four times, twice, once and half that size."""
+    maps = []
+    for layer, x in zip(layers, tokens):
+        x = jnp.einsum("bhwc,cd->bhwd", x, layer["project"])
+        kernel = layer.get("resize")
+        if kernel is not None and kernel.shape[0] == 3:
+            x = conv(x, kernel, 2, padding=1)
+        elif kernel is not None:
+            b, h, w, _ = x.shape
+            k, _, _, c = kernel.shape
+            x = jnp.einsum("bhwc,ijcd->bhiwjd", x, kernel).reshape(b, h * k, w * k, c)
+        maps.append(x)
+    return maps

@@ -1,0 +1,113 @@
+"""Reading weight files: .npz, .safetensors, and PyTorch's .pth, .pt, .th and .bin.
+
+Every reader returns {name: NumPy array}; networks take what they need by name and shape, so a file
+of another network is refused with the first thing that is wrong, before anything compiles.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin")
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64,
+    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+class Weights(NamedTuple):
+    """Arrays by name, where they came from, and the hash of the file (hashes joined by "+" for
+    several files)."""
+
+    arrays: dict[str, np.ndarray]
+    path: str
+    sha256: str
+
+    def take(self, name: str, *shape: int) -> np.ndarray:
+        """The array as float32; -1 in `shape` stands for any length."""
+        if name not in self.arrays:
+            raise ValueError(
+                f"{self.path} has no weight {name!r}: it is not a file of this network"
+            )
+        array = self.arrays[name]
+        fits = array.ndim == len(shape) and all(w in (-1, n) for w, n in zip(shape, array.shape))
+        if not fits:
+            wanted = ", ".join("any" if n < 0 else str(n) for n in shape)
+            raise ValueError(
+                f"{self.path}: weight {name!r} has shape {array.shape} where this network "
+                f"has ({wanted}): it is a file of another network"
+            )
+        return np.asarray(array, np.float32)
+
+
+def read_weights(
+    path: str | pathlib.Path | Sequence[str | pathlib.Path], sha256: str | None = None
+) -> Weights:
+    """Read one weight file, or several whose names are merged, checking the hash where given."""
+    paths = [path] if isinstance(path, str | pathlib.Path) else list(path)
+    arrays, hashes = {}, []
+    for one in map(pathlib.Path, paths):
+        if not one.is_file():
+            raise ValueError(f"no weight file at {one}: download it, then give its path")
+        hashes.append(hashlib.sha256(one.read_bytes()).hexdigest())
+    shown, found = " + ".join(map(str, paths)), "+".join(hashes)
+    if sha256 and sha256.lower() != found:
+        raise ValueError(
+            f"{shown} has SHA-256 {found} but {sha256} was asked for: it is another version or "
+            "is damaged"
+        )
+    for one in map(pathlib.Path, paths):
+        arrays |= _read(one)
+    return Weights(arrays, shown, found)
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    if path.suffix == ".npz":
+        with np.load(path) as stored:
+            return {name: stored[name] for name in stored.files}
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return _read_torch(path)
+    raise ValueError(
+        f"{path} ends in {path.suffix!r}: give .npz, .safetensors or one of {TORCH_SUFFIXES}"
+    )
+
+
+def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """A .safetensors file: 8 bytes of header length, a JSON header, raw little-endian arrays."""
+    raw = pathlib.Path(path).read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    try:
+        header = json.loads(raw[8 : 8 + size])
+        arrays = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = (8 + size + offset for offset in entry["data_offsets"])
+            array = np.frombuffer(raw[begin:end], DTYPES[entry["dtype"]])
+            if entry["dtype"] == "BF16":  # the upper half of a float32
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            arrays[name] = array.reshape(entry["shape"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole .safetensors file: {error!r}") from error
+    return arrays
+
+
+def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is a PyTorch file and torch is not installed: install torch, or convert the "
+            "file to .safetensors or .npz"
+        ) from error
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(stored.get(wrapper), dict):
+            stored = stored[wrapper]
+    return {k: v.float().numpy() for k, v in stored.items() if isinstance(v, torch.Tensor)}
