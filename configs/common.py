@@ -1,7 +1,7 @@
 """What every config shares: the argument string and the fields of each stage.
 
-A config file is a program of plain values: get_config("stage=grow,resolution=64,size=s") returns the
-complete ConfigDict of one stage, and stages(arg) the argument strings of the whole pipeline in order.
+A config file is a program of plain values: get_config("stage=grow,resolution=64,size=s") returns
+the complete ConfigDict of one stage, stages(arg) the argument strings of the pipeline in order.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,7 @@ def parse_arg(arg: str | None, **defaults) -> ConfigDict:
 
 
 def stages(base: int, resolutions: tuple[int, ...]) -> list[str]:
-    """The argument strings of a pipeline: three stages at `base`, then one growth per resolution."""
+    """Argument strings of a pipeline: three stages at `base`, then one growth per resolution."""
     grown = [f"stage=grow,resolution={r}" for r in resolutions if r > base]
     return ["stage=pretrain", "stage=invert", "stage=distill", *grown]
 
@@ -74,6 +74,7 @@ def base_config(stage: str, **fields) -> ConfigDict:
             "data_dir": "",
             "resolution": 8,
             "flip": True,
+            "cache_latents": True,  # hold the whole latent store in memory
             "options": {},
         }
     )

@@ -1,7 +1,7 @@
 """PaGoDA on procedural scenes: the embedded default, no files needed.
 
-Paper: Kim et al. 2024 (arXiv 2405.14822), the pipeline of Figure 2 at toy scale: base 8 px, grown to
-16 and 32 (size=quick), or base 16 grown to 128 (size=small).
+Paper: Kim et al. 2024 (arXiv 2405.14822), the pipeline of Figure 2 at toy scale: base 8 px, grown
+to 16 and 32 (size=quick), or base 16 grown to 128 (size=small).
 Hardware: 2 CPU cores, about 12 minutes (quick).
 
     python -m launch.pipeline --config=configs/scenes.py --arg=size=quick --workdir=runs/quick
@@ -44,7 +44,7 @@ def get_config(arg: str = ""):
     if args.stage == "pretrain":
         config.total_steps = pretrain
         config.optim = common.optimiser("adam", 1e-3, warmup_steps=200, clip_norm=1.0)
-        config.model = common.tiny_unet(base, size["channels"], num_classes=6)
+        config.model = common.tiny_unet(base, size["channels"], num_classes=8)
     if args.stage == "invert":
         config.batch_size = 256
     if args.stage == "distill":

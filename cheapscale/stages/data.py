@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from cheapscale.data import loader, sources
-from cheapscale.data.augment import flip
+from cheapscale.data.augment import random_flip
 from cheapscale.data.latents import PairSource
 from cheapscale.data.resize import RESIZE_ID
 
@@ -15,7 +14,7 @@ PyTree = Any
 
 
 def open_data(data, *, split: str | None = None, resolution: int | None = None):
-    """The source that `config.data` names, at its own split and resolution unless told otherwise."""
+    """The source that `config.data` names, at its split and resolution unless told otherwise."""
     return sources.open_source(
         data["name"],
         split or data["split"],
@@ -68,11 +67,6 @@ def real_batches(source, start_step: int, *, batch_size: int, seed: int, transfo
         yield batch
 
 
-def mirrored(item: dict, rng: np.random.Generator) -> dict:
-    """Half of the real images mirrored."""
-    return item | {"image": flip(item["image"])} if rng.random() < 0.5 else item
-
-
 def pair_and_real_batches(
     source, store, start_step: int, *, batch_size: int, seed: int, proportion: float, flips: bool
 ) -> Iterator[PyTree]:
@@ -87,7 +81,7 @@ def pair_and_real_batches(
         start_step,
         batch_size=batch_size,
         seed=seed + 1,
-        transform=mirrored if flips else None,
+        transform=random_flip if flips else None,
     )
     for pair, real in zip(pair_stream, real_stream):
         pair.pop("flip")

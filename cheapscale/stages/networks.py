@@ -64,7 +64,7 @@ def make_generator(model: dict, diffusion: dict) -> Callable:
 
 
 def load_teacher(workdir: str | pathlib.Path, **options) -> Loaded:
-    """The EMA weights of a pretraining run; ValueError where the work directory is another stage's."""
+    """The EMA weights of a pretraining run; ValueError where `workdir` is another stage's."""
     loaded = load_network(workdir, **options)
     if "net" not in loaded.meta["networks"]:
         raise ValueError(

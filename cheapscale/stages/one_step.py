@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cheapscale.data.latents import LatentStore
-from cheapscale.data.resize import RESIZE_ID
 from cheapscale.models.unet import unet
 from cheapscale.stages import data
 from cheapscale.stages.adversary import make_judges
@@ -129,14 +128,7 @@ def pair_batches(
 ) -> Iterator[PyTree]:
     """The stage's two streams; refuses latents of another teacher, data set or resize."""
     expect = {"teacher": fingerprint(load_teacher(teacher_workdir).params)}
-    store = LatentStore.open(config.latents, expect=expect)
-    trained = store.manifest["source"]
-    for key, value in (("name", source.name), ("split", source.split), ("resize", RESIZE_ID)):
-        if trained[key] != value:
-            raise ValueError(
-                f"the latents in {config.latents} were made from {key} {trained[key]!r}, but this "
-                f"run has {value!r}: invert these images, or point config.latents at their store"
-            )
+    store = LatentStore.open(config.latents, expect=expect, in_memory=config.data.cache_latents)
     return data.pair_and_real_batches(
         source,
         store,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.data.augment import augment, flip
+from cheapscale.data.augment import random_augment, random_flip
 from cheapscale.diffusion import denoiser, process
 from cheapscale.models.unet import unet
 from cheapscale.stages import data
@@ -90,13 +90,9 @@ def build(config) -> Stage:
 
 def augmented(item: dict, rng: np.random.Generator, *, flips: bool, probability: float) -> dict:
     """One training image: mirrored half of the time, then EDM's non-leaking augmentation."""
-    image = item["image"]
-    if flips and rng.random() < 0.5:
-        image = flip(image)
-    if probability:
-        image, labels = augment(image, rng, probability)
-        item = item | {"augment": labels}
-    return item | {"image": image}
+    if flips:
+        item = random_flip(item, rng)
+    return random_augment(item, rng, p=probability) if probability else item
 
 
 def denoising_loss(

@@ -132,11 +132,11 @@ def load_network(
 
 
 def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, dict]:
-    """(step, meta) of the newest checkpoint, or of `step`; FileNotFoundError where there is none."""
+    """(step, meta) of the newest checkpoint, or of `step`; FileNotFoundError if there is none."""
     folder = pathlib.Path(workdir).resolve() / "checkpoints"
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no checkpoint in {str(workdir)!r}: train that stage first, or point at its work directory"
+            f"no checkpoint in {str(workdir)!r}: train that stage first, or name its work directory"
         )
     with ocp.CheckpointManager(folder) as manager:
         step = manager.latest_step() if step is None else step

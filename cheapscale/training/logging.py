@@ -12,6 +12,8 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from cheapscale.evaluation.pixels import to_uint8
+
 
 def image_grid(images: np.ndarray, columns: int | None = None, pad: int = 2) -> np.ndarray:
     """[n, h, w, 3] floats in [-1, 1] -> one uint8 picture [H, W, 3] on a white ground."""
@@ -24,11 +26,6 @@ def image_grid(images: np.ndarray, columns: int | None = None, pad: int = 2) -> 
         y, x = pad + (i // columns) * (h + pad), pad + (i % columns) * (w + pad)
         sheet[y : y + h, x : x + w] = pixels[i]
     return sheet
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> uint8 by trunc((x + 1) * 127.5), clamped (spec section 3.1)."""
-    return np.trunc((np.clip(np.asarray(images, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def enlarge(images: np.ndarray, resolution: int) -> np.ndarray:

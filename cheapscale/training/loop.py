@@ -242,7 +242,7 @@ def finite(metrics: dict, step: int, state: PyTree, workdir: str, name: str) -> 
             folder = ckpt.save_diverged(workdir, step, state)
             raise Diverged(
                 f"{name}: {metric} is {value} at step {step}: the state is saved in {folder}; "
-                "lower the learning rate, or run the same command to resume from the last checkpoint"
+                "lower the learning rate, or repeat the command to resume from the last checkpoint"
             )
     return values
 
