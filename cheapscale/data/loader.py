@@ -1,4 +1,4 @@
-"""Batches as a pure function of the step: shuffle, split over processes, transform, batch, prefetch.
+"""Batches as a pure function of the step: shuffle, split over processes, transform, prefetch.
 
 The source, reshuffled each epoch and repeated without end, is one infinite sequence of elements,
 fixed by the seed. Step k takes elements k B to (k + 1) B - 1 of it. Process p of P gets those at
