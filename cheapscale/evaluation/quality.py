@@ -25,8 +25,8 @@ class Reference(NamedTuple):
     """Real images of one source in the features of one network.
 
     features, images: [n, d] and uint8 [n, R, R, 3], held out from training where `train_*` is
-    given; `train_*` the same of training images, else None. floor, kd_floor: distances between two
-    sets of real images, what a perfect generator would score.
+    given; `train_*` the same of training images, else None.
+    floor_features: two sets of real images; their distance is what a perfect generator scores.
     """
 
     network: FeatureNetwork
@@ -34,8 +34,16 @@ class Reference(NamedTuple):
     images: np.ndarray
     train_features: np.ndarray | None
     train_images: np.ndarray | None
-    floor: float
-    kd_floor: float
+    floor_features: tuple[np.ndarray, np.ndarray]
+
+    def floor(self, num: int) -> tuple[float, float]:
+        """Frechet and kernel distance between reals, the first set no larger than `num`.
+
+        The bias of a Frechet distance depends on the sizes: the floor is for as many images as
+        were generated, as far as there are so many.
+        """
+        first, second = self.floor_features
+        return frechet_distance(first[:num], second), kernel_distance(first[:num], second)
 
 
 def embed(network: FeatureNetwork, images: np.ndarray, *, batch_size: int = 250) -> np.ndarray:
@@ -61,6 +69,7 @@ def reference(
     *,
     train_source: Any = None,
     num: int = 5000,
+    num_train: int = 10_000,
     batch_size: int = 250,
 ) -> Reference:
     """Reads and embeds up to `num` images (a fixed random choice) of a source.
@@ -69,23 +78,25 @@ def reference(
         source: images to compare with, by preference a held-out split.
         train_source: the training split. With it the floor is training images against `source`,
             and memorisation can be measured; without it, one half of `source` against the other.
+        num_train: at most so many training images are read; a memorised image that is not among
+            them is not found.
     """
-    images = read_images(source, num)
+    images, _ = read_images(source, num)
+    if len(images) < 4:
+        raise ValueError(f"{len(images)} images of {source.name!r} are too few to compare with")
     features = embed(network, images, batch_size=batch_size)
-    train_images = train_features = None
-    if train_source is not None:
-        train_images = read_images(train_source, num)
-        train_features = embed(network, train_images, batch_size=batch_size)
-        pair = train_features, features
-    else:
+    if train_source is None:
         half = len(features) // 2
-        pair = features[:half], features[half : 2 * half]
-    if min(len(pair[0]), len(pair[1])) < 2:
-        raise ValueError(f"{len(features)} images of {source.name!r} are too few to compare with")
-    return Reference(
-        network, features, images, train_features, train_images,
-        floor=frechet_distance(*pair), kd_floor=kernel_distance(*pair),
-    )  # fmt: skip
+        pair = features[:half], features[half:]
+        return Reference(network, features, images, None, None, pair)
+    train_images, ids = read_images(train_source, num_train)
+    train_features = embed(network, train_images, batch_size=batch_size)
+    # The metric classifier was fitted on images of even id (training/classifier.py) and tells
+    # those from held-out ones; neither held-out nor generated images were part of its fit.
+    unseen = train_features[ids % 2 == 1]
+    if len(unseen) < 2:
+        raise ValueError(f"{len(ids)} images of {train_source.name!r} are too few for a floor")
+    return Reference(network, features, images, train_features, train_images, (unseen, features))
 
 
 def quality(
@@ -123,17 +134,18 @@ def quality(
             "compare at one resolution"
         )
     features = embed(reference.network, images, batch_size=batch_size)
-    distance = frechet_distance(reference.features, features)
+    distance = frechet_distance(features, reference.features)
+    floor, kd_floor = reference.floor(len(features))
     neighbours = min(k, len(features) - 1, len(reference.features) - 1)
     coverage = precision_recall(reference.features, features, k=neighbours)
     result = {
         "num": len(features),
         "num_real": len(reference.features),
         f"fd_{name}": distance,
-        "floor": reference.floor,
-        "fd_minus_floor": distance - reference.floor,
-        f"kd_{name}": kernel_distance(reference.features, features),
-        "kd_floor": reference.kd_floor,
+        "floor": floor,
+        "fd_minus_floor": distance - floor,
+        f"kd_{name}": kernel_distance(features, reference.features),
+        "kd_floor": kd_floor,
         "precision": coverage.precision,
         "recall": coverage.recall,
     }
@@ -170,10 +182,10 @@ def checked_name(
     )
 
 
-def read_images(source: Any, num: int) -> np.ndarray:
-    """uint8 [n, R, R, 3]: up to `num` images of a source, a fixed random choice in fixed order."""
+def read_images(source: Any, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """A fixed random choice of at most `num` images: uint8 [n, R, R, 3], and their ids [n]."""
     ids = np.random.default_rng(0).permutation(len(source))[:num]
-    return _gather(np.asarray(source[int(i)]["image"])[None] for i in ids)
+    return _gather(np.asarray(source[int(i)]["image"])[None] for i in ids), ids
 
 
 def _gather(images):

@@ -29,7 +29,7 @@ from cheapscale.models.features.network import FeatureNetwork
 
 PyTree = Any
 
-VERSION = 1  # of everything below that changes the weights but not the key's other fields
+VERSION = 2  # of everything below that changes the weights but not the key's other fields
 VIEW = 32  # larger images are trained on as crops and as reductions of this size
 PURPOSES = {
     "loss": {"seed": 1, "width": 16, "subset": "all"},
@@ -66,8 +66,10 @@ def fit_classifier(
 
     Returns:
         Fitted. network.name is "classifier" (metric) or "loss_classifier", with "(rotation)"
-        appended where there are no labels; network.outputs gives 64-d features and logits.
-        report has "accuracy" on images held out of the fit, and what it was fitted on.
+        appended where there are no labels; network.outputs gives logits and 64-d features of
+        mean square 1 (the cubic kernel of a kernel distance needs a scale; Frechet distances then
+        compare across data sets too). report has "accuracy" and the features' rms before scaling,
+        both on images held out of the fit, and what it was fitted on.
     """
     if purpose not in PURPOSES:
         raise ValueError(f"unknown purpose {purpose!r}: choose one of {tuple(PURPOSES)}")
@@ -91,12 +93,12 @@ def fit_classifier(
     path = _cache(cache_dir) / f"{purpose}-{source.resolution}px-{digest}"
     cached = _read(path, spec)
     if cached is None:
-        params, accuracy, count = _fit(source, spec)
-        cached = params, spec | {"accuracy": accuracy, "images": count, "sha256": _hash(params)}
+        params, found = _fit(source, spec)
+        cached = params, spec | found | {"sha256": _hash(params)}
         _write(path, *cached)
         logging.info(
             "fitted a classifier (%s, %s) on %d images: held-out accuracy %.3f",
-            purpose, spec["task"], count, accuracy,
+            purpose, spec["task"], found["images"], found["accuracy"],
         )  # fmt: skip
     params, report = cached
     name = {"loss": "loss_classifier", "metric": "classifier"}[purpose]
@@ -113,7 +115,7 @@ def as_network(name: str, params: PyTree, report: dict) -> FeatureNetwork:
         params=params,
         sha256=report["sha256"],
         input_size=net.input_size,
-        outputs=functools.partial(_outputs, net),
+        outputs=functools.partial(_outputs, net, report["feature_rms"]),
     )
 
 
@@ -125,9 +127,9 @@ def _maps(net, params, x):
     return net.apply({"params": params}, x)[1]
 
 
-def _outputs(net, params, x):
+def _outputs(net, feature_rms, params, x):
     logits, _, penultimate = net.apply({"params": params}, x)
-    return {"features": penultimate, "logits": logits}
+    return {"features": penultimate / feature_rms, "logits": logits}
 
 
 def _fit(source, spec):
@@ -161,17 +163,25 @@ def _fit(source, spec):
         x, label = _augment(images[pick], labels[pick], rng, rotation, view)
         params, opt_state = step(params, opt_state, x, label)
 
-    # held-out accuracy at full size, as the network will be used
-    classify = jax.jit(lambda params, x: jnp.argmax(net.apply({"params": params}, x)[0], axis=-1))
-    rng, right = np.random.default_rng(spec["seed"]), []
+    # what is reported is measured on held-out images at full size, as the network will be used
+    look = jax.jit(functools.partial(_outputs, net, 1.0))
+    rng, right, squares = np.random.default_rng(spec["seed"]), [], []
     for start in range(0, held_out, 100):
         part = slice(start, min(start + 100, held_out))
         x, label = images[part], labels[part]
         if rotation:
             x, label = _rotate(x, rng)
-        x = np.concatenate([x, np.zeros((100 - len(x), *x.shape[1:]), x.dtype)])  # one compilation
-        right.append(np.asarray(classify(params, _float(x)))[: len(label)] == label)
-    return jax.tree.map(np.asarray, params), float(np.concatenate(right).mean()), len(images)
+        count = len(x)
+        x = np.concatenate([x, np.zeros((100 - count, *x.shape[1:]), x.dtype)])  # one compilation
+        out = look(params, _float(x))
+        right.append(np.argmax(out["logits"][:count], axis=-1) == label)
+        squares.append(np.square(out["features"][:count]))
+    found = {
+        "accuracy": float(np.concatenate(right).mean()),
+        "feature_rms": max(float(np.concatenate(squares).mean() ** 0.5), 1e-6),
+        "images": len(images),
+    }
+    return jax.tree.map(np.asarray, params), found
 
 
 def _read_images(source, spec):

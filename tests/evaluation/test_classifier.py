@@ -52,6 +52,8 @@ def test_learns_and_a_second_call_reads_the_same_weights(tmp_path, monkeypatch):
     x = Stripes(4).images
     out = again.network.outputs(again.network.params, x)
     assert out["features"].shape == (4, 64) and out["logits"].shape == (4, 3)
+    many = again.network.outputs(again.network.params, Stripes(300).images)["features"]
+    assert float((many**2).mean()) == pytest.approx(1, abs=0.1)
     assert len(again.network.apply(again.network.params, x)) == 4
 
 

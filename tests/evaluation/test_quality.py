@@ -97,7 +97,8 @@ def test_features_are_those_of_the_truncated_images():
 def test_without_training_images_the_floor_is_half_against_half():
     held_out = quality.reference(NETWORK, Blobs(200, 0), num=200)
     features = held_out.features
-    assert held_out.floor == pytest.approx(fid.frechet_distance(features[:100], features[100:]))
+    halves = fid.frechet_distance(features[:50], features[100:])
+    assert held_out.floor(50)[0] == pytest.approx(halves)
     assert "nn_features" not in quality.quality(held_out, Blobs(50, 1).images)
 
 
@@ -109,6 +110,13 @@ def test_a_network_of_the_loss_may_not_measure(reference, used):
     insisted = quality.quality(reference, images, used_in_loss=used, insist=True)
     assert "fd_quadrants(used in the loss)" in insisted and "fd_quadrants" not in insisted
     quality.quality(reference, images, used_in_loss={"vgg": "def"})
+
+
+def test_the_floor_is_taken_on_training_images_the_classifier_did_not_see(reference):
+    _, ids = quality.read_images(Blobs(300, 1), 10_000)
+    unseen = reference.train_features[ids % 2 == 1]
+    assert len(unseen) == 150
+    assert reference.floor(40)[0] == fid.frechet_distance(unseen[:40], reference.features)
 
 
 def test_unusable_input_is_refused(reference):
