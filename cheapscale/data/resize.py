@@ -10,6 +10,7 @@ rule: x_lo and x_hi come from the same original file). For an image of short sid
 
 The block mean composes: downsample(downsample(x, 4R), R) = downsample(x, R). The chain runs in
 float, and for 8-bit input is rounded once, at its end, to the 8-bit grid; block means are not.
+(PIL on bytes rounds up at each halving, which makes images half a level brighter each time.)
 EXIF orientation is not applied, as in the reference pipelines.
 """
 

@@ -1,0 +1,269 @@
+"""The latent store: exact round trips, whole shards or none, and no pairs that do not belong."""
+
+import json
+import resource
+
+import numpy as np
+import pytest
+
+from cheapscale.data import latents
+from cheapscale.data.augment import flip
+from cheapscale.data.latents import LatentStore, LatentWriter, PairSource, id_and_flip
+from cheapscale.data.loader import batches
+from cheapscale.data.resize import RESIZE_ID
+from cheapscale.data.sources import open_source
+
+IMAGES, BASE, PER_SHARD = 20, 8, 12
+SHAPE = (BASE, BASE, 3)
+
+
+def scenes(resolution=BASE, split="train", **options):
+    return open_source("scenes", split, resolution=resolution, **{"size": IMAGES, **options})
+
+
+def manifest(source=None, **changes):
+    source = source or scenes()
+    return {
+        "teacher": "abc",
+        "sigma_max": 80.0,
+        "nodes": 40,
+        "source": {
+            "name": source.name,
+            "split": source.split,
+            "fingerprint": source.fingerprint(),
+            "num_classes": source.num_classes,
+            "resize": RESIZE_ID,
+            "resolution": source.resolution,
+        },
+        "num_images": len(source),
+        "shape": SHAPE,
+        "dtype": "float32",
+        "per_shard": PER_SHARD,
+        **changes,
+    }
+
+
+def latent(n):
+    """A latent that can be told from any other."""
+    return 80 * np.random.default_rng(n).standard_normal(SHAPE).astype(np.float32)
+
+
+def write(writer, shard):
+    source, records = scenes(), writer.records(shard)
+    labels = source.labels()[[id_and_flip(n)[0] for n in records]]
+    return writer.write_shard(shard, np.stack([latent(n) for n in records]), labels)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    writer = LatentWriter(tmp_path / "store", manifest())
+    for shard in range(writer.num_shards):
+        write(writer, shard)
+    return writer.folder
+
+
+def test_records_cover_every_key_once(tmp_path):
+    writer = LatentWriter(tmp_path, manifest())
+    assert writer.num_shards == 4  # 40 records by 12
+    numbers = [n for shard in range(4) for n in writer.records(shard)]
+    assert [id_and_flip(n) for n in numbers] == [(i, f) for i in range(IMAGES) for f in (0, 1)]
+    with pytest.raises(ValueError, match="shard 4 is outside 0..3"):
+        writer.records(4)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_float32_comes_back_bit_for_bit(folder, in_memory):
+    store = LatentStore.open(folder, in_memory=in_memory)
+    assert len(store) == 2 * IMAGES
+    for n in reversed(range(2 * IMAGES)):
+        id, flipped = id_and_flip(n)
+        np.testing.assert_array_equal(store.latent(id, flipped), latent(n))
+        assert store.record(id, flipped)[0] == scenes().labels()[id]
+
+
+def test_float16_keeps_five_parts_in_ten_thousand(tmp_path):
+    writer = LatentWriter(tmp_path, manifest(dtype="float16"))
+    for shard in range(writer.num_shards):
+        write(writer, shard)
+    store = LatentStore.open(tmp_path)
+    for n in range(2 * IMAGES):
+        z = store.latent(*id_and_flip(n))
+        assert z.dtype == np.float32
+        np.testing.assert_allclose(z, latent(n), rtol=5e-4, atol=80 * 6e-8)
+
+
+def test_rms_is_reported_by_shard_class_and_store(folder):
+    z = np.stack([latent(n) for n in range(2 * IMAGES)]) / 80
+    labels = np.repeat(scenes().labels(), 2)
+    total, by_label = LatentStore.open(folder).rms()
+    assert total == pytest.approx(np.sqrt((z**2).mean()), rel=1e-5)
+    assert by_label.keys() == set(labels.tolist())
+    for label, value in by_label.items():
+        assert value == pytest.approx(np.sqrt((z[labels == label] ** 2).mean()), rel=1e-5)
+    writer = LatentWriter(folder, manifest())
+    assert writer.finish()["rms"] == total
+    values = write(writer, 0)
+    assert values["rms"] == pytest.approx(np.sqrt((z[:PER_SHARD] ** 2).mean()), rel=1e-5)
+    assert values["rms_min"] <= values["rms"] <= values["rms_max"]
+
+
+def test_an_unfinished_store_is_refused_and_can_be_continued(tmp_path):
+    with pytest.raises(ValueError, match="no latent store"):
+        LatentStore.open(tmp_path)
+    writer = LatentWriter(tmp_path, manifest())
+    write(writer, 1)
+    with pytest.raises(
+        ValueError, match=r"lacks 3 of 4 shards \(0, 2, 3\).*run the stage 'invert'"
+    ):
+        LatentStore.open(tmp_path)
+    again = LatentWriter(tmp_path, manifest())
+    assert [again.is_done(k) for k in range(4)] == [False, True, False, False]
+    for shard in (0, 2, 3):
+        write(again, shard)
+    np.testing.assert_array_equal(LatentStore.open(tmp_path).latent(9, 1), latent(19))
+
+
+def test_a_crash_halfway_leaves_no_shard(tmp_path, monkeypatch):
+    writer = LatentWriter(tmp_path, manifest())
+    write(writer, 0)
+
+    class Dying(latents.ArrayRecordWriter):
+        count = 0
+
+        def write(self, data):
+            self.count += 1
+            if self.count == 5:
+                raise KeyboardInterrupt
+            super().write(data)
+
+    monkeypatch.setattr(latents, "ArrayRecordWriter", Dying)
+    with pytest.raises(KeyboardInterrupt):
+        write(writer, 1)
+    monkeypatch.undo()
+    assert not writer.is_done(1) and writer.is_done(0)
+    assert not list(tmp_path.glob("*.tmp"))
+    # A process that is killed cannot clean up: its file is never taken for a shard.
+    stale = tmp_path / "shard-00001.array_record.elsewhere-1.tmp"
+    stale.write_bytes(b"half a shard")
+    assert not writer.is_done(1)
+    write(writer, 1)
+    assert writer.is_done(1) and not stale.exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    writer = LatentWriter(tmp_path, manifest())
+    write(writer, 0)
+    before = (tmp_path / "shard-00000.array_record").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # no file may grow beyond 4 KiB
+    try:
+        with pytest.raises(OSError, match="shard 1 of .* could not be written .*make room"):
+            write(writer, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not writer.is_done(1) and not list(tmp_path.glob("*.tmp"))
+    assert (tmp_path / "shard-00000.array_record").read_bytes() == before
+    write(writer, 1)
+    assert writer.is_done(1)
+
+
+def test_a_manifest_that_differs_is_refused_with_both_values(folder):
+    with pytest.raises(ValueError, match="teacher: stored 'abc', wanted 'xyz'"):
+        LatentStore.open(folder, expect={"teacher": "xyz", "nodes": 40})
+    with pytest.raises(ValueError, match="source.split: stored 'train', wanted 'test'"):
+        LatentStore.open(folder, expect={"source": {"split": "test"}})
+    with pytest.raises(ValueError, match="guidance: stored None, wanted 2"):
+        LatentStore.open(folder, expect={"guidance": 2})
+    LatentStore.open(folder, expect={"teacher": "abc", "shape": SHAPE})
+    with pytest.raises(ValueError, match="nodes: stored 40, wanted 20.*choose another folder"):
+        LatentWriter(folder, manifest(nodes=20))
+    missing = {key: value for key, value in manifest().items() if key != "nodes"}
+    with pytest.raises(ValueError, match="nodes: stored 40, wanted None"):
+        LatentWriter(folder, missing)
+
+
+def test_bad_latents_and_manifests_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="lacks sigma_max"):
+        LatentWriter(tmp_path, {k: v for k, v in manifest().items() if k != "sigma_max"})
+    with pytest.raises(ValueError, match="not as 'bfloat16'"):
+        LatentWriter(tmp_path, manifest(dtype="bfloat16"))
+    with pytest.raises(ValueError, match="per_shard .* must be positive"):
+        LatentWriter(tmp_path, manifest(per_shard=0))
+    writer = LatentWriter(tmp_path, manifest())
+    z, labels = np.ones((PER_SHARD, *SHAPE), np.float32), np.zeros(PER_SHARD, np.int32)
+    with pytest.raises(ValueError, match="takes 12 latents of shape"):
+        writer.write_shard(0, z[:3], labels[:3])
+    z[5, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="image 2 with flip 1 is not finite"):
+        writer.write_shard(0, z, labels)
+    assert not writer.is_done(0)
+
+
+def test_a_missing_key_or_damaged_shard_is_named(folder):
+    store = LatentStore.open(folder)
+    with pytest.raises(KeyError, match="no latent for image 20 with flip 0"):
+        store.latent(IMAGES, 0)
+    with pytest.raises(KeyError, match="with flip 2"):
+        store.latent(0, 2)
+    shard = folder / "shard-00001.array_record"
+    shard.write_bytes(b"\0" * 65536 + b"nothing" * 3000)
+    with pytest.raises(ValueError, match="shard-00001.array_record is damaged"):
+        LatentStore.open(folder).latent(6, 0)
+    other = json.loads((folder / "manifest.json").read_text()) | {"format": "older"}
+    (folder / "manifest.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="holds format 'older'"):
+        LatentStore.open(folder)
+
+
+def test_pairs_match_image_latent_and_flip(folder):
+    """The mirror image belongs to the latent with flip 1, whatever the resolution has grown to."""
+    for resolution in (BASE, 4 * BASE):
+        source = scenes(resolution)
+        pairs = PairSource(source, LatentStore.open(folder))
+        assert len(pairs) == 2 * IMAGES
+        for j in (0, 1, 6, 7, 39):
+            item = pairs[j]
+            id, flipped = j // 2, j % 2
+            image = source[id]["image"]
+            assert (item["id"], item["flip"]) == (id, flipped)
+            np.testing.assert_array_equal(item["image"], flip(image) if flipped else image)
+            assert (item["image"] != (image if flipped else flip(image))).any()
+            np.testing.assert_array_equal(item["z"], latent(j))
+            assert item["label"] == source[id]["label"]
+
+
+@pytest.mark.parametrize("proportion", [1.0, 0.5, 0.01])
+def test_proportion_keeps_the_first_of_each_class(folder, proportion):
+    source = scenes()
+    pairs = PairSource(source, LatentStore.open(folder), proportion)
+    labels = source.labels()
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        kept = [i for i in pairs.ids if labels[i] == label]
+        assert kept == members[: max(1, int(proportion * len(members)))].tolist()
+    assert len(pairs) == 2 * len(pairs.ids)
+    assert {pairs[j]["id"] for j in range(len(pairs))} == set(pairs.ids.tolist())
+    with pytest.raises(ValueError, match="proportion"):
+        PairSource(source, LatentStore.open(folder), 0.0)
+
+
+def test_pairs_of_another_source_are_refused(folder):
+    store = LatentStore.open(folder)
+    for source, message in (
+        (scenes(split="test"), "source.split: stored 'train', wanted 'test'"),
+        (scenes(seed=1), "source.fingerprint"),
+        (scenes(size=19), "num_images: stored 20, wanted 19"),
+        (scenes(unlabelled=True), "source.num_classes: stored 8, wanted 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PairSource(source, store)
+    with pytest.raises(ValueError, match="4 px cannot pair with latents of 8 px"):
+        PairSource(scenes(4), store)
+
+
+def test_pairs_feed_the_loader(folder):
+    pairs = PairSource(scenes(16), LatentStore.open(folder))
+    batch = next(batches(pairs, batch_size=8, seed=0, num_threads=2))
+    assert batch["image"].shape == (8, 16, 16, 3) and batch["z"].shape == (8, *SHAPE)
+    for id, flipped, z in zip(batch["id"], batch["flip"], batch["z"]):
+        np.testing.assert_array_equal(z, latent(2 * id + flipped))
