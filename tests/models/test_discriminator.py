@@ -188,3 +188,20 @@ def test_wrong_inputs_are_named(built):
         projected_discriminator(
             [pooling_network()], resolution=8, num_classes=3, embedding=np.zeros((4, 2))
         )
+
+
+def test_one_and_eight_devices_agree(built):
+    """Batch norm sees the global batch, however it is laid out."""
+    _, params, spectral, frozen, apply = built
+    label, key = jnp.arange(8) % 3, jax.random.key(2)
+    x = images(1, batch=8)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    one, state = apply(params, spectral, frozen, x, label, key)
+    eight, sharded_state = apply(
+        *jax.device_put((params, spectral, frozen), whole), *jax.device_put((x, label), rows), key
+    )
+    np.testing.assert_allclose(one, eight, rtol=1e-5, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(sharded_state)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,122 @@
+"""Weight files: the readers, the hash, and one sentence for everything that can be wrong."""
+
+import hashlib
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cheapscale.models import features
+from cheapscale.models.features.classifier import Classifier
+from cheapscale.models.features.weights import read_weights
+
+ARRAYS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b.half": np.asarray([1.5, -2.0], np.float16),
+    "c": np.asarray(7, np.int64),
+}
+
+
+def write_safetensors(path, arrays, extra=()):
+
+    def entry(dtype, shape, begin, end):
+        return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+    header, raw = {"__metadata__": {"format": "pt"}}, b""
+    names = {"float32": "F32", "float16": "F16", "int64": "I64"}
+    for name, array in arrays.items():
+        begin, raw = len(raw), raw + array.tobytes()
+        header[name] = entry(names[array.dtype.name], array.shape, begin, len(raw))
+    for name, dtype, shape, data in extra:
+        begin, raw = len(raw), raw + data
+        header[name] = entry(dtype, shape, begin, len(raw))
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw)
+
+
+def test_every_format_gives_the_same_arrays(tmp_path):
+    np.savez(tmp_path / "w.npz", **ARRAYS)
+    bf16 = np.asarray([1.0, -3.5], jnp.bfloat16)
+    write_safetensors(tmp_path / "w.safetensors", ARRAYS, [("d", "BF16", [2], bf16.tobytes())])
+    read = [read_weights(tmp_path / name).arrays for name in ("w.npz", "w.safetensors")]
+    np.testing.assert_array_equal(read[1].pop("d"), [1.0, -3.5])
+    for arrays in read:
+        assert arrays.keys() == ARRAYS.keys()
+        for name, value in ARRAYS.items():
+            np.testing.assert_array_equal(arrays[name], value)
+
+
+def test_pytorch_files_and_what_to_do_without_torch(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="install torch==2.13.0 (extra: test)")
+    tensors = {"a": torch.tensor(ARRAYS["a"]), "n": torch.tensor([1.0]).bfloat16()}
+    torch.save({"model": tensors, "epoch": 3}, tmp_path / "w.pth")
+    arrays = read_weights(tmp_path / "w.pth").arrays
+    np.testing.assert_array_equal(arrays["a"], ARRAYS["a"])
+    assert set(arrays) == {"a", "n"}
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match="torch is not installed.*safetensors or .npz"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_hash_is_reported_and_checked_and_files_merge(tmp_path):
+    for name, key in (("one.npz", "a"), ("two.npz", "c")):
+        np.savez(tmp_path / name, **{key: ARRAYS[key]})
+    digests = [
+        hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        for name in ("one.npz", "two.npz")
+    ]
+    both = read_weights([tmp_path / "one.npz", tmp_path / "two.npz"], "+".join(digests))
+    assert set(both.arrays) == {"a", "c"} and both.sha256 == "+".join(digests)
+    with pytest.raises(ValueError, match="another version or is damaged"):
+        read_weights(tmp_path / "one.npz", digests[1])
+
+
+def test_what_is_wrong_with_a_file_is_named(tmp_path):
+    np.savez(tmp_path / "w.npz", **ARRAYS)
+    weights = read_weights(tmp_path / "w.npz")
+    with pytest.raises(ValueError, match=r"'a' has shape \(2, 3\) where .* has \(any, 4\)"):
+        weights.take("a", -1, 4)
+    with pytest.raises(ValueError, match="no weight 'z'"):
+        weights.take("z", 1)
+    with pytest.raises(ValueError, match="no weight file at .*gone.npz"):
+        read_weights(tmp_path / "gone.npz")
+    (tmp_path / "w.h5").write_bytes(b"")
+    with pytest.raises(ValueError, match="'.h5'"):
+        read_weights(tmp_path / "w.h5")
+    write_safetensors(tmp_path / "w.safetensors", ARRAYS)
+    whole = (tmp_path / "w.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="not a whole .safetensors file"):
+        read_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", "deit_base_distilled", "efficientnet_lite0", "vgg16_lpips"]
+)
+def test_a_file_of_another_network_is_refused(name, tmp_path):
+    np.savez(tmp_path / "w.npz", **ARRAYS)
+    with pytest.raises(ValueError, match=r"w\.npz has no "):
+        features.load(name, tmp_path / "w.npz")
+    with pytest.raises(ValueError, match="unknown feature network 'vgg'"):
+        features.load("vgg", tmp_path / "w.npz")
+
+
+def test_classifier_file_round_trip(tmp_path):
+    model = Classifier(num_classes=3, width=4, input_size=8)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    flat = {
+        "/".join(part.key for part in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    np.savez(tmp_path / "w.npz", **flat)
+    network = features.load("classifier", tmp_path / "w.npz", input_size=8)
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    logits, maps, penultimate = jax.jit(model.apply)({"params": params}, x)
+    outputs = jax.jit(network.outputs)(network.params, x)
+    np.testing.assert_array_equal(outputs["logits"], logits)
+    np.testing.assert_array_equal(outputs["features"], penultimate)
+    assert [m.shape for m in network.apply(network.params, x)] == [m.shape for m in maps]
+    assert network.sha256 == hashlib.sha256((tmp_path / "w.npz").read_bytes()).hexdigest()
