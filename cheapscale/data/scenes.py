@@ -10,7 +10,9 @@ uses uniform doubles only, whose stream NumPy keeps stable over its versions.
 
 Detail lives at chosen scales. Silhouettes are readable from 8 px; textures have periods of 1/22
 to 1/15 of the side, so that they average out at 8 and 16 px and resolve from about 64 px; outlines
-are 1/64 of the side wide. Growing a base of 8 or 16 px by 4 to 8 has something to add.
+are 1/64 of the side wide. Growing a base of 8 or 16 px by 4 to 8 has something to add. A small
+convolutional classifier (8,000 images, 900 steps) named the shape of 85 % of test images at 8 px
+and 92 % at 16 px.
 
 Drawing is exact area sampling on one lattice of 512 x 512 points: every point belongs to exactly
 one material (ground, body, accent, ink) and a pixel is the mean of its points. As coverages are
