@@ -53,7 +53,8 @@ class ProjectedDiscriminator(NamedTuple):
       the training step, never closed over.
     apply: (params, spectral, frozen, x [b, R, R, 3] in [-1, 1], label [b] int or None, key)
       -> (logits [b, n], new spectral). `key` drives DiffAugment: use the same one for the real and
-      the fake images of one step. A label outside [0, num_classes) has a zero embedding.
+      the fake images of one step. A label outside [0, num_classes) has a zero embedding;
+      without classes labels are ignored.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -143,10 +144,10 @@ def projected_discriminator(
                 f"discriminator input has shape {x.shape} but it was built for "
                 f"resolution={resolution}: give [b, {resolution}, {resolution}, 3]"
             )
-        if bool(num_classes) != (label is not None):
+        if num_classes and label is None:
             raise ValueError(
-                f"discriminator with num_classes={num_classes} got label="
-                f"{'None' if label is None else 'an array'}: labels and classes go together"
+                f"discriminator with num_classes={num_classes} got label=None: give labels [b], or "
+                "build it with num_classes=0"
             )
         x = augment(x, key, policy)
         logits, advanced = [], {}
