@@ -354,8 +354,9 @@ def dirac(etas: tuple, rate: float, steps: int, start: tuple[float, float]) -> d
         params = jax.tree.map(jnp.asarray, params)
         state = create_state(params, {"discriminator": {}}, optimisers, ["generator"])
         key = stream_key(0, "dirac", 0)  # neither network looks at its noise
-        body = lambda _, state: step(state, {"eta": eta}, batch, key)[0]  # noqa: E731
-        params = jax.lax.fori_loop(0, steps, body, state).params
+        params = jax.lax.fori_loop(
+            0, steps, lambda _, state: step(state, {"eta": eta}, batch, key)[0], state
+        ).params
         return jnp.hypot(params["generator"]["theta"], params["discriminator"]["psi"])
 
     stepped = play(jnp.asarray(etas))
