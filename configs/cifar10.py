@@ -1,24 +1,53 @@
 """PaGoDA on CIFAR-10: base 16 px, grown to 32 px.
 
-Data: the prepared TFDS set "cifar10" (ArrayRecord); its folder is data_dir (see the README).
-Hardware: size=cpu about 20 minutes on 2 cores; size=gpu one H100 or H200.
+Data: the prepared TFDS set "cifar10" (ArrayRecord); data_dir is the folder that holds it.
+Hardware: size=cpu about 20 minutes on 2 cores; size=gpu about 5 minutes on one H100 or H200.
 
-    python -m launch.pipeline --config=configs/cifar10.py --arg=size=cpu,data_dir=DIR --workdir=runs/cifar10
-"""  # noqa: E501
+    python -m launch.pipeline --config=configs/cifar10.py --arg=data_dir=DIR --workdir=runs/cifar10
+"""
 
 from configs import common
 
 SIZES = {
-    # channels, blocks, steps of pretrain / distill / growth, batch, latents of so many images
-    "cpu": dict(channels=32, blocks=1, steps=(6000, 2000, 1000), batch=64, split="train[:10%]"),
-    "gpu": dict(channels=96, blocks=2, steps=(30000, 12000, 8000), batch=256, split="train"),
+    "cpu": {
+        "base": 16,
+        "top": 32,
+        "split": "train[:10%]",
+        "model": common.tiny_unet(channels=32, mult=(1, 2), blocks=1),
+        "widths": {32: 32},
+        "pretrain": (6000, 1e-3, 64),
+        "distill": (1500, 3e-4, 32),
+        "grow": (800, 3e-4, 32),
+        "invert_batch": 256,
+        "discriminator_width": 16,
+    },
+    "gpu": {
+        "base": 16,
+        "top": 32,
+        "split": "train",
+        "model": common.tiny_unet(channels=96, mult=(1, 2), blocks=2),
+        "widths": {32: 96},
+        "pretrain": (20000, 5e-4, 256),
+        "distill": (6000, 1e-4, 128),
+        "grow": (4000, 1e-4, 128),
+        "invert_batch": 2048,
+        "discriminator_width": 32,
+    },
 }
 
 
 def get_config(arg: str = ""):
-    return common.image_config(arg, SIZES, name="cifar10", num_classes=10, base=16, top=32)
+    return common.image_config(arg, SIZES, name="cifar10", num_classes=10)
 
 
 def stages(arg: str = "") -> list[str]:
     """The pipeline's stages in order, as argument strings."""
-    return common.stages(16, (32,))
+    return common.image_stages(arg, SIZES)
+
+
+def sweep():
+    """L_rec from few pairs (section 3.3) and the two distances, three seeds."""
+    for seed in (0, 1, 2):
+        for proportion in (1.0, 0.1, 0.01):
+            yield {"seed": seed, "distill.data_proportion": proportion}
+        yield {"seed": seed, "distill.distance": "pixel"}

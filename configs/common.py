@@ -90,6 +90,7 @@ def base_config(stage: str, **fields) -> ConfigDict:
     if stage == "invert":
         config.invert = ConfigDict(
             {
+                "direction": "invert",  # "sample": teacher samples for the L_dstl baseline
                 "nodes": 40,
                 "clip": False,
                 "cfg_scale": 1.0,
@@ -147,6 +148,23 @@ def features(names: tuple[str, ...] = ("classifier",), **changes) -> ConfigDict:
     return ConfigDict({"names": names, "paths": {}, "sha256": {}, "input_size": 0} | changes)
 
 
+def tiny_unet(channels: int, mult: tuple[int, ...], blocks: int, **changes) -> dict:
+    """An ADM U-Net for small images: attention only in the middle, few groups of channels."""
+    fields = {
+        "family": "adm",
+        "channels": channels,
+        "channel_mult": mult,
+        "num_blocks": blocks,
+        "attention": (),
+        "head_dim": 32,
+        "groups": 8,
+        "dropout": 0.0,
+        "dtype": "float32",
+        "remat": (),
+    }
+    return fields | changes
+
+
 def generator_loss(stage: str) -> ConfigDict:
     """Weights and switches of stages 2 and 3, at the specification's defaults (section 3.2-4.4)."""
     loss = ConfigDict(
@@ -157,6 +175,7 @@ def generator_loss(stage: str) -> ConfigDict:
             "adaptive": True,  # times |grad L_rec| / |grad L_adv| at the last layer
             "squared_norms": False,  # the paper's formula; the code's norms are not squared
             "gan_loss": "hinge",  # hinge (the code's) | logistic (the paper's)
+            "pairs": "inverted",  # "teacher": L_dstl on teacher samples (base resolution only)
             "separate_updates": False,  # two optimiser steps, L_rec then L_adv
             "data_proportion": 1.0,  # share of each class whose pairs feed L_rec
         }
@@ -188,3 +207,80 @@ def smoke(config: ConfigDict) -> ConfigDict:
     if "pretrain" in config:
         config.pretrain.preview_steps = 2
     return config
+
+
+
+# Arguments that every image config takes, with their defaults.
+ARGUMENTS = {
+    "stage": "pretrain",
+    "resolution": 0,  # of a growth stage; 0 means the base resolution
+    "size": "",  # a row of the file's SIZES; "" means the first
+    "data_dir": "",
+    "seed": 0,
+    "jump": False,  # grow from the base to `resolution` in one stage
+    "unlabelled": False,  # ignore the labels
+    "mobilenet": "",  # weight file of ImageNet MobileNetV2: the discriminator's feature network
+    "smoke": False,
+}
+
+
+def image_config(arg: str | None, sizes: dict, *, name: str, num_classes: int, **data) -> ConfigDict:
+    """One stage of PaGoDA on an image set, from a row of presets.
+
+    sizes: {size: preset}; a preset holds base, top, model (U-Net fields), widths {resolution: width
+    of its grown blocks}, and for each stage steps, lr and batch; see configs/scenes.py.
+    data: further fields of config.data.
+    """
+    args = parse_arg(arg, **ARGUMENTS)
+    preset = pick_size(args.size, sizes)
+    base, stage = preset["base"], args.stage
+    config = base_config(stage)
+    config.seed = args.seed
+    config.data.update(data)
+    config.data.name = name
+    config.data.data_dir = args.data_dir or config.data.data_dir
+    config.data.split = preset.get("split", "train")
+    config.data.resolution = args.resolution or base
+    config.data.options = dict(preset.get("options", {}))
+    if args.unlabelled:
+        config.data.options.unlabelled = True
+    if stage == "pretrain":
+        classes = 0 if args.unlabelled else num_classes
+        config.model = ConfigDict(preset["model"] | {"resolution": base, "num_classes": classes})
+    if stage == "invert":
+        config.batch_size = preset["invert_batch"]
+    else:
+        steps, lr, config.batch_size = preset[stage]
+        config.total_steps = steps
+        config.optim.lr = lr
+        config.eval_every = config.save_every = max(steps // 4, 1)
+    if stage == "grow":
+        first = base if args.jump else config.data.resolution // 2
+        doublings(first, config.data.resolution)  # refuses a resolution that is not reached
+        grown = [first * 2**i for i in range(1, 5) if first * 2**i <= config.data.resolution]
+        config.grow.widths = tuple(preset["widths"][r] for r in grown)
+    if stage in ("distill", "grow"):
+        config.discriminator.width = preset["discriminator_width"]
+        if args.mobilenet:
+            config.features = features(
+                ("mobilenet_v2",), paths={"mobilenet_v2": args.mobilenet}, input_size=128
+            )
+    return smoke(config) if args.smoke else config
+
+
+def image_stages(arg: str | None, sizes: dict) -> list[str]:
+    """The argument strings of the pipeline of one preset."""
+    args = parse_arg(arg, **ARGUMENTS)
+    preset = pick_size(args.size, sizes)
+    grown = [r for r in preset["widths"] if r <= preset["top"]]
+    if args.jump:
+        return [*stages(preset["base"], ()), f"stage=grow,resolution={preset['top']}"]
+    return stages(preset["base"], tuple(grown))
+
+
+def pick_size(size: str, sizes: dict) -> dict:
+    """A row of presets by name, the first one for ""."""
+    size = size or next(iter(sizes))
+    if size not in sizes:
+        raise ValueError(f"size {size!r} is unknown: choose one of {', '.join(sizes)}")
+    return sizes[size]

@@ -11,48 +11,45 @@ Hardware: 2 CPU cores, about 12 minutes (quick).
 from configs import common
 
 SIZES = {
-    # images, base, resolutions, channels, steps of pretrain / distill / each growth, batch
-    "quick": dict(images=2000, base=8, top=32, channels=32, steps=(4000, 1500, 800), batch=64),
-    "small": dict(
-        images=20000, base=16, top=128, channels=64, steps=(40000, 20000, 10000), batch=64
-    ),
+    "quick": {
+        "base": 8,
+        "top": 32,
+        "options": {"size": 2000},
+        "model": common.tiny_unet(channels=32, mult=(1, 2), blocks=1),
+        "widths": {16: 32, 32: 32},
+        # steps, learning rate, batch
+        "pretrain": (4000, 1e-3, 64),
+        "distill": (1500, 3e-4, 64),
+        "grow": (800, 3e-4, 64),
+        "invert_batch": 256,
+        "discriminator_width": 16,
+    },
+    "small": {
+        "base": 16,
+        "top": 128,
+        "options": {"size": 20000},
+        "model": common.tiny_unet(channels=64, mult=(1, 2, 2), blocks=2),
+        "widths": {32: 64, 64: 64, 128: 32},
+        "pretrain": (40000, 5e-4, 128),
+        "distill": (20000, 1e-4, 64),
+        "grow": (10000, 1e-4, 64),
+        "invert_batch": 512,
+        "discriminator_width": 32,
+    },
 }
 
 
-def arguments(arg):
-    args = common.parse_arg(arg, stage="pretrain", resolution=0, size="quick", smoke=False, seed=0)
-    if args.size not in SIZES:
-        raise ValueError(f"size {args.size!r} is unknown: choose one of {', '.join(SIZES)}")
-    return args, SIZES[args.size]
+def get_config(arg: str = ""):
+    return common.image_config(arg, SIZES, name="scenes", num_classes=8)
 
 
 def stages(arg: str = "") -> list[str]:
     """The pipeline's stages in order, as argument strings."""
-    _, size = arguments(arg)
-    doubled = [size["base"] * 2**i for i in range(1, 5) if size["base"] * 2**i <= size["top"]]
-    return common.stages(size["base"], doubled)
+    return common.image_stages(arg, SIZES)
 
 
-def get_config(arg: str = ""):
-    args, size = arguments(arg)
-    config = common.base_config(args.stage)
-    base, (pretrain, distill, grow) = size["base"], size["steps"]
-    config.seed = args.seed
-    config.batch_size = size["batch"]
-    config.data.resolution = args.resolution or base
-    config.data.options = {"size": size["images"]}
-    if args.stage == "pretrain":
-        config.total_steps = pretrain
-        config.optim = common.optimiser("adam", 1e-3, warmup_steps=200, clip_norm=1.0)
-        config.model = common.tiny_unet(base, size["channels"], num_classes=8)
-    if args.stage == "invert":
-        config.batch_size = 256
-    if args.stage == "distill":
-        config.total_steps = distill
-        config.optim = common.optimiser("radam", 3e-4)
-    if args.stage == "grow":
-        config.total_steps = grow
-        config.optim = common.optimiser("radam", 3e-4)
-        config.grow.widths = (size["channels"],)
-    config.eval_every = config.save_every = max(config.total_steps // 2, 1)
-    return common.smoke(config) if args.smoke else config
+def sweep():
+    """Object drift: growing with and without L_rec, three seeds."""
+    for seed in (0, 1, 2):
+        for weight in (1.0, 0.0):
+            yield {"seed": seed, "grow.reconstruction_weight": weight}

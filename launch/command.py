@@ -21,11 +21,8 @@ def execute(name: str, workdir: str, body: Callable[[], dict]) -> None:
     """
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().setFormatter(None)
-    for noisy in ("orbax", "jax._src"):
-        import logging as python_logging
-
-        python_logging.getLogger(noisy).setLevel(python_logging.ERROR)
+    # Orbax and Grain narrate through the same logger; a run's own lines must stay readable.
+    logging.get_absl_handler().addFilter(lambda record: "site-packages" not in record.pathname)
     if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
         jax.distributed.initialize()
     # Compiled programs are kept between runs; they are executable code, so the folder is private.

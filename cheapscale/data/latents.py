@@ -227,11 +227,15 @@ class PairSource:
     """Pairs (image, latent) at the source's resolution; itself a source for `loader.batches`.
 
     Item: {"image" [R, R, 3], mirrored where flip = 1, "label", "flip", "id", "z" [h, w, c]}.
-    Item j is image ids[j // 2] with flip j % 2. proportion p keeps the first p n images of each
-    class of n, at least one ("1 % of the pairs", spec 3.3).
+    Item j is image ids[j // 2] with flip j % 2; without `flips` it is image ids[j] as it stands.
+    proportion p keeps the first p n images of each class of n, at least one ("1 % of the pairs",
+    spec 3.3).
     """
 
-    def __init__(self, source: Source, store: LatentStore, proportion: float = 1.0):
+    def __init__(
+        self, source: Source, store: LatentStore, proportion: float = 1.0, flips: bool = True
+    ):
+        self.orientations = 2 if flips else 1
         if not 0 < proportion <= 1:
             raise ValueError(f"proportion of the pairs must lie in (0, 1], got {proportion}")
         made_from = {
@@ -260,12 +264,13 @@ class PairSource:
             self.ids = np.sort(np.concatenate(kept))
 
     def __len__(self) -> int:
-        return 2 * len(self.ids)
+        return self.orientations * len(self.ids)
 
     def __getitem__(self, j: int) -> dict[str, np.ndarray]:
         if not 0 <= j < len(self):
             raise IndexError(f"no pair {j} among {len(self)}")
-        id, flip = int(self.ids[j // 2]), j % 2
+        index, flip = divmod(j, self.orientations)
+        id = int(self.ids[index])
         item = self.source[id]
         label, z = self.store.record(id, flip)
         if label != item["label"]:

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from cheapscale.data import loader, sources
 from cheapscale.data.augment import random_flip
-from cheapscale.data.latents import PairSource
+from cheapscale.data.latents import id_and_flip
 from cheapscale.data.resize import RESIZE_ID
 
 PyTree = Any
@@ -67,14 +68,35 @@ def real_batches(source, start_step: int, *, batch_size: int, seed: int, transfo
         yield batch
 
 
+def drawn_latent(manifest: dict, n: int) -> np.ndarray:
+    """Latent n of a store of teacher samples, at scale sigma_max: drawn again, never stored."""
+    rng = np.random.default_rng((manifest["seed"], n))
+    z = rng.standard_normal(manifest["shape"], dtype=np.float32)
+    return np.float32(manifest["sigma_max"]) * z
+
+
+class TeacherPairs:
+    """(z, the teacher's sample of z) from a store made with `invert.direction` "sample"."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, n: int) -> dict:
+        label, image = self.store.record(*id_and_flip(n))
+        z = drawn_latent(self.store.manifest, n)
+        return {"image": image, "z": z, "label": np.int32(label), "id": np.int64(n)}
+
+
 def pair_and_real_batches(
-    source, store, start_step: int, *, batch_size: int, seed: int, proportion: float, flips: bool
+    source, pairs, start_step: int, *, batch_size: int, seed: int, flips: bool
 ) -> Iterator[PyTree]:
     """{"pair": {image, z, label}, "real": {image, label}}: two independent step-addressed streams.
 
-    proportion: the share of each class whose pairs feed L_rec; the real stream sees every image.
+    pairs: a PairSource or TeacherPairs; the real stream sees every image, whatever the pairs.
     """
-    pairs = PairSource(source, store, proportion=proportion)
     pair_stream = real_batches(pairs, start_step, batch_size=batch_size, seed=seed, transform=None)
     real_stream = real_batches(
         source,
@@ -84,5 +106,5 @@ def pair_and_real_batches(
         transform=random_flip if flips else None,
     )
     for pair, real in zip(pair_stream, real_stream):
-        pair.pop("flip")
+        pair.pop("flip", None)
         yield {"pair": pair, "real": real}

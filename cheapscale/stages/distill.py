@@ -7,8 +7,8 @@
             lambda = 0.2 |grad L_rec| / |grad L_adv| at the last residual block's second convolution
         ema <- 0.999 ema + 0.001 G
 
-Where `config.latents` holds teacher samples instead of inverted images (`invert.direction`
-"sample"), the same stage is the L_dstl baseline of section 3.2(d).
+With `distill.pairs` "teacher" and a store of teacher samples (`invert.direction` "sample"), the
+first term becomes the L_dstl baseline of section 3.2(d).
 """
 
 from typing import Any

@@ -38,6 +38,8 @@ def build(config) -> Stage:
             f"growing {config.base} by {len(loss['widths'])} doublings reaches {reached} px, but "
             f"data.resolution is {source.resolution}: give grow.widths one width for each doubling"
         )
+    if loss["pairs"] != "inverted":
+        raise ValueError("grow.pairs must be 'inverted': a teacher has no high-resolution samples")
     plan = unet(**model).config
 
     def grow(params: PyTree) -> PyTree:

@@ -6,6 +6,9 @@
 
 The log shows rms(z)/sigma_max: below 1 it measures how far the teacher is from the data (section
 2.3). It is never normalised away.
+
+`invert.direction` "sample" runs the other way: the store then holds the teacher's samples of fresh
+noise, the pairs of the L_dstl baseline (section 3.2(d)).
 """
 
 from typing import Any
@@ -30,9 +33,14 @@ def build(config) -> Job:
     teacher = load_teacher(config.teacher)
     source = data.open_data(config.data)
     check_teacher(teacher, source)
+    direction = config.invert.direction
+    if direction not in ("invert", "sample"):
+        raise ValueError(f"invert.direction is {direction!r}: choose 'invert' or 'sample'")
     manifest = make_manifest(
         teacher,
         source,
+        direction=direction,
+        seed=config.seed,
         nodes=config.invert.nodes,
         clip=config.invert.clip,
         cfg_scale=config.invert.cfg_scale,
@@ -46,17 +54,22 @@ def build(config) -> Job:
         steps=config.invert.nodes,
         clip=config.invert.clip,
         cfg_scale=config.invert.cfg_scale,
-        direction="invert",
+        direction=direction,
     )
+
+    def start(n: int) -> tuple[np.ndarray, int]:
+        if direction == "invert":
+            return oriented(source, *latents.id_and_flip(n))
+        return data.drawn_latent(manifest, n), n % max(source.num_classes, 1)
 
     def run_shard(context: Any, shard: int, mesh) -> dict:
         del context, mesh
         records = store.records(shard)
-        images, labels = zip(*(oriented(source, *latents.id_and_flip(n)) for n in records))
+        inputs, labels = zip(*(start(n) for n in records))
         z = in_batches(
             run,
             teacher.params,
-            np.stack(images),
+            np.stack(inputs),
             np.asarray(labels, np.int32),
             batch_size=config.batch_size,
         )

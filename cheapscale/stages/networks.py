@@ -4,6 +4,7 @@
 {"networks": {name: U-Net fields}, "diffusion": {...}, "data": {...}}.
 """
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable
@@ -17,6 +18,11 @@ from cheapscale.models.unet import unet
 from cheapscale.training.checkpoint import Loaded, load_network
 
 PyTree = Any
+
+
+def complete(model: dict) -> dict:
+    """Every field of the U-Net with its value, as plain JSON: what travels with the weights."""
+    return dataclasses.asdict(unet(**model).config)
 
 
 def make_denoiser(model: dict, diffusion: dict) -> Callable:

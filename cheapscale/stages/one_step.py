@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.data.latents import LatentStore
+from cheapscale.data.latents import LatentStore, PairSource
 from cheapscale.models.unet import unet
 from cheapscale.stages import data
 from cheapscale.stages.adversary import make_judges
@@ -93,6 +93,7 @@ def generator_stage(
             pair_batches,
             config=config,
             source=source,
+            pairs=loss["pairs"],
             proportion=loss["data_proportion"],
             teacher_workdir=teacher_workdir,
         ),
@@ -124,18 +125,31 @@ def init_generator(model: dict, key: jax.Array) -> PyTree:
 
 
 def pair_batches(
-    start_step: int, *, config, source, proportion: float, teacher_workdir: str
+    start_step: int, *, config, source, pairs: str, proportion: float, teacher_workdir: str
 ) -> Iterator[PyTree]:
-    """The stage's two streams; refuses latents of another teacher, data set or resize."""
-    expect = {"teacher": fingerprint(load_teacher(teacher_workdir).params)}
+    """The stage's two streams; refuses latents of another teacher, data set or resize.
+
+    pairs: "inverted" (real images and their noise) or "teacher" (noise and the teacher's samples).
+    proportion: the share of each class whose pairs feed L_rec (section 3.3).
+    """
+    directions = {"inverted": "invert", "teacher": "sample"}
+    if pairs not in directions:
+        raise ValueError(f"distill.pairs is {pairs!r}: choose 'inverted' or 'teacher'")
+    expect = {
+        "teacher": fingerprint(load_teacher(teacher_workdir).params),
+        "direction": directions[pairs],
+    }
     store = LatentStore.open(config.latents, expect=expect, in_memory=config.data.cache_latents)
     return data.pair_and_real_batches(
         source,
-        store,
+        (
+            PairSource(source, store, proportion, flips=config.data.flip)
+            if pairs == "inverted"
+            else data.TeacherPairs(store)
+        ),
         start_step,
         batch_size=config.batch_size,
         seed=config.seed,
-        proportion=proportion,
         flips=config.data.flip,
     )
 

@@ -20,7 +20,7 @@ from cheapscale.data.augment import random_augment, random_flip
 from cheapscale.diffusion import denoiser, process
 from cheapscale.models.unet import unet
 from cheapscale.stages import data
-from cheapscale.stages.networks import make_denoiser
+from cheapscale.stages.networks import complete, make_denoiser
 from cheapscale.stages.sampling import in_batches, prior, teacher_map
 from cheapscale.training.logging import image_grid
 from cheapscale.training.optim import make_optimiser
@@ -32,7 +32,7 @@ PyTree = Any
 
 def build(config) -> Stage:
     """Stage 1 from its config (see configs/). Raises ValueError on a config that cannot run."""
-    model = config.model.to_dict()
+    model = complete(config.model.to_dict())
     diffusion = config.diffusion.to_dict()
     source = data.open_data(config.data)
     data.check_model(model, source)

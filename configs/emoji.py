@@ -1,0 +1,35 @@
+"""PaGoDA on emoji: base 16 px, grown to 32, 64 and 128 px.
+
+Data: the prepared TFDS set "noto_emoji" (3,063 drawings on white). Skin-tone variants are nearly
+the same picture; only the default tone is kept, so that the test split is not a copy of training.
+Flips are off: letters and flags have a right way round.
+Hardware: size=cpu about 20 minutes on 2 cores.
+
+    python -m launch.pipeline --config=configs/emoji.py --arg=data_dir=DIR --workdir=runs/emoji
+"""
+
+from configs import common
+
+SIZES = {
+    "cpu": {
+        "base": 16,
+        "top": 128,
+        "options": {"where": {"skin_tone": False}},
+        "model": common.tiny_unet(channels=32, mult=(1, 2), blocks=1),
+        "widths": {32: 32, 64: 32, 128: 16},
+        "pretrain": (5000, 1e-3, 64),
+        "distill": (1200, 3e-4, 32),
+        "grow": (300, 3e-4, 16),
+        "invert_batch": 256,
+        "discriminator_width": 16,
+    },
+}
+
+
+def get_config(arg: str = ""):
+    return common.image_config(arg, SIZES, name="noto_emoji", num_classes=10, flip=False)
+
+
+def stages(arg: str = "") -> list[str]:
+    """The pipeline's stages in order, as argument strings."""
+    return common.image_stages(arg, SIZES)

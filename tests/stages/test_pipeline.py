@@ -1,0 +1,262 @@
+"""The four stages on 24 tiny scenes, held to the specification's must-not-get-wrong list (12).
+
+One smoke pipeline (8 -> 16 -> 32 px, 3 steps a stage) runs once; the tests read what it left.
+"""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cheapscale.data.augment import flip
+from cheapscale.data.latents import LatentStore, PairSource
+from cheapscale.models.generator import trainable
+from cheapscale.models.unet import unet
+from cheapscale.stages import data, run
+from cheapscale.stages.networks import make_denoiser, make_generator
+from cheapscale.stages.sampling import sample
+from cheapscale.training import checkpoint, loop
+from cheapscale.training.state import split
+from configs.scenes import get_config
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipeline")
+    runs, base = {}, ""
+    for arg in ("pretrain", "invert", "distill", "grow,resolution=16", "grow,resolution=32"):
+        config = get_config(f"smoke,stage={arg}")
+        if config.stage != "pretrain":
+            config.teacher, config.latents = str(root / "pretrain"), str(root / "latents")
+        name = config.stage
+        if config.stage == "grow":
+            config.base, name = base, f"grow{config.data.resolution}"
+        workdir = str(root / name)
+        summary = run.run(config, workdir)
+        base = workdir if config.stage in ("distill", "grow") else base
+        runs[name] = types.SimpleNamespace(config=config, workdir=workdir, summary=summary)
+    runs["store"] = LatentStore.open(root / "latents")
+    return runs
+
+
+def weights(run, ema=True):
+    return checkpoint.load_network(run.workdir, ema=ema).params
+
+
+def full_state(run):
+    """The final state of a run, and the state its stage starts from."""
+    stage = run.stage = getattr(run, "stage", None) or globals()["run"].build(run.config)
+    mesh = loop.sharding.make_mesh()
+    with checkpoint.Checkpoints(run.workdir, save_every=1) as checkpoints:
+        state, _ = checkpoints.restore(loop.abstract_state(stage, mesh, 0))
+    return state
+
+
+def test_1_2_latents_are_the_forward_ode_of_real_images_from_the_image_itself(pipeline):
+    """An independent float64 Heun on the 3-node grid, no noise added, no step from 0."""
+    invert, store = pipeline["invert"], pipeline["store"]
+    teacher = checkpoint.load_network(pipeline["pretrain"].workdir)
+    D = make_denoiser(teacher.meta["networks"]["net"], teacher.meta["diffusion"])(teacher.params)
+    source = data.open_data(invert.config.data)
+    ramp = np.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), invert.config.invert.nodes) ** 7
+    items = [source[i] for i in range(8)]
+    x = np.stack([item["image"] for item in items]).astype(np.float64)
+    label = jnp.asarray([item["label"] for item in items])
+    denoise = jax.jit(lambda x, sigma: D(x, sigma, label=label))
+
+    def slope(x, sigma):
+        return (x - np.asarray(denoise(jnp.asarray(x, jnp.float32), np.float32(sigma)))) / sigma
+
+    for s, t in zip(ramp, ramp[1:]):
+        d = slope(x, s)
+        x = x + (t - s) * (d + slope(x + (t - s) * d, t)) / 2
+    stored = np.stack([store.latent(i, 0) for i in range(8)])
+    np.testing.assert_allclose(stored, x, rtol=1e-3, atol=1e-2)
+
+
+def test_3_each_mirror_image_has_its_own_latent_and_pairs_match_the_flag(pipeline):
+    store = pipeline["store"]
+    source = data.open_data(pipeline["distill"].config.data)
+    pairs = PairSource(source, store)
+    plain, mirrored = pairs[0], pairs[1]
+    np.testing.assert_array_equal(mirrored["image"], flip(plain["image"]))
+    np.testing.assert_array_equal(mirrored["z"], store.latent(0, 1))
+    assert not np.allclose(mirrored["z"], flip(plain["z"]), atol=1e-3)
+
+
+def test_4_11_the_growth_target_is_the_full_image_and_the_latent_stays_small(pipeline):
+    stage = run.build(pipeline["grow32"].config)
+    pair = next(stage.batches(0))["pair"]
+    assert pair["image"].shape[1:] == (32, 32, 3) and pair["z"].shape[1:] == (8, 8, 3)
+    small = data.open_data(pipeline["distill"].config.data)
+    large = data.open_data(pipeline["grow32"].config.data)
+    for i in range(4):
+        shrunk = large[i]["image"].reshape(8, 4, 8, 4, 3).mean((1, 3))
+        np.testing.assert_allclose(small[i]["image"], shrunk, atol=1e-6)
+
+
+def test_5_the_generator_is_the_raw_network_at_a_constant_sigma(pipeline, key):
+    loaded = checkpoint.load_network(pipeline["distill"].workdir)
+    (model,) = loaded.meta["networks"].values()
+    z = 80 * jax.random.normal(key, (8, 8, 8, 3))
+    label = jnp.arange(8)
+    net = unet(**model)
+    feature = {"openai": 250 * np.log(80.0), "edm": np.log(80.0) / 4}[net.config.noise_feature]
+    raw = net.apply(
+        {"params": loaded.params}, z / np.sqrt(80**2 + 0.25), jnp.full(8, feature), label=label
+    )
+    image = make_generator(model, loaded.meta["diffusion"])(loaded.params, z, label)
+    np.testing.assert_allclose(image, raw, rtol=1e-5, atol=1e-5)
+
+
+def test_7_the_ratio_of_latents_to_the_prior_is_logged_and_they_are_stored_raw(pipeline):
+    store, summary = pipeline["store"], pipeline["invert"].summary
+    z = np.stack([store.latent(i, f) for i in range(24) for f in (0, 1)])
+    np.testing.assert_allclose(summary["rms"], np.sqrt(np.mean(z**2)) / 80, rtol=1e-4)
+    rows = open(pipeline["invert"].workdir + "/metrics.jsonl").read().splitlines()
+    assert all("rms" in json.loads(row) for row in rows)
+
+
+def test_8_the_generator_starts_as_the_teachers_ema(pipeline):
+    stage = run.build(pipeline["distill"].config)
+    start = loop.fresh_state(stage, loop.sharding.make_mesh(), 0)
+    teacher = weights(pipeline["pretrain"])
+    jax.tree.map(np.testing.assert_array_equal, start.params["generator"], teacher)
+    jax.tree.map(np.testing.assert_array_equal, start.ema_params["generator"], teacher)
+
+
+@pytest.mark.parametrize("small, large", [("distill", "grow16"), ("grow16", "grow32")])
+def test_9_frozen_weights_stay_bit_for_bit_and_have_no_optimiser_state(pipeline, small, large):
+    base, run_ = weights(pipeline[small]), pipeline[large]
+    (model,) = checkpoint.read_meta(run_.workdir)[1]["networks"].values()
+    keep = trainable(unet(**model).config)
+    for ema in (True, False):
+        moved, frozen = split(weights(run_, ema), keep)
+        jax.tree.map(np.testing.assert_array_equal, frozen, split(base, keep)[1])
+    assert "dec_8_block0" in moved and "grow_16_up" in moved and "head" in moved
+    assert not any(name.startswith(("enc_", "map_")) for name in moved)
+    moments = jax.tree.leaves(full_state(run_).opt_state["generator"])
+    # RAdam keeps two moments of each trainable leaf, and a step counter
+    assert sum(m.size for m in moments if m.ndim) == 2 * sum(m.size for m in jax.tree.leaves(moved))
+    changed = jax.tree.map(
+        lambda a, b: bool((a != b).any()), split(weights(run_, False), keep)[0]["dec_8_block0"],
+        base["dec_8_block0"],
+    )  # fmt: skip
+    assert any(jax.tree.leaves(changed))
+
+
+def test_12_the_discriminator_is_fresh_at_each_resolution(pipeline):
+    """The same seed gives the same start whatever the smaller run's discriminator became."""
+    stage = run.build(pipeline["grow16"].config)
+    start = loop.fresh_state(stage, loop.sharding.make_mesh(), 0)
+    fresh = stage.init_params(loop.stream_key(0, "init", 0))[0]["discriminator"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        start.params["discriminator"], fresh,
+    )  # fmt: skip
+
+
+def test_13_14_lambda_is_adaptive_at_the_base_and_one_when_growing(pipeline):
+    for name in ("distill", "grow16", "grow32"):
+        config, metrics = pipeline[name].config, pipeline[name].summary["metrics"]
+        if name == "distill":
+            assert config.distill.adversarial_weight == 0.2 and config.distill.adaptive
+            assert 0.2 * 0.01 <= metrics["lambda"] <= 0.2 * 10
+        else:
+            assert metrics["lambda"] == 1.0
+        # no gradient penalty, no path length, no other term
+        assert {m for m in metrics if m.startswith("loss")} == {"loss_rec", "loss_adv", "loss_disc"}
+
+
+def test_15_the_ema_is_what_is_sampled_and_differs_from_the_raw_weights(pipeline):
+    for name in ("pretrain", "distill", "grow16"):
+        ema, raw = weights(pipeline[name]), weights(pipeline[name], ema=False)
+        assert not np.array_equal(ema["head"]["conv"]["kernel"], raw["head"]["conv"]["kernel"])
+        assert pipeline[name].config.ema.decay == 0.999
+
+
+def test_samples_do_not_depend_on_the_batch_or_on_how_many_there_are(pipeline):
+    loaded = checkpoint.load_network(pipeline["grow16"].workdir)
+    many, labels = sample(loaded, np.arange(12), seed=3, batch_size=8)
+    few, few_labels = sample(loaded, np.arange(5, 9), seed=3, batch_size=8)
+    np.testing.assert_array_equal(labels[5:9], few_labels)
+    np.testing.assert_allclose(many[5:9], few, rtol=1e-5, atol=1e-5)
+    assert many.shape == (12, 16, 16, 3) and np.abs(many).max() <= 1
+
+
+def test_samples_of_an_unknown_class_are_refused(pipeline):
+    loaded = checkpoint.load_network(pipeline["grow16"].workdir)
+    with pytest.raises(ValueError, match="label 8 is out of range: the model has classes 0 ... 7"):
+        sample(loaded, np.arange(2), labels=np.array([0, 8]))
+
+
+def test_running_a_finished_stage_again_does_nothing(pipeline):
+    for name in ("invert", "distill"):
+        before = weights(pipeline["distill"])
+        summary = run.run(pipeline[name].config, pipeline[name].workdir)
+        assert summary["stage"] == name
+        jax.tree.map(np.testing.assert_array_equal, before, weights(pipeline["distill"]))
+
+
+def test_latents_of_another_teacher_are_refused(pipeline, tmp_path):
+    config = get_config("smoke,stage=pretrain,seed=1")
+    config.total_steps = 1
+    run.run(config, str(tmp_path / "other"))
+    config = get_config("smoke,stage=invert")
+    config.teacher = str(tmp_path / "other")
+    config.latents = str(pipeline["store"].folder)
+    with pytest.raises(ValueError, match="teacher: stored"):
+        run.run(config, str(tmp_path / "invert"))
+    config = get_config("smoke,stage=distill")
+    config.teacher, config.latents = str(tmp_path / "other"), str(pipeline["store"].folder)
+    with pytest.raises(ValueError, match="teacher: stored"):
+        run.run(config, str(tmp_path / "distill"))
+
+
+def test_stages_refuse_what_does_not_fit_before_anything_compiles(pipeline, tmp_path):
+    config = get_config("smoke,stage=grow,resolution=32")
+    config.base = pipeline["distill"].workdir  # one doubling reaches 16, not 32
+    config.teacher, config.latents = pipeline["pretrain"].workdir, str(pipeline["store"].folder)
+    with pytest.raises(ValueError, match="reaches 16 px, but data.resolution is 32"):
+        run.build(config)
+    config.base = pipeline["pretrain"].workdir
+    with pytest.raises(ValueError, match="not a generator"):
+        run.build(config)
+    config = get_config("smoke,stage=distill")
+    config.teacher = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="train that stage first"):
+        run.build(config)
+    config = get_config("smoke,stage=pretrain")
+    config.model.num_classes = 5
+    with pytest.raises(ValueError, match="scenes has 8 classes"):
+        run.build(config)
+
+
+def test_growing_by_four_in_one_jump(pipeline, tmp_path):
+    config = get_config("smoke,stage=grow,resolution=32,jump")
+    config.base = pipeline["distill"].workdir
+    config.teacher, config.latents = pipeline["pretrain"].workdir, str(pipeline["store"].folder)
+    assert len(config.grow.widths) == 2
+    summary = run.run(config, str(tmp_path / "jump"))
+    assert summary["step"] == 3 and np.isfinite(summary["metrics"]["loss_rec"])
+
+
+def test_the_baseline_regresses_the_teachers_samples(pipeline, tmp_path):
+    """L_dstl: noise to the teacher's image of it, through the same stage (section 3.2(d))."""
+    config = get_config("smoke,stage=invert")
+    config.invert.direction = "sample"
+    config.teacher, config.latents = pipeline["pretrain"].workdir, str(tmp_path / "pairs")
+    run.run(config, str(tmp_path / "sample"))
+    store = LatentStore.open(tmp_path / "pairs", expect={"direction": "sample"})
+    pair = data.TeacherPairs(store)[5]
+    np.testing.assert_allclose(pair["z"].std(), 80, rtol=0.2)
+    assert pair["label"] == 5 and np.abs(pair["image"]).max() < 10
+    config = get_config("smoke,stage=distill")
+    config.teacher, config.latents = pipeline["pretrain"].workdir, str(tmp_path / "pairs")
+    with pytest.raises(ValueError, match="direction: stored 'sample', wanted 'invert'"):
+        run.run(config, str(tmp_path / "wrong"))
+    config.distill.pairs = "teacher"
+    assert run.run(config, str(tmp_path / "distill"))["step"] == 3
