@@ -1,0 +1,129 @@
+"""From PyTorch state dicts to nested parameters: transposition, and strict book-keeping.
+
+A correspondence is a list of `Entry(path, name, kind)`: our leaf, their tensor, and how one becomes
+the other. Every leaf and every tensor must be used exactly once; what is left over on either side
+is an error that lists it, because a network with a few random layers looks almost right.
+
+Layouts: convolution kernels OIHW -> HWIO; 1x1 convolutions and linear maps [out, in, ...] ->
+[in, out]; attention's joint query-key-value channels to (three, head, dim).
+"""
+
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PyTree = Any
+
+# Order of the channels of a joint qkv projection, slowest first. Published weights: EDM has
+# head_dim_three ("dim, three" with its single head), PaGoDA and other flash-attention U-Nets
+# three_head_dim, the original guided-diffusion (legacy order) head_three_dim.
+QKV_LAYOUTS = {
+    "three_head_dim": ("three", "head", "dim"),
+    "head_three_dim": ("head", "three", "dim"),
+    "head_dim_three": ("head", "dim", "three"),
+}
+
+
+class Entry(NamedTuple):
+    """path: '/'-joined leaf. name: tensor. kind: plain | conv | dense | qkv. heads: of a qkv."""
+
+    path: str
+    name: str
+    kind: str
+    heads: int = 0
+
+
+def convert(
+    state: Mapping[str, np.ndarray],
+    entries: Iterable[Entry],
+    *,
+    qkv_layout: str,
+    ignore: Iterable[str] = (),
+) -> PyTree:
+    """Nested dict of float32 arrays from a state dict.
+
+    ignore: endings of the names of tensors that hold no weights (resampling filters).
+    Raises ValueError listing tensors that are missing and tensors that nothing uses.
+    """
+    if qkv_layout not in QKV_LAYOUTS:
+        raise ValueError(
+            f"qkv_layout {qkv_layout!r} is unknown: choose one of {', '.join(QKV_LAYOUTS)}"
+        )
+    entries, endings = list(entries), tuple(ignore)
+    weights = {name for name in state if not (endings and name.endswith(endings))}
+    wanted = {entry.name for entry in entries}
+    missing, unused = sorted(wanted - weights), sorted(weights - wanted)
+    if missing or unused:
+        raise ValueError(
+            f"the checkpoint does not fit the model config: missing {missing or 'nothing'}, "
+            f"unused {unused or 'nothing'}; check widths, blocks, attention and growth"
+        )
+    params: dict = {}
+    for entry in entries:
+        array = np.asarray(state[entry.name], np.float32)
+        *folders, leaf = entry.path.split("/")
+        node = params
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = _convert_array(array, entry, qkv_layout)
+    return params
+
+
+def check_shapes(params: PyTree, expected: PyTree) -> None:
+    """Raises ValueError naming the leaves whose names or shapes differ from `expected`."""
+    ours, theirs = dict(leaves(expected)), dict(leaves(params))
+    problems = [
+        f"{path} has {theirs[path].shape if path in theirs else 'nothing'} "
+        f"for {ours[path].shape if path in ours else 'nothing'}"
+        for path in sorted(ours.keys() | theirs.keys())
+        if path not in ours or path not in theirs or ours[path].shape != theirs[path].shape
+    ]
+    if problems:
+        raise ValueError(
+            f"the checkpoint does not fit the model config: {'; '.join(problems)}; "
+            "check the model's widths"
+        )
+
+
+def leaves(tree: PyTree, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """('/'-joined path, leaf) of a nested dict."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """A state dict from a file: .npz; .pt and .pth where torch is installed (weights only)."""
+    path = pathlib.Path(path)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    if path.suffix in (".pt", ".pth"):
+        try:
+            import torch
+        except ImportError as error:
+            raise ValueError(
+                f"reading {path} needs torch, which is not installed: "
+                "install it, or save the state dict as .npz"
+            ) from error
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.float().numpy() for name, tensor in state.items()}
+    raise ValueError(f"cannot read weights from {path}: give a .npz, .pt or .pth file")
+
+
+def _convert_array(array: np.ndarray, entry: Entry, qkv_layout: str) -> np.ndarray:
+    if entry.kind == "qkv":
+        axes = QKV_LAYOUTS[qkv_layout]
+        sizes = {"three": 3, "head": entry.heads, "dim": array.shape[0] // (3 * entry.heads)}
+        split = array.reshape(*(sizes[axis] for axis in axes), *array.shape[1:])
+        order = [axes.index(axis) for axis in ("three", "head", "dim")]
+        array = split.transpose(*order, *range(3, split.ndim)).reshape(array.shape)
+    if entry.kind == "plain" or array.ndim == 1:
+        return array
+    if entry.kind == "conv":
+        return np.ascontiguousarray(array.transpose(2, 3, 1, 0))
+    return np.ascontiguousarray(array.reshape(array.shape[:2]).T)

@@ -1,0 +1,168 @@
+"""U-Net weights under EDM's names or guided-diffusion's (ADM, consistency models, PaGoDA).
+
+Both name the same blocks, walked here in the order of the plan. guided-diffusion numbers them
+instead: `input_blocks.i`, `middle_block`, `output_blocks.i`, where a level's up-block is the last
+module of the output block before it, and grown blocks count as output blocks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cheapscale.interop.pytorch import Entry, check_shapes, convert
+from cheapscale.models.plan import Block, UNetConfig, plan
+from cheapscale.models.unet import UNet
+
+PyTree = Any
+
+
+def from_edm(
+    state: Mapping[str, np.ndarray], config: UNetConfig, *, qkv_layout: str = "head_dim_three"
+) -> PyTree:
+    """Parameters from an EDM network's state dict (DhariwalUNet or SongUNet).
+
+    A prefix before "map_layer0" (EDM's preconditioner has "model.") is found and removed.
+    Raises ValueError where names or shapes do not fit `config`, listing them.
+    """
+    prefix = _prefix(state, "map_layer0.weight")
+    entries = [e._replace(name=prefix + e.name) for b in plan(config) for e in _edm(b, config)]
+    return _converted(state, entries, config, qkv_layout, ignore=("resample_filter",))
+
+
+def from_guided_diffusion(
+    state: Mapping[str, np.ndarray], config: UNetConfig, *, qkv_layout: str = "three_head_dim"
+) -> PyTree:
+    """Parameters from a guided-diffusion U-Net's state dict, grown or not.
+
+    `qkv_layout` is not recorded in the weights: "three_head_dim" for consistency models and PaGoDA
+    (flash attention), "head_three_dim" for the original release. Raises as `from_edm`.
+    """
+    if config.family != "adm":
+        raise ValueError(
+            f"guided-diffusion weights are of the family 'adm', not {config.family!r}: "
+            "change model.family"
+        )
+    prefix = _prefix(state, "time_embed.0.weight")
+    entries = [e._replace(name=prefix + e.name) for e in _guided_diffusion(config)]
+    return _converted(state, entries, config, qkv_layout)
+
+
+def _converted(state, entries, config, qkv_layout, ignore=()):
+    params = convert(state, entries, qkv_layout=qkv_layout, ignore=ignore)
+    side = config.resolution
+    x = jnp.zeros((1, side, side, config.in_channels))
+    shapes = jax.eval_shape(UNet(config).init, jax.random.key(0), x, jnp.zeros(1))["params"]
+    check_shapes(params, shapes)
+    return params
+
+
+def _prefix(state: Mapping[str, np.ndarray], anchor: str) -> str:
+    for name in state:
+        if name.endswith(anchor):
+            return name.removesuffix(anchor)
+    raise ValueError(
+        f"the checkpoint has no tensor named ...{anchor}: is it of the other kind "
+        "(EDM's or guided-diffusion's names)?"
+    )
+
+
+def _pair(path: str, name: str, kind: str, heads: int = 0) -> list[Entry]:
+    """Kernel (or scale) and bias of one layer."""
+    leaf = "scale" if kind == "plain" else "kernel"
+    bias = "qkv" if kind == "qkv" else "plain"
+    return [
+        Entry(f"{path}/{leaf}", f"{name}.weight", kind, heads),
+        Entry(f"{path}/bias", f"{name}.bias", bias, heads),
+    ]
+
+
+def _res(block: Block, name: Callable[[str], str]) -> Iterator[Entry]:
+    """A residual block; `name` gives their name of our layer."""
+    kinds = {"norm0": "plain", "conv0": "conv", "affine": "dense"}
+    kinds |= {"norm1": "plain", "conv1": "conv"}
+    if block.shortcut:
+        kinds["skip"] = "dense"
+    if block.heads:
+        kinds |= {"norm2": "plain", "qkv": "qkv", "proj": "dense"}
+    for layer, kind in kinds.items():
+        yield from _pair(f"{block.name}/{layer}", name(layer), kind, block.heads)
+
+
+def _edm(block: Block, config: UNetConfig) -> list[Entry]:
+    if block.name == "map_noise":
+        return [Entry("map_noise/freqs", "map_noise.freqs", "plain")]
+    if block.kind == "map":
+        bias = block.name != "map_augment" and not (
+            block.name == "map_label" and config.family == "adm"
+        )
+        return _pair(block.name, block.name, "dense")[: 1 + bias]
+    if block.kind == "head":
+        side = config.resolution
+        norm, conv = "out_norm", "out_conv"
+        if config.family != "adm":
+            norm, conv = (f"dec.{side}x{side}_aux_{part}" for part in ("norm", "conv"))
+        return [*_pair("head/norm", norm, "plain"), *_pair("head/conv", conv, "conv")]
+    part, side, rest = block.name.split("_")
+    theirs = f"{part}.{side}x{side}_{'aux_residual' if rest == 'aux' else rest}"
+    if block.kind in ("conv_in", "aux"):
+        return _pair(block.name, theirs, "conv")
+    return list(_res(block, lambda layer: f"{theirs}.{layer}"))
+
+
+GUIDED_DIFFUSION_LAYERS = {
+    "norm0": "in_layers.0",
+    "conv0": "in_layers.2",
+    "affine": "emb_layers.1",
+    "norm1": "out_layers.0",
+    "conv1": "out_layers.3",
+    "skip": "skip_connection",
+    "norm2": "norm",
+    "qkv": "qkv",
+    "proj": "proj_out",
+}
+ATTENTION = ("norm2", "qkv", "proj")
+
+
+def _guided_diffusion(config: UNetConfig) -> Iterator[Entry]:
+    encoder, decoder, module = -1, -1, 0
+    for block in plan(config):
+        if block.name in ("map_layer0", "map_layer1"):
+            yield from _pair(block.name, f"time_embed.{2 * int(block.name[-1])}", "dense")
+        elif block.name == "map_label":
+            yield Entry("map_label/kernel", "label_emb.weight", "plain")
+        elif block.kind == "map":
+            raise ValueError(
+                f"guided-diffusion weights have no {block.name}: leave out the condition from the "
+                "model config, and copy the weights by name into the larger network"
+            )
+        elif block.kind == "head":
+            yield from _pair("head/norm", "out.0", "plain")
+            yield from _pair("head/conv", "out.2", "conv")
+        elif block.kind == "conv_in":
+            encoder += 1
+            yield from _pair(block.name, f"input_blocks.{encoder}.0", "conv")
+        else:
+            if block.name.startswith("enc"):
+                encoder, module = encoder + 1, 0
+                place = f"input_blocks.{encoder}"
+            elif block.name.endswith(("_in0", "_in1")):
+                module = 0 if block.name.endswith("_in0") else 2
+                place = "middle_block"
+            elif block.resample and not block.name.startswith("grow"):
+                place = f"output_blocks.{decoder}"  # behind what that block already holds
+            else:
+                decoder, module = decoder + 1, 0
+                place = f"output_blocks.{decoder}"
+            yield from _res(block, _guided_diffusion_name(place, module))
+            module += 2 if block.heads else 1
+
+
+def _guided_diffusion_name(place: str, module: int) -> Callable[[str], str]:
+    def name(layer: str) -> str:
+        index = module + 1 if layer in ATTENTION else module
+        return f"{place}.{index}.{GUIDED_DIFFUSION_LAYERS[layer]}"
+
+    return name

@@ -1,0 +1,330 @@
+"""The declaration of a U-Net: `UNetConfig`, and the ordered blocks `plan(config)` makes of it.
+
+The linen module (unet.py) walks the plan, and so does whatever slices channels later, so that the
+two cannot diverge. ADM, DDPM++ and NCSN++ (Dhariwal & Nichol 2021; Song et al. 2021, in the form of
+Karras et al. 2022) differ in the constants of `FAMILIES` only.
+
+Growth (PaGoDA, spec 4.1) appends to the decoder, for every doubling, an up-block and two blocks
+without attention, encoder skip or residual scaling, to which the embedding is added.
+
+Blocks are named after the side in pixels of their output at the native resolution: "enc_16_conv",
+"enc_16_block0", "enc_8_down", "dec_8_in0", "dec_16_up", "grow_32_up", "head". These names are the
+top level of the parameters; the network itself runs at every multiple of its stride.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    embedding: str  # cos_sin | sin_cos (swapped halves, frequencies with endpoint) | fourier
+    noise_feature: str  # what the embedding is fed unless the config says otherwise
+    noise_width: int  # width of the embedding's input / channels
+    label_late: bool  # label joins after the mapping layers, without bias (ADM), or before
+    eps: float
+    scale_shift: bool
+    residual_scale: float
+    resample_conv: bool  # a 1x1 convolution on the identity path wherever the size changes
+    attend_all: bool  # attention in every decoder block of a level, or in its last one only
+    taps: tuple[int, ...]  # resampling filter
+    encoder_aux: bool  # NCSN++'s residual encoder
+    init: tuple[float, str]  # variance scale and fan of kernels
+
+
+FAMILIES = {
+    "adm": Family(
+        "cos_sin", "openai", 1, True, 1e-5, True, 1.0, False, True, (1, 1), False, (1 / 3, "fan_in")
+    ),
+    "ddpmpp": Family(
+        "sin_cos", "edm", 1, False, 1e-6, False, 0.5**0.5, True, False, (1, 1), False,
+        (1.0, "fan_avg"),
+    ),
+    "ncsnpp": Family(
+        "fourier", "edm", 2, False, 1e-6, False, 0.5**0.5, True, False, (1, 3, 3, 1), True,
+        (1.0, "fan_avg"),
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Plain values that determine a U-Net and the names and shapes of its parameters.
+
+    resolution: native side in pixels; the generator's is that of its latent (before growth).
+    channels, channel_mult, num_blocks: width of the first level, multiples, blocks per level.
+    attention: native sides at which blocks attend. head_dim: channels of a head, 0 for one head.
+    num_classes: 0 = no label (a label passed is then ignored).
+    augment_dim: width of the augmentation label (9 for EDM's), 0 = none.
+    extra_conditions: number of scalar conditions. caption_dim: width of a caption embedding.
+    groups, group_size: a norm of c channels has min(groups, c // group_size) groups.
+    growth: width of every doubling appended to the decoder; () is the plain U-Net.
+    overrides: (block, field of Block, value) entries that replace a number of the plan. Numbers of
+      groups and heads and the presence of shortcuts always follow the widths before overrides.
+    noise_feature: travels with the network, see diffusion.process.noise_feature; "" = family's.
+    dtype: precision of the computation; parameters are float32.
+    remat: prefixes of the names of blocks recomputed in the backward pass; ("",) means all.
+    """
+
+    resolution: int
+    channels: int
+    channel_mult: tuple[int, ...] = (1, 2)
+    num_blocks: int = 1
+    attention: tuple[int, ...] = ()
+    family: str = "adm"
+    in_channels: int = 3
+    out_channels: int = 3
+    num_classes: int = 0
+    augment_dim: int = 0
+    extra_conditions: int = 0
+    caption_dim: int = 0
+    head_dim: int = 64
+    embedding_mult: int = 4
+    groups: int = 32
+    group_size: int = 4
+    dropout: float = 0.0
+    growth: tuple[int, ...] = ()
+    growth_blocks: int = 2
+    overrides: tuple[tuple[str, str, int], ...] = ()
+    noise_feature: str = ""
+    dtype: str = "float32"
+    remat: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(
+                f"model.family {self.family!r} is unknown: choose one of {', '.join(FAMILIES)}"
+            )
+        if not self.noise_feature:
+            object.__setattr__(self, "noise_feature", FAMILIES[self.family].noise_feature)
+        if self.resolution % self.stride:
+            raise ValueError(
+                f"model.resolution {self.resolution} is not a multiple of the stride {self.stride} "
+                f"of {len(self.channel_mult)} levels: use fewer levels or another resolution"
+            )
+        sides = [self.resolution >> level for level in range(len(self.channel_mult))]
+        absent = [side for side in self.attention if side not in sides]
+        if absent:
+            raise ValueError(
+                f"model.attention names {absent}, but the levels have sides {sides}: "
+                "name sides of levels at the native resolution"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Ratio of the finest to the coarsest side."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def output_resolution(self) -> int:
+        return self.resolution * 2 ** len(self.growth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One entry of the plan. Fields that a kind does not use are 0, "" or False.
+
+    kind: map (embedding), conv_in, res, aux (NCSN++'s image branch), head.
+    resolution: native side of the output. in_channels includes what `pop` concatenates.
+    pop: the block whose pushed output is concatenated after the stream. push: output is kept.
+    inner: width between the two convolutions. emb: width of the embedding it reads.
+    heads: 0 = no attention; qk, v: summed widths of the heads' queries (= keys) and of the values.
+    groups0, groups1, groups2: norms before conv0, before conv1, before qkv.
+    shortcut: the identity path has a 1x1 convolution.
+    """
+
+    name: str
+    kind: str
+    in_channels: int
+    out_channels: int
+    resolution: int = 0
+    pop: str = ""
+    push: bool = False
+    resample: str = ""
+    taps: tuple[int, ...] = (1, 1)
+    inner: int = 0
+    emb: int = 0
+    scale_shift: bool = False
+    residual_scale: float = 1.0
+    shortcut: bool = False
+    heads: int = 0
+    qk: int = 0
+    v: int = 0
+    groups0: int = 0
+    groups1: int = 0
+    groups2: int = 0
+    eps: float = 1e-5
+
+
+OVERRIDABLE = ("out_channels", "inner", "heads", "qk", "v", "groups0", "groups1", "groups2")
+
+
+@functools.lru_cache(maxsize=64)
+def plan(config: UNetConfig) -> tuple[Block, ...]:
+    """The blocks in the order in which they run, overrides applied and input widths propagated.
+
+    Raises ValueError where an override names no block or no field, or where widths do not fit.
+    """
+    layout = _layout(config)
+    changes = _changes(config, {block.name for block in layout})
+    stream, emb, aux = 0, 0, config.in_channels
+    pushed, blocks = {}, []
+    for block in layout:
+        block = dataclasses.replace(block, **changes.get(block.name, {}))
+        if block.kind == "map":
+            block = _chain_map(block, {b.name: b for b in blocks})
+            if block.name == "map_layer1":
+                emb = block.out_channels
+        elif block.kind == "aux":
+            block = dataclasses.replace(block, in_channels=aux, out_channels=stream)
+            aux = stream
+        elif block.kind in ("res", "head"):
+            width = stream + (pushed[block.pop] if block.pop else 0)
+            block = dataclasses.replace(block, in_channels=width, emb=emb if block.emb else 0)
+            _check_widths(block)
+        if block.kind != "map":
+            stream = block.out_channels
+        if block.push:
+            pushed[block.name] = stream
+        blocks.append(block)
+    return tuple(blocks)
+
+
+def _layout(config: UNetConfig) -> list[Block]:
+    """The plan before overrides."""
+    family = FAMILIES[config.family]
+    emb = config.channels * config.embedding_mult
+    blocks = _maps(config, family, emb)
+
+    def groups(width):
+        return max(1, min(config.groups, width // config.group_size))
+
+    def res(name, side, stream, out, *, skip=("", 0), attend=False, grown=False, **fields):
+        width = stream + skip[1]
+        resample = fields.get("resample", "")
+        heads = max(1, out // config.head_dim) if attend and config.head_dim else int(attend)
+        return Block(
+            name, "res", width, out, side, pop=skip[0], inner=out, emb=emb,
+            taps=(1, 1) if grown else family.taps,
+            scale_shift=family.scale_shift and not grown,
+            residual_scale=1.0 if grown else family.residual_scale,
+            shortcut=width != out or (bool(resample) and family.resample_conv and not grown),
+            heads=heads, qk=out if heads else 0, v=out if heads else 0,
+            groups0=groups(width), groups1=groups(out), groups2=groups(out) if heads else 0,
+            eps=family.eps, **fields,
+        )  # fmt: skip
+
+    stream, aux, skips = config.channels, config.in_channels, []
+    for level, mult in enumerate(config.channel_mult):
+        side = config.resolution >> level
+        if level == 0:
+            name = f"enc_{side}_conv"
+            blocks.append(Block(name, "conv_in", config.in_channels, stream, side, push=True))
+        else:
+            name, keep = f"enc_{side}_down", not family.encoder_aux
+            blocks.append(res(name, side, stream, stream, resample="down", push=keep))
+            if family.encoder_aux:
+                name = f"enc_{side}_aux"
+                blocks.append(Block(name, "aux", aux, stream, side, push=True, taps=family.taps))
+                aux = stream
+        skips.append((name, stream))
+        for i in range(config.num_blocks):
+            name, out = f"enc_{side}_block{i}", config.channels * mult
+            attend = side in config.attention
+            blocks.append(res(name, side, stream, out, attend=attend, push=True))
+            stream = out
+            skips.append((name, stream))
+
+    blocks += [
+        res(f"dec_{side}_in0", side, stream, stream, attend=True),
+        res(f"dec_{side}_in1", side, stream, stream),
+    ]
+    for level, mult in reversed(list(enumerate(config.channel_mult))):
+        side = config.resolution >> level
+        if side != blocks[-1].resolution:
+            blocks.append(res(f"dec_{side}_up", side, stream, stream, resample="up"))
+        for i in range(config.num_blocks + 1):
+            out = config.channels * mult
+            last = i == config.num_blocks
+            attend = side in config.attention and (last or family.attend_all)
+            name = f"dec_{side}_block{i}"
+            blocks.append(res(name, side, stream, out, skip=skips.pop(), attend=attend))
+            stream = out
+
+    for out in config.growth:
+        side *= 2
+        blocks.append(res(f"grow_{side}_up", side, stream, out, grown=True, resample="up"))
+        for i in range(config.growth_blocks):
+            blocks.append(res(f"grow_{side}_block{i}", side, out, out, grown=True))
+        stream = out
+    head = Block(
+        "head", "head", stream, config.out_channels, side, groups0=groups(stream), eps=family.eps
+    )
+    return [*blocks, head]
+
+
+def _maps(config: UNetConfig, family: Family, emb: int) -> list[Block]:
+    """The blocks of equation (4): each condition that the config declares has its own map."""
+    noise = config.channels * family.noise_width
+    maps = []
+    if family.embedding == "fourier":
+        maps.append(Block("map_noise", "map", 1, noise))
+    if config.augment_dim:
+        maps.append(Block("map_augment", "map", config.augment_dim, noise))
+    maps += [Block("map_layer0", "map", noise, emb), Block("map_layer1", "map", emb, emb)]
+    if config.num_classes:
+        out = emb if family.label_late else noise
+        maps.append(Block("map_label", "map", config.num_classes, out))
+    if config.extra_conditions:
+        features = config.extra_conditions * config.channels
+        maps.append(Block("map_extra0", "map", features, emb))
+        maps.append(Block("map_extra1", "map", emb, emb))
+    if config.caption_dim:
+        maps.append(Block("map_caption", "map", config.caption_dim, emb))
+    return maps
+
+
+def _chain_map(block: Block, done: dict[str, Block]) -> Block:
+    # widths of the embedding follow the two mapping layers, the only maps that can be overridden
+    layer0, layer1 = done.get("map_layer0"), done.get("map_layer1")
+    if block.name == "map_layer1":
+        return dataclasses.replace(block, in_channels=layer0.out_channels)
+    late = block.name in ("map_extra1", "map_caption") or (
+        block.name == "map_label" and block.out_channels != layer0.in_channels
+    )
+    return dataclasses.replace(block, out_channels=layer1.out_channels) if late else block
+
+
+def _changes(config: UNetConfig, names: set[str]) -> dict[str, dict[str, int]]:
+    changes: dict[str, dict[str, int]] = {}
+    for name, field, value in config.overrides:
+        if name not in names:
+            raise ValueError(f"model.overrides names the block {name!r}, which the plan lacks")
+        allowed = ("out_channels",) if name.startswith("map_") else OVERRIDABLE
+        fixed = name == "head" and field == "out_channels"
+        if field not in allowed or fixed or value < 1:
+            raise ValueError(
+                f"model.overrides sets {field} = {value} of {name!r}: "
+                f"give a positive value to one of {', '.join(allowed)}"
+            )
+        changes.setdefault(name, {})[field] = value
+    return changes
+
+
+def _check_widths(block: Block) -> None:
+    pairs = [("groups0", block.in_channels)]
+    if block.kind == "res":
+        pairs.append(("groups1", block.inner))
+        if not block.shortcut and block.in_channels != block.out_channels:
+            raise ValueError(
+                f"block {block.name!r} adds {block.in_channels} to {block.out_channels} channels "
+                "and has no shortcut: give the two the same width in model.overrides"
+            )
+    if block.heads:
+        pairs += [("groups2", block.out_channels), ("heads", block.qk), ("heads", block.v)]
+    for field, width in pairs:
+        if width % getattr(block, field):
+            raise ValueError(
+                f"block {block.name!r} splits {width} channels into {field} = "
+                f"{getattr(block, field)}: make one divide the other in model.overrides"
+            )

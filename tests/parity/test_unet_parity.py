@@ -1,0 +1,82 @@
+"""ADM, DDPM++ and NCSN++ against EDM's PyTorch networks: raw output, denoiser, Heun samples."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cheapscale.diffusion.denoiser import edm
+from cheapscale.diffusion.solvers import solve
+from cheapscale.interop.unet_weights import from_edm
+from cheapscale.models.unet import UNet, unet
+
+SHARED = dict(resolution=16, channels=32, channel_mult=(1, 2), attention=(8,), head_dim=0)
+MODELS = {
+    "adm": dict(SHARED, family="adm", num_classes=10, noise_feature="edm"),
+    "ddpmpp": dict(SHARED, family="ddpmpp", num_blocks=2, num_classes=10),
+    "ncsnpp": dict(SHARED, family="ncsnpp", num_blocks=2),
+}
+
+
+@functools.cache
+def jitted(net: UNet):
+    return jax.jit(lambda p, x, noise, label: net.apply({"params": p}, x, noise, label=label))
+
+
+def nhwc(array):
+    return jnp.asarray(array.transpose(0, 2, 3, 1).astype(np.float32))
+
+
+def relative(ours, theirs):
+    """Largest error over largest reference value."""
+    theirs = theirs.transpose(0, 2, 3, 1)
+    return np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
+
+
+def load(shared, name):
+    reference = dict(np.load(shared / "parity" / f"{name}_edm_16px.npz"))
+    state = {k.removeprefix("param/"): v for k, v in reference.items() if k.startswith("param/")}
+    label = reference.get("labels_onehot")
+    label = None if label is None else jnp.asarray(label.argmax(1), jnp.int32)
+    return unet(**MODELS[name]), state, label, reference
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_network_denoiser_and_sampler_equal_edm(shared, name):
+    net, state, label, reference = load(shared, name)
+    params = from_edm(state, net.config)
+    apply = jitted(net)
+
+    F = apply(params, nhwc(reference["x"]), jnp.asarray(reference["c_noise"]), label)
+    assert relative(F, reference["F"]) < 1e-4
+
+    D = edm(lambda x, noise: apply(params, x, noise, label), 0.5, net.config.noise_feature)
+    denoised = D(nhwc(reference["x"]), jnp.asarray(reference["sigma"]))
+    assert relative(denoised, reference["D"]) < 1e-4
+
+    start = nhwc(reference["heun_latents"]) * 80
+    sample = jax.jit(lambda x: solve([(D, reference["heun_grid"])], x))(start)
+    assert relative(sample, reference["heun_out"]) < 1e-4
+
+
+def test_wrong_qkv_order_is_visible(shared):
+    net, state, label, reference = load(shared, "adm")
+    params = from_edm(state, net.config, qkv_layout="three_head_dim")
+    F = jitted(net)(params, nhwc(reference["x"]), jnp.asarray(reference["c_noise"]), label)
+    assert relative(F, reference["F"]) > 0.1
+
+
+def test_checkpoint_that_does_not_fit_is_refused_with_names(shared):
+    net, state, _, _ = load(shared, "adm")
+    lacking = {k: v for k, v in state.items() if k != "model.out_norm.bias"}
+    with pytest.raises(ValueError, match="missing.*model.out_norm.bias.*unused nothing"):
+        from_edm(lacking, net.config)
+    with pytest.raises(ValueError, match="unused.*model.stray"):
+        from_edm(state | {"model.stray": np.zeros(1)}, net.config)
+    wider = unet(**MODELS["adm"] | {"num_classes": 11})
+    with pytest.raises(ValueError, match=r"map_label/kernel has \(10, 128\) for \(11, 128\)"):
+        from_edm(state, wider.config)
+    with pytest.raises(ValueError, match="other kind"):
+        from_edm({"time_embed.0.weight": np.zeros((1, 1))}, net.config)
