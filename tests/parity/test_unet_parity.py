@@ -9,6 +9,7 @@ import pytest
 
 from cheapscale.diffusion.denoiser import edm
 from cheapscale.diffusion.solvers import solve
+from cheapscale.interop.pytorch import QKV_LAYOUTS, Entry, convert, read_state
 from cheapscale.interop.unet_weights import from_edm
 from cheapscale.models.unet import UNet, unet
 
@@ -80,3 +81,29 @@ def test_checkpoint_that_does_not_fit_is_refused_with_names(shared):
         from_edm(state, wider.config)
     with pytest.raises(ValueError, match="other kind"):
         from_edm({"time_embed.0.weight": np.zeros((1, 1))}, net.config)
+
+
+@pytest.mark.parametrize("layout", QKV_LAYOUTS)
+def test_qkv_channels_arrive_as_three_head_dim(layout):
+    """Every channel carries its own (three, head, dim) as a number, laid out as `layout` says."""
+    numbers = np.arange(3 * 2 * 5).reshape(3, 2, 5)
+    order = [("three", "head", "dim").index(axis) for axis in QKV_LAYOUTS[layout]]
+    theirs = numbers.transpose(order).reshape(30)
+    entries = [Entry("qkv/kernel", "w", "qkv", heads=2), Entry("qkv/bias", "b", "qkv", heads=2)]
+    state = {"w": np.repeat(theirs[:, None], 4, axis=1)[..., None, None], "b": theirs}
+    ours = convert(state, entries, qkv_layout=layout)["qkv"]
+    np.testing.assert_array_equal(ours["bias"], np.arange(30))
+    np.testing.assert_array_equal(ours["kernel"], np.tile(np.arange(30), (4, 1)))
+    with pytest.raises(ValueError, match="qkv_layout 'dim' is unknown"):
+        convert(state, entries, qkv_layout="dim")
+
+
+def test_state_dicts_are_read_from_files(tmp_path):
+    state = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    np.savez(tmp_path / "w.npz", **state)
+    np.testing.assert_array_equal(read_state(tmp_path / "w.npz")["a.weight"], state["a.weight"])
+    torch = pytest.importorskip("torch")
+    torch.save({k: torch.from_numpy(v) for k, v in state.items()}, tmp_path / "w.pt")
+    np.testing.assert_array_equal(read_state(tmp_path / "w.pt")["a.weight"], state["a.weight"])
+    with pytest.raises(ValueError, match="cannot read weights from .*w.bin"):
+        read_state(tmp_path / "w.bin")
