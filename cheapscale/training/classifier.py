@@ -1,10 +1,15 @@
 """Fits the small classifier that serves as a feature network where no published one is at hand.
 
 Two classifiers of one data set never share weights: the one inside a *loss* (projected
-discriminator, perceptual distance) and the one that *measures* differ in seed, in width and in the
-images they saw, and the measuring one sees only every second image of the training split. Where a
-source has no labels the task is to tell by how many quarter turns an image was rotated, and the
-network's name says so.
+discriminator, perceptual distance) and the one that *measures* differ in seed, in width, in task
+and in the images they saw: the measuring one sees only every second image of the training split.
+Where a source has no labels the task is to tell by how many quarter turns an image was rotated,
+and the network's name says so.
+
+Labels alone leave such a network blind to what generators get wrong: on plain scenes a 2x blur at
+32 px did not move the Frechet distance of its features (0.094 against 0.095 for real images). So
+the measuring one is fitted on images of which half are blurred or noisy to a random degree, and
+its features must also tell which.
 
 Training is deterministic, takes well under a minute on two CPU cores, and its result is cached in
 `$CHEAPSCALE_CACHE` (default ~/.cache/cheapscale) as weights (.npz) and a report (.json).
@@ -13,6 +18,7 @@ Training is deterministic, takes well under a minute on two CPU cores, and its r
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -29,11 +35,12 @@ from cheapscale.models.features.network import FeatureNetwork
 
 PyTree = Any
 
-VERSION = 2  # of everything below that changes the weights but not the key's other fields
-VIEW = 32  # larger images are trained on as crops and as reductions of this size
+VERSION = 3  # of everything below that changes the weights but not the key's other fields
+DEGRADATIONS = ("blur", "noise")  # one more logit each, dropped from the network's outputs
+VIEW = 16  # larger images are trained on as crops and as reductions of this size
 PURPOSES = {
-    "loss": {"seed": 1, "width": 16, "subset": "all"},
-    "metric": {"seed": 2, "width": 12, "subset": "even"},
+    "loss": {"seed": 1, "width": 16, "subset": "all", "degradation_weight": 0.0},
+    "metric": {"seed": 2, "width": 12, "subset": "even", "degradation_weight": 1.0},
 }
 
 
@@ -50,7 +57,7 @@ def fit_classifier(
     purpose: str,
     seed: int | None = None,
     width: int | None = None,
-    steps: int | None = None,
+    steps: int = 300,
     batch_size: int = 128,
     max_images: int = 10_000,
     cache_dir: str | pathlib.Path | None = None,
@@ -61,7 +68,7 @@ def fit_classifier(
         source: items {"image": [R, R, 3] in [-1, 1], "label"}, and `num_classes`, `resolution`,
             `fingerprint()`.
         purpose: "loss" or "metric"; sets the defaults of seed and width, and the images used.
-        steps: updates; by default 300, and 200 above 16 px.
+        steps: updates.
         max_images: a fixed random choice of at most so many is read.
 
     Returns:
@@ -83,9 +90,10 @@ def fit_classifier(
         "task": "rotation" if rotation else "label",
         "purpose": purpose,
         "subset": default["subset"],
+        "degradation_weight": default["degradation_weight"],
         "seed": default["seed"] if seed is None else seed,
         "width": default["width"] if width is None else width,
-        "steps": (300 if source.resolution <= 16 else 200) if steps is None else steps,
+        "steps": steps,
         "batch_size": batch_size,
         "max_images": max_images,
     }
@@ -120,7 +128,7 @@ def as_network(name: str, params: PyTree, report: dict) -> FeatureNetwork:
 
 
 def _module(num_classes, width):
-    return Classifier(num_classes=num_classes, width=width)
+    return Classifier(num_classes=num_classes + len(DEGRADATIONS), width=width)
 
 
 def _maps(net, params, x):
@@ -129,6 +137,7 @@ def _maps(net, params, x):
 
 def _outputs(net, feature_rms, params, x):
     logits, _, penultimate = net.apply({"params": params}, x)
+    logits = logits[:, : -len(DEGRADATIONS)]
     return {"features": penultimate / feature_rms, "logits": logits}
 
 
@@ -149,10 +158,13 @@ def _fit(source, spec):
     opt_state = tx.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, x, label):
+    def step(params, opt_state, x, label, degraded):
         def loss(params):
             logits = net.apply({"params": params}, x)[0]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+            logits, marks = jnp.split(logits, [spec["num_classes"]], axis=1)
+            which = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+            how = optax.sigmoid_binary_cross_entropy(marks, degraded).sum(axis=1)
+            return jnp.mean(which + spec["degradation_weight"] * how)
 
         updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
@@ -161,7 +173,8 @@ def _fit(source, spec):
         rng = np.random.default_rng((spec["seed"], n))
         pick = rng.integers(held_out, len(images), spec["batch_size"])
         x, label = _augment(images[pick], labels[pick], rng, rotation, view)
-        params, opt_state = step(params, opt_state, x, label)
+        x, degraded = _degrade(x, rng, half=spec["degradation_weight"] > 0)
+        params, opt_state = step(params, opt_state, x, label, degraded)
 
     # what is reported is measured on held-out images at full size, as the network will be used
     look = jax.jit(functools.partial(_outputs, net, 1.0))
@@ -208,13 +221,34 @@ def _augment(images, labels, rng, rotation, view):
     size = images.shape[1]
     if size == view:
         return _float(images), labels
-    # half the batch shows detail (a crop), half the whole (block means of the largest multiple)
+    # half the batch shows the whole image, half a crop of it at any finer scale
     half, whole = len(images) // 2, size // view
-    corner = rng.integers(0, size - view + 1, (half, 2))
-    crops = [image[r : r + view, c : c + view] for image, (r, c) in zip(images, corner)]
-    rest = images[half:, : whole * view, : whole * view].astype(np.float32)
-    blocks = rest.reshape(len(rest), view, whole, view, whole, 3).mean(axis=(2, 4))
-    return np.concatenate([_float(np.stack(crops)), blocks / 127.5 - 1]), labels
+    finer = 2 ** int(rng.integers(0, max(1, math.ceil(math.log2(whole)))))
+    crops = _reduce(images[:half], finer)
+    corner = rng.integers(0, crops.shape[1] - view + 1, (half, 2))
+    crops = [image[r : r + view, c : c + view] for image, (r, c) in zip(crops, corner)]
+    return np.concatenate([np.stack(crops), _reduce(images[half:], whole)[:, :view, :view]]), labels
+
+
+def _reduce(images, factor):
+    """Means of factor x factor blocks, as float in [-1, 1]; a remainder at the edge is cut."""
+    n, side = len(images), images.shape[1] // factor
+    cut = images[:, : side * factor, : side * factor]
+    return _float(cut.reshape(n, side, factor, side, factor, 3).mean(axis=(2, 4), dtype=np.float32))
+
+
+def _degrade(x, rng, half=True):
+    """A quarter of the images blurred, another made noisy; and [n, 2] marks that say which."""
+    kind = rng.integers(0, 4, len(x)) if half else np.zeros(len(x))
+    marks = np.stack([kind == 1, kind == 2], axis=1).astype(np.float32)
+    amount = rng.uniform(0.4, 1.0, len(x)).astype(np.float32) * marks[:, 0]
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    blurred = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
+    blurred = (blurred[:, :, :-2] + 2 * blurred[:, :, 1:-1] + blurred[:, :, 2:]) / 4
+    x = x + amount[:, None, None, None] * (blurred - x)
+    scale = np.exp(rng.uniform(np.log(0.03), np.log(0.3), len(x))).astype(np.float32) * marks[:, 1]
+    noise = rng.standard_normal(x.shape, np.float32)
+    return np.clip(x + scale[:, None, None, None] * noise, -1, 1), marks
 
 
 def _rotate(images, rng):

@@ -53,7 +53,7 @@ def test_learns_and_a_second_call_reads_the_same_weights(tmp_path, monkeypatch):
     out = again.network.outputs(again.network.params, x)
     assert out["features"].shape == (4, 64) and out["logits"].shape == (4, 3)
     many = again.network.outputs(again.network.params, Stripes(300).images)["features"]
-    assert float((many**2).mean()) == pytest.approx(1, abs=0.1)
+    assert float((many**2).mean()) == pytest.approx(1, abs=0.3)
     assert len(again.network.apply(again.network.params, x)) == 4
 
 
@@ -70,22 +70,40 @@ def test_loss_and_metric_share_nothing(tmp_path):
     assert loss.network.sha256 != metric.network.sha256
     assert loss.report["images"] == 60 and metric.report["images"] == 30
     defaults = classifier.PURPOSES
-    assert all(defaults["loss"][k] != defaults["metric"][k] for k in ("seed", "width", "subset"))
+    assert all(defaults["loss"][k] != defaults["metric"][k] for k in defaults["loss"])
     assert len(list((tmp_path / "classifiers").glob("*.json"))) == 2
     assert len(list((tmp_path / "classifiers").iterdir())) == 4  # no temporary file left
 
 
 def test_large_images_are_seen_whole_and_in_detail():
-    """Half of a batch are reductions, the other half crops: both of the view's size."""
+    """Half of a batch are crops at some scale, the other half reductions of the whole."""
+    checker = np.zeros((8, 64, 64, 3), np.uint8)
+    checker[:, ::2] = 255  # row stripes: seen at native scale, averaged away at any other
+    checker[:, :, 32:] //= 2  # one half darker: every reduction of the whole shows the edge
+    detail = set()
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        x, label = classifier._augment(checker, np.arange(8), rng, False, 16)
+        assert x.shape == (8, 16, 16, 3) and x.dtype == np.float32
+        np.testing.assert_array_equal(label, np.arange(8))
+        sides = np.stack([x[4:, :, :8].mean((1, 2, 3)), x[4:, :, 8:].mean((1, 2, 3))])
+        np.testing.assert_allclose(np.sort(sides, 0), [[-0.5] * 4, [0.0] * 4], atol=0.01)
+        np.testing.assert_allclose(np.diff(x[4:], axis=1), 0, atol=1e-6)
+        detail.add(bool(np.abs(np.diff(x[:4], axis=1)).max() > 0.5))
+    assert detail == {True, False}
+
+
+def test_degraded_images_are_marked():
     rng = np.random.default_rng(0)
-    flat = np.repeat(np.arange(8, dtype=np.uint8), 64 * 64 * 3).reshape(8, 64, 64, 3) * 30
-    checker = flat.copy()
-    checker[:, ::2] = 255 - checker[:, ::2]
-    x, label = classifier._augment(checker, np.arange(8), rng, False, 32)
-    assert x.shape == (8, 32, 32, 3)
-    np.testing.assert_array_equal(label, np.arange(8))
-    assert np.all(x[:4].std(axis=(1, 2, 3)) > 0.1)  # rows alternate in a crop
-    np.testing.assert_allclose(x[4:], 0, atol=1e-6)  # and average out in a reduction
+    x = np.sign(rng.normal(size=(400, 8, 8, 3))).astype(np.float32) * 0.5
+    out, marks = classifier._degrade(x, rng)
+    variance = out.var(axis=(1, 2, 3))
+    blurred, noisy = marks.astype(bool).T
+    assert 0.2 < blurred.mean() < 0.3 and 0.2 < noisy.mean() < 0.3 and not (blurred & noisy).any()
+    assert variance[blurred].max() < 0.2 and variance[noisy].min() > 0.22
+    intact = ~(blurred | noisy)
+    np.testing.assert_array_equal(out[intact], x[intact])
+    assert not classifier._degrade(x, rng, half=False)[1].any()
 
 
 def test_what_cannot_be_fitted_is_refused(tmp_path):
