@@ -67,7 +67,7 @@ def test_wrong_qkv_order_is_visible(reference, state, apply, layout):
         lambda x, noise, label: apply(params, x, noise, label),
         nhwc(reference["z"]), 80.0, 0.5, "openai", label=label,
     )  # fmt: skip
-    assert relative(image, reference["image"]) > 0.02
+    assert relative(image, reference["image"]) > 0.1
 
 
 def test_other_growth_is_refused(state):

@@ -66,7 +66,7 @@ def test_wrong_qkv_order_is_visible(shared):
     net, state, label, reference = load(shared, "adm")
     params = from_edm(state, net.config, qkv_layout="three_head_dim")
     F = jitted(net)(params, nhwc(reference["x"]), jnp.asarray(reference["c_noise"]), label)
-    assert relative(F, reference["F"]) > 0.1
+    assert relative(F, reference["F"]) > 0.3
 
 
 def test_checkpoint_that_does_not_fit_is_refused_with_names(shared):
