@@ -57,7 +57,7 @@ def write(runs: list[Run], workdir: str | pathlib.Path, *, num_samples: int) -> 
 
     figures = {"round_trip": trip, "stages": {}}
     for name in images:
-        run = by_stage["pretrain" if name == "teacher" else name]
+        run = by_stage["distill" if name == "teacher" else name]  # both at the base resolution
         figures["stages"][name] = score(run, images[name])
     for small, large in zip(growing, growing[1:]):
         shrunk = area_mean_batch(images[large.folder], small.config.data.resolution)
@@ -104,7 +104,8 @@ def inversion(path: pathlib.Path, teacher: Loaded, run: Run, count: int = 256) -
 def score(run: Run, images: np.ndarray) -> dict:
     """Quality numbers of one network's samples against held-out images of its resolution."""
     train = open_data(run.config.data)
-    network = fit_classifier(train, purpose="metric").network
+    steps = run.config.features.classifier_steps or None
+    network = fit_classifier(train, purpose="metric", steps=steps).network
     real = reference(network, held_out(run.config), train_source=train)
     used = run.summary["frozen_networks"]
     return {"resolution": train.resolution} | quality(real, images, used_in_loss=used)

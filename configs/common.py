@@ -145,7 +145,14 @@ def optimiser(name: str, lr: float, **changes) -> ConfigDict:
 
 def features(names: tuple[str, ...] = ("classifier",), **changes) -> ConfigDict:
     """Frozen networks of the discriminator and the distance; files and hashes by name."""
-    return ConfigDict({"names": names, "paths": {}, "sha256": {}, "input_size": 0} | changes)
+    fields = {
+        "names": names,
+        "paths": {},
+        "sha256": {},
+        "input_size": 0,  # images with a shorter side are enlarged to it; 0 = the network's own
+        "classifier_steps": 0,  # updates of the small classifier; 0 = its default
+    }
+    return ConfigDict(fields | changes)
 
 
 def tiny_unet(channels: int, mult: tuple[int, ...], blocks: int, **changes) -> dict:
@@ -200,7 +207,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.data.options = {"size": 24}
     if "discriminator" in config:
         config.discriminator.width = 4
-        config.features = features(("classifier",))
+        config.features = features(classifier_steps=3)
     if "invert" in config:
         config.invert.nodes = 3
         config.invert.per_shard = 16

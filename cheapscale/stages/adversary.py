@@ -39,7 +39,8 @@ def load_features(settings: dict, source) -> list[features.FeatureNetwork]:
     networks = []
     for name in settings["names"]:
         if name == "classifier":
-            networks.append(fit_classifier(source, purpose="loss").network)
+            steps = settings["classifier_steps"] or None
+            networks.append(fit_classifier(source, purpose="loss", steps=steps).network)
             continue
         path = settings["paths"].get(name, "")
         if not path:
