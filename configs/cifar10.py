@@ -7,13 +7,14 @@ Hardware: size=cpu about 20 minutes on 2 cores; size=gpu about 5 minutes on one 
 """
 
 from configs import common
+from configs.models import preset
 
 SIZES = {
     "cpu": {
         "base": 16,
         "top": 32,
         "split": "train[:10%]",
-        "model": common.tiny_unet(channels=32, mult=(1, 2), blocks=1),
+        "model": preset("tiny16"),
         "widths": {32: 32},
         "pretrain": (6000, 1e-3, 64),
         "distill": (1500, 3e-4, 32),
@@ -25,7 +26,7 @@ SIZES = {
         "base": 16,
         "top": 32,
         "split": "train",
-        "model": common.tiny_unet(channels=96, mult=(1, 2), blocks=2),
+        "model": preset("tiny16", channels=96, num_blocks=2),
         "widths": {32: 96},
         "pretrain": (20000, 5e-4, 256),
         "distill": (6000, 1e-4, 128),

@@ -4,16 +4,17 @@ Data: the prepared TFDS set "clothing" (3,068 photographs with true detail at 12
 small, so read the distance to the nearest training image beside any quality number.
 Hardware: size=cpu about 20 minutes on 2 cores; size=gpu about 10 minutes on one H100 or H200.
 
-    python -m launch.pipeline --config=configs/clothing.py --arg=data_dir=DIR --workdir=runs/clothing
+    python -m launch.pipeline --config=configs/clothing.py --arg=data_dir=DIR --workdir=runs/photos
 """
 
 from configs import common
+from configs.models import preset
 
 SIZES = {
     "cpu": {
         "base": 16,
         "top": 128,
-        "model": common.tiny_unet(channels=32, mult=(1, 2), blocks=1),
+        "model": preset("tiny16"),
         "widths": {32: 32, 64: 32, 128: 16},
         "pretrain": (5000, 1e-3, 64),
         "distill": (1200, 3e-4, 32),
@@ -24,7 +25,7 @@ SIZES = {
     "gpu": {
         "base": 16,
         "top": 128,
-        "model": common.tiny_unet(channels=96, mult=(1, 2), blocks=2),
+        "model": preset("tiny16", channels=96, num_blocks=2),
         "widths": {32: 96, 64: 96, 128: 48},
         "pretrain": (15000, 5e-4, 256),
         "distill": (5000, 1e-4, 64),

@@ -155,23 +155,6 @@ def features(names: tuple[str, ...] = ("classifier",), **changes) -> ConfigDict:
     return ConfigDict(fields | changes)
 
 
-def tiny_unet(channels: int, mult: tuple[int, ...], blocks: int, **changes) -> dict:
-    """An ADM U-Net for small images: attention only in the middle, few groups of channels."""
-    fields = {
-        "family": "adm",
-        "channels": channels,
-        "channel_mult": mult,
-        "num_blocks": blocks,
-        "attention": (),
-        "head_dim": 32,
-        "groups": 8,
-        "dropout": 0.0,
-        "dtype": "float32",
-        "remat": (),
-    }
-    return fields | changes
-
-
 def generator_loss(stage: str) -> ConfigDict:
     """Weights and switches of stages 2 and 3, at the specification's defaults (section 3.2-4.4)."""
     loss = ConfigDict(
@@ -194,27 +177,32 @@ def generator_loss(stage: str) -> ConfigDict:
     return loss
 
 
-def smoke(config: ConfigDict) -> ConfigDict:
-    """The same stage cut down to 3 steps on 24 tiny scenes: what the tests run."""
+def smoke(config: ConfigDict, base: int) -> ConfigDict:
+    """The same stage cut down to 3 steps on 24 tiny scenes, base 8 px: what the tests run."""
+    config.data.resolution = config.data.resolution * 8 // base
     config.total_steps = 3
     config.batch_size = 8
     config.log_every = 1
     config.eval_every = 3
     config.save_every = 2
     config.data.name = "scenes"
+    if "model" in config:  # the file's own U-Net at a size that compiles in seconds
+        config.model.resolution, config.model.channels, config.model.channel_mult = 8, 16, (1, 2)
+        config.model.num_blocks, config.model.attention, config.model.num_classes = 1, (), 8
     config.data.split, config.data.eval_split = "train", "test"
     config.data.data_dir = ""
     config.data.options = {"size": 24}
     if "discriminator" in config:
         config.discriminator.width = 4
         config.features = features(classifier_steps=3)
+    if "grow" in config:
+        config.grow.widths = (16,) * len(config.grow.widths)
     if "invert" in config:
         config.invert.nodes = 3
         config.invert.per_shard = 16
     if "pretrain" in config:
         config.pretrain.preview_steps = 2
     return config
-
 
 
 # Arguments that every image config takes, with their defaults.
@@ -231,7 +219,9 @@ ARGUMENTS = {
 }
 
 
-def image_config(arg: str | None, sizes: dict, *, name: str, num_classes: int, **data) -> ConfigDict:
+def image_config(
+    arg: str | None, sizes: dict, *, name: str, num_classes: int, **data
+) -> ConfigDict:
     """One stage of PaGoDA on an image set, from a row of presets.
 
     sizes: {size: preset}; a preset holds base, top, model (U-Net fields), widths {resolution: width
@@ -272,7 +262,7 @@ def image_config(arg: str | None, sizes: dict, *, name: str, num_classes: int, *
             config.features = features(
                 ("mobilenet_v2",), paths={"mobilenet_v2": args.mobilenet}, input_size=128
             )
-    return smoke(config) if args.smoke else config
+    return smoke(config, base) if args.smoke else config
 
 
 def image_stages(arg: str | None, sizes: dict) -> list[str]:

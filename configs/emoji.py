@@ -9,13 +9,14 @@ Hardware: size=cpu about 20 minutes on 2 cores.
 """
 
 from configs import common
+from configs.models import preset
 
 SIZES = {
     "cpu": {
         "base": 16,
         "top": 128,
         "options": {"where": {"skin_tone": False}},
-        "model": common.tiny_unet(channels=32, mult=(1, 2), blocks=1),
+        "model": preset("tiny16"),
         "widths": {32: 32, 64: 32, 128: 16},
         "pretrain": (5000, 1e-3, 64),
         "distill": (1200, 3e-4, 32),

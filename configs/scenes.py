@@ -9,13 +9,14 @@ Hardware: 2 CPU cores, about 12 minutes (quick).
 """
 
 from configs import common
+from configs.models import preset
 
 SIZES = {
     "quick": {
         "base": 8,
         "top": 32,
         "options": {"size": 2000},
-        "model": common.tiny_unet(channels=32, mult=(1, 2), blocks=1),
+        "model": preset("tiny8"),
         "widths": {16: 32, 32: 32},
         # steps, learning rate, batch
         "pretrain": (4000, 1e-3, 64),
@@ -28,7 +29,7 @@ SIZES = {
         "base": 16,
         "top": 128,
         "options": {"size": 20000},
-        "model": common.tiny_unet(channels=64, mult=(1, 2, 2), blocks=2),
+        "model": preset("small"),
         "widths": {32: 64, 64: 64, 128: 32},
         "pretrain": (40000, 5e-4, 128),
         "distill": (20000, 1e-4, 64),

@@ -1,6 +1,6 @@
 """Executes every notebook's code cells in one namespace: what continuous integration runs.
 
-    CHEAPSCALE_FAST=1 python -m pytest notebooks/run_notebooks.py
+CHEAPSCALE_FAST=1 python -m pytest notebooks/run_notebooks.py
 """
 
 import json

@@ -33,8 +33,8 @@ def load_features(settings: dict, source) -> list[features.FeatureNetwork]:
     """The frozen networks that `config.features` names.
 
     "classifier" is fitted here to the source's own labels (rotations where it has none) and cached;
-    every other name is read from the file in `settings["paths"]`. Raises ValueError where it is
-    missing: there is no silent substitute.
+    every other name is read from the file in `settings["paths"]` (several joined by "+"). Raises
+    ValueError where it is missing: there is no silent substitute.
     """
     networks = []
     for name in settings["names"]:
@@ -51,7 +51,7 @@ def load_features(settings: dict, source) -> list[features.FeatureNetwork]:
         networks.append(
             features.load(
                 name,
-                path,
+                path.split("+"),
                 sha256=settings["sha256"].get(name) or None,
                 input_size=settings["input_size"] or None,
             )
@@ -73,17 +73,14 @@ def make_judges(
         num_classes=source.num_classes if conditional else 0,
         **discriminator,
     )
+    judged = list(networks)
     if distance == "feature":
         metric = feature_distance(
             networks, resolution=source.resolution, width=discriminator["width"]
         )
     elif distance == "lpips":
-        vgg = {n.name: n for n in networks}.get("vgg16_lpips")
-        if vgg is None:
-            raise ValueError(
-                "distance 'lpips' needs 'vgg16_lpips' among features.names, with its file"
-            )
-        metric = lpips_distance(vgg)
+        judged += (vgg := load_features(settings | {"names": ("vgg16_lpips",)}, source))
+        metric = lpips_distance(vgg[0])
     elif distance == "pixel":
         metric = pixel_distance()
     else:
@@ -105,5 +102,5 @@ def make_judges(
         distance=lambda frozen, image, target, key: metric.apply(
             frozen["distance"], image, target, key
         ),
-        networks={n.name: n.sha256 for n in networks},
+        networks={network.name: network.sha256 for network in judged},
     )

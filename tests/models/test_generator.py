@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cheapscale.models import generator
-from cheapscale.models.presets import GROWTH, preset
 from cheapscale.models.unet import UNet, unet
+from configs.models import GROWTH, preset
 
 TINY = dict(resolution=8, channels=8, channel_mult=(1, 2), attention=(4,), head_dim=8)
 Z = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cheapscale.models.generator import count
-from cheapscale.models.presets import PRESETS, preset
 from cheapscale.models.unet import plan, unet
+from configs.models import PRESETS, preset
 
 TINY = dict(
     resolution=8, channels=8, channel_mult=(1, 2), attention=(4,), head_dim=8, num_classes=3,

@@ -1,4 +1,4 @@
-"""The GAN step against closed forms: the Dirac-GAN of the stability theorem, lambda, update order."""
+"""The GAN step against closed forms: the stability theorem's Dirac-GAN, lambda, update order."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Named U-Nets as plain values, ready for `unet(**preset("cifar10_ddpmpp"))`.
+"""Named U-Nets as plain values: `unet(**preset("cifar10_ddpmpp"))`, or a config's `model`.
 
 Parameter counts in millions, asserted by the tests. `GROWTH` gives the published widths of the
 doublings by base resolution (PaGoDA, spec 4.1): its first n entries grow by 2 ** n.
