@@ -35,9 +35,10 @@ from cheapscale.models.features.network import FeatureNetwork
 
 PyTree = Any
 
-VERSION = 3  # of everything below that changes the weights but not the key's other fields
+VERSION = 4  # of everything below that changes the weights but not the key's other fields
 DEGRADATIONS = ("blur", "noise")  # one more logit each, dropped from the network's outputs
-VIEW = 16  # larger images are trained on as crops and as reductions of this size
+NATIVE = 32  # images up to this size are trained on as they are,
+VIEW = 16  # larger ones as crops and as reductions of this size
 PURPOSES = {
     "loss": {"seed": 1, "width": 16, "subset": "all", "degradation_weight": 0.0},
     "metric": {"seed": 2, "width": 12, "subset": "even", "degradation_weight": 1.0},
@@ -57,8 +58,8 @@ def fit_classifier(
     purpose: str,
     seed: int | None = None,
     width: int | None = None,
-    steps: int = 300,
-    batch_size: int = 128,
+    steps: int | None = None,
+    batch_size: int | None = None,
     max_images: int = 10_000,
     cache_dir: str | pathlib.Path | None = None,
 ) -> Fitted:
@@ -68,7 +69,8 @@ def fit_classifier(
         source: items {"image": [R, R, 3] in [-1, 1], "label"}, and `num_classes`, `resolution`,
             `fingerprint()`.
         purpose: "loss" or "metric"; sets the defaults of seed and width, and the images used.
-        steps: updates.
+        steps, batch_size: by default 300 updates of 128 images or, at 17 to 32 px, 500 of 32 (the
+            same time; with fewer updates the noise is not learned there).
         max_images: a fixed random choice of at most so many is read.
 
     Returns:
@@ -81,6 +83,7 @@ def fit_classifier(
     if purpose not in PURPOSES:
         raise ValueError(f"unknown purpose {purpose!r}: choose one of {tuple(PURPOSES)}")
     default = PURPOSES[purpose]
+    few = 16 < source.resolution <= NATIVE
     rotation = source.num_classes < 2
     spec = {
         "version": VERSION,
@@ -93,8 +96,8 @@ def fit_classifier(
         "degradation_weight": default["degradation_weight"],
         "seed": default["seed"] if seed is None else seed,
         "width": default["width"] if width is None else width,
-        "steps": steps,
-        "batch_size": batch_size,
+        "steps": steps or (500 if few else 300),
+        "batch_size": batch_size or (32 if few else 128),
         "max_images": max_images,
     }
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
@@ -150,7 +153,7 @@ def _fit(source, spec):
             f"{len(images)} images of {source.name!r} are too few to fit a classifier on: give 10"
         )
     net = _module(spec["num_classes"], spec["width"])
-    view = min(source.resolution, VIEW)
+    view = source.resolution if source.resolution <= NATIVE else VIEW
     shape = (1, view, view, 3)
     params = jax.jit(net.init)(jax.random.key(spec["seed"], impl="rbg"), jnp.zeros(shape))["params"]
     steps = spec["steps"]

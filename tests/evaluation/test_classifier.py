@@ -83,7 +83,7 @@ def test_large_images_are_seen_whole_and_in_detail():
     detail = set()
     for seed in range(8):
         rng = np.random.default_rng(seed)
-        x, label = classifier._augment(checker, np.arange(8), rng, False, 16)
+        x, label = classifier._augment(checker, np.arange(8), rng, rotation=False, view=16)
         assert x.shape == (8, 16, 16, 3) and x.dtype == np.float32
         np.testing.assert_array_equal(label, np.arange(8))
         sides = np.stack([x[4:, :, :8].mean((1, 2, 3)), x[4:, :, 8:].mean((1, 2, 3))])
