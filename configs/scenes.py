@@ -15,13 +15,13 @@ SIZES = {
     "quick": {
         "base": 8,
         "top": 32,
-        "options": {"size": 2000},
+        "options": {"size": 1500},
         "model": preset("tiny8"),
         "widths": {16: 32, 32: 32},
         # steps, learning rate, batch
-        "pretrain": (4000, 1e-3, 64),
-        "distill": (1500, 3e-4, 64),
-        "grow": (800, 3e-4, 64),
+        "pretrain": (2500, 2e-3, 64),
+        "distill": (600, 3e-4, 32),
+        "grow": (300, 3e-4, 32),
         "invert_batch": 256,
         "discriminator_width": 16,
     },

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cheapscale.diffusion import denoiser, process
@@ -23,6 +24,24 @@ PyTree = Any
 def complete(model: dict) -> dict:
     """Every field of the U-Net with its value, as plain JSON: what travels with the weights."""
     return dataclasses.asdict(unet(**model).config)
+
+
+def check_process(diffusion: dict) -> None:
+    """Refuse a range of sigma that the process does not reach."""
+    if diffusion["process"] == "edm":
+        return
+    schedule = process.vp_schedule(diffusion["process"])
+    if (
+        not schedule.sigmas[0]
+        <= diffusion["sigma_min"]
+        < diffusion["sigma_max"]
+        <= schedule.sigmas[-1]
+    ):
+        raise ValueError(
+            f"diffusion.sigma_min {diffusion['sigma_min']} and sigma_max {diffusion['sigma_max']} "
+            f"leave the {diffusion['process']} schedule, whose sigmas run from "
+            f"{schedule.sigmas[0]:.4f} to {schedule.sigmas[-1]:.4f}: set them inside it"
+        )
 
 
 def make_denoiser(model: dict, diffusion: dict) -> Callable:
@@ -57,14 +76,12 @@ def make_generator(model: dict, diffusion: dict) -> Callable:
         def F(x, noise, **condition):
             return net.apply({"params": params}, x, noise, **condition)
 
-        return denoiser.one_step(
-            F,
-            z,
-            sigma_max=diffusion["sigma_max"],
-            sigma_data=diffusion["sigma_data"],
-            feature=net.config.noise_feature,
-            label=label,
-        )
+        sigma_max = diffusion["sigma_max"]
+        if diffusion["process"] == "edm":
+            feature = net.config.noise_feature
+            return denoiser.one_step(F, z, sigma_max, diffusion["sigma_data"], feature, label=label)
+        time = process.vp_schedule(diffusion["process"]).time_of_sigma(sigma_max)
+        return F(process.to_vp(z, sigma_max), jnp.full(len(z), time, z.dtype), label=label)
 
     return generate
 

@@ -20,7 +20,7 @@ from cheapscale.data.augment import random_augment, random_flip
 from cheapscale.diffusion import denoiser, process
 from cheapscale.models.unet import unet
 from cheapscale.stages import data
-from cheapscale.stages.networks import complete, make_denoiser
+from cheapscale.stages.networks import check_process, complete, make_denoiser
 from cheapscale.stages.sampling import in_batches, prior, teacher_map
 from cheapscale.training.logging import image_grid
 from cheapscale.training.optim import make_optimiser
@@ -34,6 +34,7 @@ def build(config) -> Stage:
     """Stage 1 from its config (see configs/). Raises ValueError on a config that cannot run."""
     model = complete(config.model.to_dict())
     diffusion = config.diffusion.to_dict()
+    check_process(diffusion)
     source = data.open_data(config.data)
     data.check_model(model, source)
     optimiser = Optimiser(make_optimiser(**config.optim))

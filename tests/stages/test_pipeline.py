@@ -260,3 +260,36 @@ def test_the_baseline_regresses_the_teachers_samples(pipeline, tmp_path):
         run.run(config, str(tmp_path / "wrong"))
     config.distill.pairs = "teacher"
     assert run.run(config, str(tmp_path / "distill"))["step"] == 3
+
+
+@pytest.mark.parametrize("process, prediction", [("cosine", "v"), ("linear", "eps")])
+def test_a_vp_teacher_goes_through_the_same_stages(process, prediction, tmp_path):
+    """Its generator sees the variance-preserving input and the last time, and nothing else."""
+    config = get_config("smoke,stage=pretrain")
+    config.diffusion.process, config.diffusion.prediction = process, prediction
+    with pytest.raises(ValueError, match="leave the"):
+        run.build(config)
+    config.diffusion.sigma_min, config.diffusion.sigma_max = 0.02, 50.0
+    config.total_steps = 1
+    run.run(config, str(tmp_path / "teacher"))
+    loaded = checkpoint.load_network(tmp_path / "teacher")
+    (model,) = loaded.meta["networks"].values()
+    z = 50 * jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
+    label = jnp.zeros(8, jnp.int32)
+    image = make_generator(model, loaded.meta["diffusion"])(loaded.params, z, label)
+    time = np.interp(np.log(50), *log_sigma_table(process))
+    raw = unet(**model).apply(
+        {"params": loaded.params}, z / np.sqrt(1 + 50**2), jnp.full(8, time, jnp.float32), label
+    )
+    np.testing.assert_allclose(image, raw, rtol=1e-5, atol=1e-6)
+
+
+def log_sigma_table(name, steps=1000):
+    """ln sigma of the schedule's table, and its times, by the textbook formulas."""
+    if name == "cosine":
+        f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    else:
+        beta = np.linspace(1e-4, 0.02, steps)
+    alpha_bar = np.cumprod(1 - beta)
+    return np.log(np.sqrt((1 - alpha_bar) / alpha_bar)), np.arange(steps)

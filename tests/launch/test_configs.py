@@ -1,0 +1,90 @@
+"""Every config file, every stage: complete, plain, and refused where it makes no sense."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+
+from cheapscale.models.unet import unet
+
+FILES = ("scenes", "cifar10", "clothing", "emoji", "imagenet")
+
+
+def module(name):
+    return importlib.import_module(f"configs.{name}")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_stage_of_every_file_is_plain_values_and_names_a_module(name):
+    file = module(name)
+    assert file.stages()[:3] == ["stage=pretrain", "stage=invert", "stage=distill"]
+    for arg in file.stages():
+        for prefix in ("", "smoke,"):
+            config = file.get_config(prefix + arg)
+            json.dumps(config.to_dict())
+            importlib.import_module(f"cheapscale.stages.{config.stage}")
+            if config.stage == "pretrain":
+                assert unet(**config.model.to_dict()).config.resolution == config.data.resolution
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_growth_stage_has_one_width_for_each_doubling(name):
+    file = module(name)
+    base = file.get_config("stage=pretrain").data.resolution
+    grown = [arg for arg in file.stages() if "grow" in arg]
+    for arg in grown:
+        assert len(file.get_config(arg).grow.widths) == 1
+    top = file.get_config(grown[-1]).data.resolution
+    jump = file.get_config(f"stage=grow,jump,resolution={top}")
+    assert base * 2 ** len(jump.grow.widths) == top
+
+
+def test_the_papers_values_bind_imagenet():
+    """Spec sections 1.3, 3.3-3.5, 4.1, 4.4 and 12.13-12.16."""
+    file = module("imagenet")
+    pretrain = file.get_config("stage=pretrain")
+    assert pretrain.pretrain.label_dropout == 0 and pretrain.pretrain.augment == 0
+    assert pretrain.model.num_classes == 1000 and pretrain.batch_size == 4096
+    invert = file.get_config("stage=invert")
+    assert invert.invert.nodes == 40 and invert.invert.clip and invert.invert.cfg_scale == 1
+    for arg in ("stage=distill", "stage=grow,resolution=128", "stage=grow,resolution=512"):
+        config = file.get_config(arg)
+        assert config.optim.name == "radam" and config.optim.lr == 8e-6
+        assert config.optim_discriminator.lr == 2e-3 and config.ema.decay == 0.999
+        assert config.batch_size == 256 and config.optim.clip_norm == 0
+        assert config.features.names == ("deit_base_distilled", "efficientnet_lite0")
+        loss = config[config.stage]
+        growing = config.stage == "grow"
+        assert (loss.adversarial_weight, loss.adaptive) == (
+            (1.0, False) if growing else (0.2, True)
+        )
+        assert loss.distance == "feature" and loss.gan_loss == "hinge"
+    assert file.get_config("stage=grow,resolution=512").grow.widths == (96,)
+    assert file.get_config("stage=grow,resolution=256").grow.widths == (192,)
+
+
+def test_words_that_no_file_knows_are_refused_with_those_it_knows():
+    file = module("scenes")
+    with pytest.raises(ValueError, match="'sise' is unknown: this file takes stage, resolution"):
+        file.get_config("sise=quick")
+    with pytest.raises(ValueError, match="size 'huge' is unknown: choose one of quick"):
+        file.get_config("size=huge")
+    with pytest.raises(ValueError, match="stage 'shrink' is unknown"):
+        file.get_config("stage=shrink")
+    with pytest.raises(ValueError, match="48 is not a doubling of 24|not a doubling"):
+        file.get_config("stage=grow,resolution=24,jump")
+
+
+def test_unlabelled_data_makes_an_unconditional_model():
+    config = module("cifar10").get_config("stage=pretrain,unlabelled")
+    assert config.model.num_classes == 0 and config.data.options.unlabelled
+
+
+def test_every_config_that_a_script_or_the_readme_names_exists():
+    root = pathlib.Path(__file__).resolve().parents[2]
+    texts = [root / "README.md", *(root / "launch").glob("*.sh"), *(root / "configs").glob("*.py")]
+    for text in texts:
+        for word in text.read_text().replace("=", " ").replace(":", " ").split():
+            if word.startswith("configs/") and word.endswith(".py"):
+                assert (root / word).is_file(), f"{text.name} names {word}"
