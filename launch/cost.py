@@ -52,11 +52,11 @@ def gradient_flops(net, resolution: int, keep=lambda path: True) -> float:
     return cost_of_call(gradient, moving, fixed, *arguments).flops / 8
 
 
-def pretraining(full: int = 64) -> dict:
-    """{resolution: FLOPs per image, and relative to the full resolution}."""
+def pretraining(sizes: tuple[int, ...] = (64, 32, 16, 8)) -> dict:
+    """{resolution: FLOPs per image, and relative to the first}."""
     model = preset("tiny8", attention=(), num_classes=8)
-    flops = {r: gradient_flops(unet(**model | {"resolution": r}), r) for r in (full, 32, 16, 8)}
-    return {str(r): {"flops": f, "ratio": f / flops[full]} for r, f in flops.items()}
+    flops = {r: gradient_flops(unet(**model | {"resolution": r}), r) for r in sizes}
+    return {str(r): {"flops": f, "ratio": f / flops[sizes[0]]} for r, f in flops.items()}
 
 
 def growth(base: int = 16, doublings: int = 3) -> dict:

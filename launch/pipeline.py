@@ -17,12 +17,6 @@ from cheapscale.stages.run import run
 from cheapscale.training.logging import duration
 from launch.command import execute
 
-flags.DEFINE_string("config", None, "Config file with get_config and stages.")
-flags.DEFINE_string("arg", "", "Argument string for the config file, e.g. size=quick,seed=1.")
-flags.DEFINE_string("workdir", None, "Where every stage's folder goes.")
-flags.DEFINE_integer("num_samples", 1000, "Samples per quality number.")
-FLAGS = flags.FLAGS
-
 
 def load_module(path: str):
     """The config file as a module."""
@@ -73,6 +67,7 @@ def pipeline(path: str, arg: str, workdir: str, num_samples: int) -> dict:
 
 def main(argv) -> None:
     del argv
+    FLAGS = flags.FLAGS
     execute(
         "pipeline",
         FLAGS.workdir,
@@ -81,5 +76,9 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("config", None, "Config file with get_config and stages.")
+    flags.DEFINE_string("arg", "", "Argument string for the config file, e.g. size=quick,seed=1.")
+    flags.DEFINE_string("workdir", None, "Where every stage's folder goes.")
+    flags.DEFINE_integer("num_samples", 1000, "Samples per quality number.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)
