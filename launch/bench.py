@@ -1,0 +1,431 @@
+"""Our U-Net against `diffusers.UNet2DModel` on CPU: a training step, one-step sampling, a profile.
+
+    python -m launch.bench --workdir=runs/bench --record=notebooks/results/bench_cpu.json
+
+Both sides are the same function: the residual blocks, their widths, group norms and attention are
+mapped onto each other, our weights are copied into theirs, and the record holds how far the two
+outputs are apart. A training step is EDM's denoising loss, its gradient, Adam and the weights'
+moving average; one-step sampling is one forward pass. The sides take turns, call by call, so that
+whatever else the machine does falls on both; a ratio is their seconds over ours in the same round.
+
+Seconds are wall clock. A second set counts CPU seconds (of all threads): on a shared machine those
+of `--cores=1` are the steadier ones. Waiting OpenMP threads spin, so that PyTorch with several
+threads on a machine with other work is slow for a reason that is not the library's.
+"""
+
+import glob
+import json
+import os
+import pathlib
+import re
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from cheapscale.diffusion.process import noise_feature
+from cheapscale.evaluation.cost import param_count
+from cheapscale.models.unet import plan, unet
+from cheapscale.stages.networks import complete, make_denoiser, make_generator
+from cheapscale.stages.pretrain import denoising_loss
+from cheapscale.training.loop import provenance
+from cheapscale.training.optim import make_optimiser
+from cheapscale.training.stage import denoise_step, noise_bins
+from cheapscale.training.state import Optimiser, create_state
+from configs.models import preset
+from launch.command import execute
+
+PyTree = Any
+
+
+class Size(NamedTuple):
+    model: dict  # fields of our U-Net; `groups` such that every norm has as many, as theirs do
+    batch: int
+
+
+SIZES = {
+    "cifar32": Size(
+        dict(
+            resolution=32, channels=64, channel_mult=(1, 2, 2), num_blocks=2, attention=(16,),
+            groups=16,
+        ),
+        16,
+    ),
+    "tiny16": Size(preset("tiny16", groups=8), 32),
+}  # fmt: skip
+DIFFUSION = dict(process="edm", P_mean=-1.2, P_std=1.2, sigma_data=0.5, sigma_max=80.0)
+RATE, DECAY = 1e-4, 0.999
+FORMATS = ("contiguous", "channels_last")  # PyTorch's default layout, and ours
+
+DIFFERENCES = (
+    "theirs runs eagerly in NCHW (and once more in channels_last), ours compiled by XLA in NHWC",
+    "theirs projects to queries, keys and values in three products, ours in one",
+    "theirs applies silu to the embedding in every residual block, ours once",
+    "our step also keeps the loss by noise level and the norm of the gradient",
+    "theirs has one number of groups for every norm, so ours is given it (groups = width / 4)",
+    "FLOPs of ours are XLA's, without taps that fall into padding; of theirs, torch's count with "
+    "them and without elementwise work",
+)
+
+
+def random_weights(model: dict, seed: int = 0) -> PyTree:
+    """Weights of order one for every tensor: a fresh network has zeros where it ends a block."""
+    rng, shape = np.random.default_rng(seed), (1, model["resolution"], model["resolution"], 3)
+    shapes = jax.eval_shape(unet(**model).init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(1))
+
+    def draw(path, leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 100
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(centre + rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes["params"])
+
+
+def their_network(model: dict):
+    """UNet2DModel with our architecture. Raises ValueError where it cannot be imported."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ValueError(
+            f"the comparison needs diffusers and torch ({error}): pip install diffusers torch"
+        ) from None
+    sides = [model["resolution"] >> level for level in range(len(model["channel_mult"]))]
+    kinds = [
+        ("Attn{}Block2D" if s in model["attention"] else "Resnet{}sampleBlock2D") for s in sides
+    ]
+    names = {
+        way: tuple(k.format(way.capitalize() if "Attn" in k else way) for k in kinds)
+        for way in ("Down", "Up")
+    }
+    return diffusers.UNet2DModel(
+        sample_size=model["resolution"],
+        block_out_channels=tuple(model["channels"] * m for m in model["channel_mult"]),
+        layers_per_block=model["num_blocks"],
+        down_block_types=names["Down"],
+        up_block_types=names["Up"][::-1],
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+        attention_head_dim=model["head_dim"],
+        norm_num_groups=model["groups"],
+        attn_norm_num_groups=model["groups"],
+    )
+
+
+def their_blocks(net):
+    """(residual block, its attention or None) in the order of our plan."""
+    for block in net.down_blocks:
+        yield from zip(block.resnets, getattr(block, "attentions", [None] * len(block.resnets)))
+        yield from ((down, None) for down in block.downsamplers or ())
+    yield from zip(net.mid_block.resnets, [*net.mid_block.attentions, None])
+    for block in net.up_blocks:
+        yield from zip(block.resnets, getattr(block, "attentions", [None] * len(block.resnets)))
+        yield from ((up, None) for up in block.upsamplers or ())
+
+
+def copy_weights(params: PyTree, model: dict, net) -> None:
+    """Ours into theirs. Raises ValueError unless every one of their weights has its counterpart."""
+    import torch
+
+    left = {id(p) for p in net.parameters()}
+
+    def fill(layer, ours):
+        weight = ours["scale"] if "scale" in ours else ours["kernel"]
+        axes = (3, 2, 0, 1) if weight.ndim == 4 else tuple(range(weight.ndim))[::-1]
+        weight = np.transpose(np.asarray(weight), axes).reshape(layer.weight.shape)
+        for target, value in ((layer.weight, weight), (layer.bias, np.asarray(ours["bias"]))):
+            target.data.copy_(torch.tensor(value))
+            left.discard(id(target))
+
+    fill(net.conv_in, params[f"enc_{model['resolution']}_conv"])
+    fill(net.time_embedding.linear_1, params["map_layer0"])
+    fill(net.time_embedding.linear_2, params["map_layer1"])
+    fill(net.conv_norm_out, params["head"]["norm"])
+    fill(net.conv_out, params["head"]["conv"])
+    ours = [block for block in plan(unet(**model).config) if block.kind == "res"]
+    for block, (res, attention) in zip(ours, their_blocks(net), strict=True):
+        p = params[block.name]
+        fill(res.norm1, p["norm0"])
+        fill(res.conv1, p["conv0"])
+        fill(res.time_emb_proj, p["affine"])
+        fill(res.norm2, p["norm1"])
+        fill(res.conv2, p["conv1"])
+        if block.shortcut:
+            fill(res.conv_shortcut, p["skip"])
+        if block.heads:
+            fill(attention.group_norm, p["norm2"])
+            fill(attention.to_out[0], p["proj"])
+            for i, layer in enumerate((attention.to_q, attention.to_k, attention.to_v)):
+                third = {name: np.split(w, 3, axis=-1)[i] for name, w in p["qkv"].items()}
+                fill(layer, third)
+    if left:
+        raise ValueError(f"{len(left)} tensors of UNet2DModel have no counterpart in the model")
+
+
+def our_step(model: dict) -> tuple[Callable, Optimiser]:
+    """Pretraining's step, (state, frozen, batch, key) -> (state, metrics), and its optimiser."""
+    optimiser = Optimiser(make_optimiser("adam", RATE))
+    loss = partial(
+        denoising_loss, bind=make_denoiser(model, DIFFUSION), diffusion=DIFFUSION, null_label=0,
+        label_dropout=0.0,
+    )  # fmt: skip
+    return partial(denoise_step, loss_fn=loss, optimiser=optimiser, ema_decay=DECAY), optimiser
+
+
+def our_calls(model: dict, params: PyTree, images: np.ndarray) -> tuple[dict, dict, Any]:
+    """({use: call to time}, {use: FLOPs}, the compiled training step)."""
+    step, optimiser = our_step(model)
+    params = {"net": jax.tree.map(jnp.copy, params)}  # the step takes its state for good
+    state = create_state(params, {"loss_per_bin": noise_bins()}, {"net": optimiser}, ["net"])
+    batch = {"image": jnp.asarray(images), "label": jnp.zeros(len(images), jnp.int32)}
+    key = jax.random.key(0)
+    train = jax.jit(step, donate_argnums=0).lower(state, {}, batch, key).compile()
+    z = DIFFUSION["sigma_max"] * batch["image"]
+    weights = jax.tree.map(jnp.copy, params["net"])
+    generate = jax.jit(make_generator(model, DIFFUSION)).lower(weights, z, batch["label"]).compile()
+
+    def train_once():
+        nonlocal state
+        state, metrics = train(state, {}, batch, key)
+        jax.block_until_ready((state, metrics))
+
+    calls = {
+        "training": train_once,
+        "sampling": lambda: jax.block_until_ready(generate(weights, z, batch["label"])),
+    }
+    flops = {"training": train, "sampling": generate}
+    return calls, {use: c.cost_analysis()["flops"] for use, c in flops.items()}, train
+
+
+def their_calls(net, images: np.ndarray, layout: str) -> tuple[dict, dict]:
+    """({use: call to time}, {use: FLOPs}) of UNet2DModel in one memory layout."""
+    import torch
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layout = getattr(torch, {"contiguous": "contiguous_format"}.get(layout, layout))
+    net = net.to(memory_format=layout)
+    x = torch.tensor(images.transpose(0, 3, 1, 2)).contiguous(memory_format=layout)
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    optimiser = torch.optim.Adam(net.parameters(), lr=RATE, fused=True)
+    sd, top = DIFFUSION["sigma_data"], DIFFUSION["sigma_max"]
+
+    def train_once():
+        draw = torch.randn(len(x), 1, 1, 1)
+        sigma = torch.exp(DIFFUSION["P_mean"] + DIFFUSION["P_std"] * draw)
+        total = sigma**2 + sd**2
+        noisy = x + sigma * torch.randn_like(x)
+        F = net(noisy / total.sqrt(), 250 * sigma.log().flatten()).sample
+        D = sd**2 / total * noisy + sigma * sd / total.sqrt() * F
+        (total / (sigma * sd) ** 2 * (D - x) ** 2).mean().backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        average.update_parameters(net)
+
+    z = top * x
+    feature = torch.full((len(x),), float(noise_feature("openai", top)))
+
+    @torch.inference_mode()
+    def sample_once():
+        return net(z / (top**2 + sd**2) ** 0.5, feature).sample
+
+    flops = {}
+    for use, call in (calls := {"training": train_once, "sampling": sample_once}).items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        flops[use] = counter.get_total_flops()
+    return calls, flops
+
+
+def difference(model: dict, params: PyTree, net, images: np.ndarray) -> float:
+    """Largest difference between the two networks' outputs, over the largest output."""
+    import torch
+
+    noise = np.linspace(-2, 2, len(images), dtype=np.float32)
+    ours = unet(**model).apply({"params": params}, jnp.asarray(images), jnp.asarray(noise))
+    with torch.inference_mode():
+        x = torch.tensor(images.transpose(0, 3, 1, 2))
+        theirs = net(x, torch.tensor(noise)).sample.numpy().transpose(0, 2, 3, 1)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def alternate(calls: dict[str, Callable], rounds: int) -> dict:
+    """Seconds {side: {"wall": [..], "cpu": [..]}} of `rounds` turns, after one turn to warm up."""
+    seconds = {side: {"wall": [], "cpu": []} for side in calls}
+    for turn in range(rounds + 1):
+        for side, call in calls.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            if turn:
+                seconds[side]["wall"].append(time.perf_counter() - wall)
+                seconds[side]["cpu"].append(time.process_time() - cpu)
+    return seconds
+
+
+def summary(seconds: dict) -> dict:
+    """Medians by side, and the medians of their seconds over ours in the same round."""
+    ours, out = seconds["ours"], {}
+    for side, clocks in seconds.items():
+        row = {f"{clock}_seconds": round(statistics.median(clocks[clock]), 5) for clock in clocks}
+        for clock in clocks if side != "ours" else ():
+            ratios = sorted(t / o for t, o in zip(clocks[clock], ours[clock]))
+            row[f"{clock}_ratio"] = round(statistics.median(ratios), 3)
+            row[f"{clock}_ratio_range"] = [round(ratios[0], 3), round(ratios[-1], 3)]
+        out[side] = row
+    return out
+
+
+# The first pattern found in "<shape> <path of the operation>" names the class of a compiled
+# operation. A fusion carries the path of its last operation.
+CLASSES = (
+    ("convolution: gradient of the kernel", r"^\w+\[\d+,3,3,\d+\].*transpose\(jvp.*/conv_general"),
+    ("convolution: gradient of the input", r"transpose\(jvp.*/conv_general"),
+    ("convolution: forward", r"/conv_general"),
+    ("normalisation", r"/norm\d?/"),
+    ("attention and dense", r"attend|/dot_general|/qkv/|/proj/|/skip/|/affine/|/map_"),
+    ("changes of layout", r" $"),
+    ("activations, resizing, sums", r"UNet"),
+    ("loss, optimiser, EMA", r""),
+)
+
+
+def profile(compiled, call: Callable) -> dict:
+    """Milliseconds of one call of the compiled step by class of operation, from a trace."""
+    instruction = r"%?([\w.\-]+) = (\S+) [^\n]*?(?:op_name=\"([^\"]*)\"[^\n]*)?\n"
+    kinds = {}
+    for name, shape, path in re.findall(instruction, compiled.as_text()):
+        text = f"{shape} {path}"
+        kinds[name] = next(kind for kind, pattern in CLASSES if re.search(pattern, text))
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            call()
+        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        trace = jax.profiler.ProfileData.from_file(path)
+    total = Counter()
+    for line in (line for plane in trace.planes for line in plane.lines):
+        for event in line.events:
+            if event.name in kinds:
+                total[kinds[event.name]] += event.duration_ns / 1e6
+    return {kind: round(total[kind], 2) for kind, _ in CLASSES}
+
+
+def compare(size: Size, rounds: int, cores: int) -> dict:
+    """Everything the record says about one size."""
+    model = complete(size.model)
+    net = their_network(model)
+    import torch
+
+    torch.set_num_threads(cores)
+    params = random_weights(model)
+    copy_weights(params, model, net)
+    shape = (size.batch, model["resolution"], model["resolution"], 3)
+    images = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
+    apart = difference(model, params, net, images[:2])
+    calls, flops, compiled = our_calls(model, params, images)
+    sides, counts = {"ours": calls}, {"ours": flops}
+    for layout in FORMATS:
+        theirs = their_network(model)
+        theirs.load_state_dict(net.state_dict())
+        sides[layout], counts["theirs"] = their_calls(theirs, images, layout)
+    uses = {}
+    for use in ("sampling", "training"):
+        seconds = alternate({side: calls[use] for side, calls in sides.items()}, rounds)
+        uses[use] = summary(seconds) | {"flops": {side: int(n[use]) for side, n in counts.items()}}
+    return {
+        "model": model,
+        "batch": size.batch,
+        "parameters": {
+            "ours": param_count(params),
+            "theirs": sum(p.numel() for p in net.parameters()),
+        },
+        "output_difference": float(f"{apart:.2g}"),
+        "uses": uses,
+        "profile_ms": profile(compiled, sides["ours"]["training"]),
+    }
+
+
+def table(sizes: dict) -> str:
+    """The figures as text."""
+    lines = []
+    for name, figures in sizes.items():
+        for use, sides in figures["uses"].items():
+            ours = sides["ours"]
+            lines.append(f"{name:>10} {use:<10} ours {1e3 * ours['wall_seconds']:9.1f} ms")
+            for layout in FORMATS:
+                row = sides[layout]
+                lines.append(
+                    f"{layout:>33} {1e3 * row['wall_seconds']:9.1f} ms  "
+                    f"theirs / ours: {row['wall_ratio']:.2f} (CPU seconds: {row['cpu_ratio']:.2f})"
+                )
+        total = sum(figures["profile_ms"].values())
+        lines += [
+            f"{kind:>40} {value:9.1f} ms {100 * value / total:5.1f} %"
+            for kind, value in figures["profile_ms"].items()
+        ]
+    return "\n".join(lines)
+
+
+def run(sizes: dict[str, Size], rounds: int, workdir: str, record: str = "") -> dict:
+    """Measure every size, write the record, and return the ratios for the closing line."""
+    if rounds < 1:
+        raise ValueError(f"--rounds={rounds} measures nothing: give 1 or more")
+    began, load, cores = time.monotonic(), os.getloadavg()[0], len(os.sched_getaffinity(0))
+    figures = {}
+    for name, size in sizes.items():
+        logging.info("bench: %s, %d rounds on %d cores", name, rounds, cores)
+        figures[name] = compare(size, rounds, cores)
+    import diffusers
+    import torch
+
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    content = {
+        "provenance": provenance() | versions,
+        "cores": cores,
+        "load_before": round(load, 2),
+        "rounds": rounds,
+        "differences": DIFFERENCES,
+        "sizes": figures,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    print(table(figures), flush=True)
+    path = pathlib.Path(record or pathlib.Path(workdir) / "record.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    ratios = {
+        name: {use: row["contiguous"]["wall_ratio"] for use, row in figure["uses"].items()}
+        for name, figure in figures.items()
+    }
+    return {"record": str(path), "seconds": content["seconds"], "theirs_over_ours": ratios}
+
+
+def main(argv) -> None:
+    del argv
+    options = flags.FLAGS
+    if options.cores:  # before either library starts its threads
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+    chosen = {name: SIZES[name] for name in options.sizes}
+    execute(
+        "bench",
+        options.workdir,
+        lambda: run(chosen, options.rounds, options.workdir, options.record),
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Where the summary goes.")
+    flags.DEFINE_string("record", "", "Where the record (.json) goes instead.")
+    flags.DEFINE_integer("rounds", 10, "Turns of each side.")
+    flags.DEFINE_integer("cores", 0, "Cores to use; 0 = all.")
+    flags.DEFINE_multi_enum("sizes", list(SIZES), list(SIZES), "What to measure.")
+    flags.mark_flags_as_required(["workdir"])
+    app.run(main)
