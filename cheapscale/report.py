@@ -1,7 +1,8 @@
 """What a finished pipeline shows: pictures of every stage, a table, and the same figures as a dict.
 
 Every generator draws from the same latents, so that one column of `one_step.png` is one z at every
-resolution. The quality numbers come from a classifier that no loss has seen.
+resolution; classes are drawn with the training set's own frequencies. The quality numbers come
+from a classifier that no loss has seen.
 """
 
 import pathlib
@@ -12,7 +13,7 @@ import numpy as np
 from cheapscale.data.resize import area_mean
 from cheapscale.evaluation.pixels import psnr
 from cheapscale.evaluation.quality import quality, reference
-from cheapscale.stages.data import open_data
+from cheapscale.stages.data import class_mix, open_data
 from cheapscale.stages.invert import round_trip
 from cheapscale.stages.networks import load_teacher
 from cheapscale.stages.sampling import sample
@@ -48,9 +49,11 @@ def write(runs: list[Run], workdir: str | pathlib.Path, *, num_samples: int) -> 
     draw_data(folder / "data.png", growing, top)
     trip = inversion(folder / "round_trip.png", teacher, invert)
     ids = np.arange(num_samples)
-    images = {"teacher": sample(teacher, ids, steps=invert.config.invert.nodes, batch_size=250)[0]}
+    labels = class_mix(open_data(pretrain.config.data), num_samples)
+    shared = {"labels": labels, "batch_size": 250}
+    images = {"teacher": sample(teacher, ids, steps=invert.config.invert.nodes, **shared)[0]}
     for run in growing:
-        images[run.folder] = sample(load_network(run.workdir), ids, batch_size=250)[0]
+        images[run.folder] = sample(load_network(run.workdir), ids, **shared)[0]
     save_png(folder / "teacher.png", image_grid(images["teacher"][:64]))
     rows = [enlarge(images[run.folder][: 2 * COLUMNS], top) for run in growing]
     save_png(folder / "one_step.png", image_grid(np.concatenate(rows), 2 * COLUMNS), 1024)

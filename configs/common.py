@@ -37,18 +37,6 @@ def stages(base: int, resolutions: tuple[int, ...]) -> list[str]:
     return ["stage=pretrain", "stage=invert", "stage=distill", *grown]
 
 
-def doublings(start: int, end: int) -> int:
-    """How many times `start` is doubled to reach `end`; ValueError where it is not reached."""
-    count = 0
-    while start * 2**count < end:
-        count += 1
-    if start * 2**count != end or count == 0:
-        raise ValueError(
-            f"resolution {end} is not a doubling of {start}: use {start} x 2, 4, 8 ..."
-        )
-    return count
-
-
 def base_config(stage: str, **fields) -> ConfigDict:
     """Every field of one stage with its default; `fields` replaces whole top-level entries.
 
@@ -74,6 +62,7 @@ def base_config(stage: str, **fields) -> ConfigDict:
             "data_dir": "",
             "resolution": 8,
             "flip": True,
+            "num_threads": 1,  # of the loader
             "cache_latents": True,  # hold the whole latent store in memory
             "options": {},
         }
@@ -84,8 +73,9 @@ def base_config(stage: str, **fields) -> ConfigDict:
         config.diffusion = edm()
         config.optim = optimiser("adam", 1e-3, warmup_steps=100)
         config.pretrain = ConfigDict({"label_dropout": 0.0, "augment": 0.0, "preview_steps": 20})
-    if stage in ("invert", "distill", "grow"):
+    if stage in ("invert", "distill"):
         config.teacher = ""
+    if stage in ("invert", "distill", "grow"):
         config.latents = ""
     if stage == "invert":
         config.invert = ConfigDict(
@@ -104,6 +94,8 @@ def base_config(stage: str, **fields) -> ConfigDict:
         config.features = features()
         config.discriminator = ConfigDict({"width": 16})
         config[stage] = generator_loss(stage)
+        # precision and recomputation of the generator; "" and () keep the teacher's
+        config.compute = ConfigDict({"dtype": "", "remat": ()})
     if stage == "grow":
         config.base = ""
     for name, value in fields.items():
@@ -186,12 +178,14 @@ def smoke(config: ConfigDict, base: int) -> ConfigDict:
     config.eval_every = 3
     config.save_every = 2
     config.data.name = "scenes"
+    unlabelled = {"unlabelled": True} if config.data.options.get("unlabelled") else {}
+    config.data.options = {"size": 24} | unlabelled
     if "model" in config:  # the file's own U-Net at a size that compiles in seconds
         config.model.resolution, config.model.channels, config.model.channel_mult = 8, 16, (1, 2)
-        config.model.num_blocks, config.model.attention, config.model.num_classes = 1, (), 8
+        config.model.num_blocks, config.model.attention = 1, ()
+        config.model.num_classes = 0 if unlabelled else 8
     config.data.split, config.data.eval_split = "train", "test"
     config.data.data_dir = ""
-    config.data.options = {"size": 24}
     if "discriminator" in config:
         config.discriminator.width = 4
         config.features = features(classifier_steps=3)
@@ -252,9 +246,14 @@ def image_config(
         config.optim.lr = lr
         config.eval_every = config.save_every = max(steps // 4, 1)
     if stage == "grow":
-        first = base if args.jump else config.data.resolution // 2
-        doublings(first, config.data.resolution)  # refuses a resolution that is not reached
-        grown = [first * 2**i for i in range(1, 5) if first * 2**i <= config.data.resolution]
+        reached = config.data.resolution
+        if reached not in preset["widths"]:
+            known = ", ".join(map(str, preset["widths"]))
+            raise ValueError(
+                f"stage=grow takes resolution={known}, not {reached}: name one of them"
+            )
+        first = base if args.jump else reached // 2
+        grown = [r for r in preset["widths"] if first < r <= reached]
         config.grow.widths = tuple(preset["widths"][r] for r in grown)
     if stage in ("distill", "grow"):
         config.discriminator.width = preset["discriminator_width"]

@@ -1,4 +1,4 @@
-"""PaGoDA on ImageNet, the paper's own setting: base 64 px grown to 512, or base 32 px to 256.
+"""PaGoDA on ImageNet, the paper's own setting: base 64 px grown to 512, or base 32 px to 512.
 
 Paper: Kim et al. 2024 (arXiv 2405.14822), section 5 and Table 1: FID 1.21 / 1.48 / 1.56 / 1.80 at 64
 / 128 / 256 / 512 px in one step. Not run here: the paper used one node of 8 H100 up to 256 px and
@@ -9,11 +9,12 @@ files of DeiT-B distilled and EfficientNet-lite0 (timm's names, see the README).
 
     python -m launch.train --config=configs/imagenet.py:stage=pretrain,data_dir=DIR --workdir=teacher
     python -m launch.train --config=configs/imagenet.py:stage=grow,resolution=256,jump,data_dir=DIR \\
-        --workdir=grow256 --config.base=distill --config.teacher=teacher --config.latents=latents \\
+        --workdir=grow256 --config.base=distill --config.latents=latents \\
         --config.features.paths.deit_base_distilled=FILE \\
         --config.features.paths.efficientnet_lite0=FILE
 
-No guidance, no label dropout, no EDM augmentation (section 1.3). Where the paper's text and its
+The discriminator's class table has the published size (320) but starts at random, where the
+scripts start from EfficientNet-lite0's. No guidance, no label dropout, no EDM augmentation (section 1.3). Where the paper's text and its
 scripts differ, the other choice is a switch: distance (feature | lpips), gan_loss (hinge |
 logistic), squared_norms, adaptive, separate_updates (the scripts' from 256 px on).
 """  # noqa: E501
@@ -59,6 +60,7 @@ def get_config(arg: str = ""):
         config.invert.per_shard = 8192
     if config.stage in ("distill", "grow"):
         config.features.names = ("deit_base_distilled", "efficientnet_lite0")
+        config.discriminator.embedding_dim = 320
         config.features.paths.deit_base_distilled = ""
         config.features.paths.efficientnet_lite0 = ""
     if config.stage == "grow" and config.data.resolution == 512:

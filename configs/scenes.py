@@ -19,9 +19,9 @@ SIZES = {
         "model": preset("tiny8"),
         "widths": {16: 32, 32: 32},
         # steps, learning rate, batch
-        "pretrain": (2500, 2e-3, 64),
-        "distill": (600, 3e-4, 32),
-        "grow": (300, 3e-4, 32),
+        "pretrain": (2000, 2e-3, 64),
+        "distill": (600, 1e-3, 32),
+        "grow": (300, 1e-3, 16),
         "invert_batch": 256,
         "discriminator_width": 16,
     },

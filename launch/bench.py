@@ -184,7 +184,7 @@ def our_calls(model: dict, params: PyTree, images: np.ndarray) -> tuple[dict, di
     """({use: call to time}, {use: FLOPs}, the compiled training step)."""
     step, optimiser = our_step(model)
     params = {"net": jax.tree.map(jnp.copy, params)}  # the step takes its state for good
-    state = create_state(params, {"loss_per_bin": noise_bins()}, {"net": optimiser}, ["net"])
+    state = create_state(params, {"net": noise_bins()}, {"net": optimiser}, ["net"])
     batch = {"image": jnp.asarray(images), "label": jnp.zeros(len(images), jnp.int32)}
     key = jax.random.key(0)
     train = jax.jit(step, donate_argnums=0).lower(state, {}, batch, key).compile()

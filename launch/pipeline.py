@@ -31,6 +31,8 @@ def load_module(path: str):
 def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]:
     """[(folder, config)] of the pipeline, with every path between the stages filled in."""
     module = load_module(path)
+    if not hasattr(module, "stages"):
+        raise ValueError(f"{path} describes no pipeline: it has no stages(arg)")
     root = pathlib.Path(workdir)
     planned, base = [], ""
     for stage_arg in module.stages(arg):
@@ -39,8 +41,9 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
         if config.stage == "grow":
             folder = f"grow{config.data.resolution}"
             config.base = base
-        if config.stage != "pretrain":
+        if "teacher" in config:
             config.teacher = str(root / "pretrain")
+        if "latents" in config:
             config.latents = str(root / "latents")
         if config.stage in ("distill", "grow"):
             base = str(root / folder)

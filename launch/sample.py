@@ -1,7 +1,7 @@
 """Sample from any checkpoint: a teacher through its ODE, or a one-step generator.
 
     python -m launch.sample --model=runs/quick/grow32 --num=64 --out=samples
-    python -m launch.sample --model=runs/quick/pretrain --steps=18 --labels=0,3 --cfg_scale=1.5
+    python -m launch.sample --model=runs/quick/pretrain --steps=18 --method=euler --labels=0,3
 
 Image i depends on the seed and i alone, not on the batch size or the devices. Out come
 samples.npz (uint8 `images`, `labels`, `ids`) and samples.png; the last line is one JSON object.

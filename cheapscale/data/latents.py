@@ -22,6 +22,7 @@ import os
 import pathlib
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -368,5 +369,8 @@ def _whole_or_nothing(path: pathlib.Path):
                 os.close(descriptor)
     finally:
         temporary.unlink(missing_ok=True)
-    for stale in path.parent.glob(f"{path.name}.*.tmp"):  # left by a writer that was killed
-        stale.unlink(missing_ok=True)
+    for stale in path.parent.glob(f"{path.name}.*.tmp"):
+        # left by a writer that was killed; another process may be writing a younger one
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - stale.stat().st_mtime > 3600:
+                stale.unlink()

@@ -45,6 +45,11 @@ class Reference(NamedTuple):
         first, second = self.floor_features
         return frechet_distance(first[:num], second), kernel_distance(first[:num], second)
 
+    def above_floor(self, features: np.ndarray) -> float:
+        """Frechet distance of generated features minus the floor, both for equally many images."""
+        num = min(len(features), len(self.floor_features[0]))
+        return frechet_distance(features[:num], self.features) - self.floor(num)[0]
+
 
 def embed(network: FeatureNetwork, images: np.ndarray, *, batch_size: int = 250) -> np.ndarray:
     """Pooled features, float32 [n, d], of uint8 images [n, R, R, 3]."""
@@ -143,7 +148,7 @@ def quality(
         "num_real": len(reference.features),
         f"fd_{name}": distance,
         "floor": floor,
-        "fd_minus_floor": distance - floor,
+        "fd_minus_floor": reference.above_floor(features),
         f"kd_{name}": kernel_distance(features, reference.features),
         "kd_floor": kd_floor,
         "precision": coverage.precision,

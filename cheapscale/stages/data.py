@@ -15,13 +15,20 @@ PyTree = Any
 
 
 def open_data(data, *, split: str | None = None, resolution: int | None = None):
-    """The source that `config.data` names, at its split and resolution unless told otherwise."""
+    """The source that `config.data` names, at its split and resolution unless told otherwise.
+
+    Scenes have as many images as one asks for: `options.size` is that of the training split, and
+    another split keeps its own size.
+    """
+    options = dict(data["options"])
+    if split not in (None, data["split"]):
+        options.pop("size", None)
     return sources.open_source(
         data["name"],
         split or data["split"],
         resolution=resolution or data["resolution"],
         data_dir=data["data_dir"] or None,
-        **dict(data["options"]),
+        **options,
     )
 
 
@@ -38,6 +45,15 @@ def describe(source) -> dict:
     }
 
 
+def class_mix(source, num: int) -> np.ndarray:
+    """int32 [num] labels with the source's own class frequencies, the same for every caller.
+
+    Classes drawn uniformly would differ from an unbalanced data set by their frequencies alone.
+    """
+    pick = np.random.default_rng(0).integers(0, len(source), num)
+    return source.labels()[pick].astype(np.int32)
+
+
 def check_model(model: dict, source) -> None:
     """Refuse a network that does not fit the images, before anything compiles."""
     if model["resolution"] != source.resolution:
@@ -52,7 +68,9 @@ def check_model(model: dict, source) -> None:
         )
 
 
-def real_batches(source, start_step: int, *, batch_size: int, seed: int, transform) -> Iterator:
+def real_batches(
+    source, start_step: int, *, batch_size: int, seed: int, transform, num_threads: int = 1
+) -> Iterator:
     """Batches {image, label, ...} of this process from `start_step` on."""
     stream = loader.batches(
         source,
@@ -62,6 +80,7 @@ def real_batches(source, start_step: int, *, batch_size: int, seed: int, transfo
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         transform=transform,
+        num_threads=num_threads,
     )
     for batch in stream:
         batch.pop("id")
@@ -91,20 +110,16 @@ class TeacherPairs:
 
 
 def pair_and_real_batches(
-    source, pairs, start_step: int, *, batch_size: int, seed: int, flips: bool
+    source, pairs, start_step: int, *, seed: int, flips: bool, **loading
 ) -> Iterator[PyTree]:
     """{"pair": {image, z, label}, "real": {image, label}}: two independent step-addressed streams.
 
     pairs: a PairSource or TeacherPairs; the real stream sees every image, whatever the pairs.
+    loading: batch_size, num_threads.
     """
-    pair_stream = real_batches(pairs, start_step, batch_size=batch_size, seed=seed, transform=None)
-    real_stream = real_batches(
-        source,
-        start_step,
-        batch_size=batch_size,
-        seed=seed + 1,
-        transform=random_flip if flips else None,
-    )
+    mirror = random_flip if flips else None
+    pair_stream = real_batches(pairs, start_step, seed=seed, transform=None, **loading)
+    real_stream = real_batches(source, start_step, seed=seed + 1, transform=mirror, **loading)
     for pair, real in zip(pair_stream, real_stream):
         pair.pop("flip", None)
         yield {"pair": pair, "real": real}

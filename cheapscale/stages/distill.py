@@ -18,9 +18,8 @@ import jax
 from cheapscale.models.generator import last_layer
 from cheapscale.models.unet import unet
 from cheapscale.stages import data
-from cheapscale.stages.networks import load_teacher
+from cheapscale.stages.networks import fingerprint, load_teacher
 from cheapscale.stages.one_step import generator_stage
-from cheapscale.training.checkpoint import read_meta
 from cheapscale.training.stage import Stage
 
 PyTree = Any
@@ -29,26 +28,25 @@ PyTree = Any
 def build(config) -> Stage:
     """Stage 2 from its config. Raises ValueError where teacher, data and latents do not fit."""
     source = data.open_data(config.data)
-    teacher = read_meta(config.teacher)[1]
-    model = dict(teacher["networks"]["net"]) | {"dropout": 0.0}
+    teacher = load_teacher(config.teacher)
+    model = teacher.meta["networks"]["net"] | {"dropout": 0.0}
     data.check_model(model, source)
     loss = config.distill.to_dict()
 
     def copy_teacher(params: PyTree) -> PyTree:
-        weights = load_teacher(config.teacher).params
-        if jax.tree.structure(weights) != jax.tree.structure(params["generator"]):
+        if jax.tree.structure(teacher.params) != jax.tree.structure(params["generator"]):
             raise ValueError(f"the teacher in {config.teacher} has other weights than its model")
-        return params | {"generator": weights}
+        return params | {"generator": teacher.params}
 
     return generator_stage(
         config,
         source,
         name="distill",
         model=model,
-        upstream=teacher,
+        upstream=teacher.meta,
         loss=loss,
         warm_start=copy_teacher,
         trainable=None,  # all of it
         adaptive_layer=last_layer(unet(**model).config) if loss["adaptive"] else None,
-        teacher_workdir=config.teacher,
+        teacher=fingerprint(teacher.params),
     )

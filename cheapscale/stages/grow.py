@@ -6,6 +6,8 @@ frozen: encoder, middle, time and label maps, and the decoder up to the first bl
         below the base's top one
 each iteration: as in stage 2, at resolution R with a fresh discriminator, lambda = 1, and
         L_rec = d(G_R(z, y), x_hi) with the latent z of the base-resolution image
+
+The teacher is not needed any more; the latents must be those of the teacher that `base` came from.
 """
 
 from typing import Any
@@ -57,5 +59,5 @@ def build(config) -> Stage:
         warm_start=grow,
         trainable=generator.trainable(plan),
         adaptive_layer=generator.last_layer(plan) if loss["adaptive"] else None,
-        teacher_workdir=config.teacher,
+        teacher=base["teacher"],
     )

@@ -20,7 +20,7 @@ from cheapscale.data import latents
 from cheapscale.data.augment import flip
 from cheapscale.data.resize import RESIZE_ID
 from cheapscale.stages import data
-from cheapscale.stages.networks import fingerprint, load_teacher
+from cheapscale.stages.networks import check_guidance, fingerprint, load_teacher
 from cheapscale.stages.sampling import in_batches, teacher_map
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.stage import Job
@@ -33,6 +33,9 @@ def build(config) -> Job:
     teacher = load_teacher(config.teacher)
     source = data.open_data(config.data)
     check_teacher(teacher, source)
+    check_guidance(teacher.meta, config.invert.cfg_scale)
+    if not config.latents:
+        raise ValueError("config.latents is empty: name the folder of the latent store")
     direction = config.invert.direction
     if direction not in ("invert", "sample"):
         raise ValueError(f"invert.direction is {direction!r}: choose 'invert' or 'sample'")
@@ -95,6 +98,12 @@ def check_teacher(teacher: Loaded, source) -> None:
     """The teacher must have been trained at this resolution, with this resize and these classes."""
     model, trained = teacher.meta["networks"]["net"], teacher.meta["data"]
     data.check_model(model, source)
+    for key, value in (("name", source.name), ("class_names", list(source.class_names))):
+        if trained[key] != value:
+            raise ValueError(
+                f"the teacher in {teacher.workdir} was trained on {key} {trained[key]!r}, but "
+                f"these images have {value!r}: invert the images that the teacher knows"
+            )
     if trained["resize"] != RESIZE_ID:
         raise ValueError(
             f"the teacher in {teacher.workdir} was trained on images made by {trained['resize']}, "

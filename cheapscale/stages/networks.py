@@ -97,6 +97,15 @@ def load_teacher(workdir: str | pathlib.Path, **options) -> Loaded:
     return loaded
 
 
+def check_guidance(meta: dict, cfg_scale: float) -> None:
+    """Refuse guidance by a teacher that never saw its null class."""
+    if cfg_scale != 1.0 and not meta["config"]["pretrain"]["label_dropout"]:
+        raise ValueError(
+            f"cfg_scale is {cfg_scale}, but this teacher was trained without label dropout, so it "
+            "has no unconditional estimate: use cfg_scale=1, or train with pretrain.label_dropout"
+        )
+
+
 def fingerprint(params: PyTree) -> str:
     """A short SHA-256 of weights: names, shapes and bytes, in path order."""
     digest = hashlib.sha256()

@@ -5,7 +5,7 @@ resolution of the target, and lambda; everything else is here.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from cheapscale.data.latents import LatentStore, PairSource
 from cheapscale.models.unet import unet
 from cheapscale.stages import data
 from cheapscale.stages.adversary import make_judges
-from cheapscale.stages.networks import fingerprint, load_teacher, make_generator
+from cheapscale.stages.networks import complete, make_generator
 from cheapscale.stages.sampling import in_batches, prior
 from cheapscale.training.logging import image_grid
 from cheapscale.training.optim import make_optimiser
@@ -37,14 +37,17 @@ def generator_stage(
     warm_start: Callable[[PyTree], PyTree],
     trainable: Callable[[str], bool] | None,
     adaptive_layer: str | None,
-    teacher_workdir: str,
+    teacher: str,
 ) -> Stage:
     """A Stage that trains the one-step generator `model` on `source`.
 
     upstream: meta of the run the generator starts from (its diffusion and ledger carry on).
     loss: config.distill or config.grow as a dict, the keywords of `gan_step` among them.
-    teacher_workdir: whose latents the store must hold.
+    teacher: fingerprint of the teacher; latents of another one are refused.
     """
+    compute = {name: value for name, value in config.compute.to_dict().items() if value}
+    model = complete(model | compute)
+    pairs = open_pairs(config, source, teacher, loss["pairs"], loss["data_proportion"])
     if model["num_classes"] not in (0, source.num_classes):
         raise ValueError(
             f"the generator has {model['num_classes']} classes, but {source.name} has "
@@ -90,12 +93,13 @@ def generator_stage(
             separate_updates=loss["separate_updates"],
         ),
         batches=functools.partial(
-            pair_batches,
-            config=config,
-            source=source,
-            pairs=loss["pairs"],
-            proportion=loss["data_proportion"],
-            teacher_workdir=teacher_workdir,
+            data.pair_and_real_batches,
+            source,
+            pairs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            flips=config.data.flip,
+            num_threads=config.data.num_threads,
         ),
         load_frozen=lambda: judges.load(stream_key(config.seed, "projections", 0)),
         warm_start=warm_start,
@@ -110,7 +114,9 @@ def generator_stage(
             "networks": {"generator": model},
             "diffusion": diffusion,
             "data": data.describe(source),
-            "frozen_networks": judges.networks,
+            "teacher": teacher,
+            # of the smaller generator's losses too: none of them may measure this one
+            "frozen_networks": upstream.get("frozen_networks", {}) | judges.networks,
             "ledger": upstream["ledger"],
         },
         batch_size=config.batch_size,
@@ -124,34 +130,20 @@ def init_generator(model: dict, key: jax.Array) -> PyTree:
     return unet(**model).init(key, jnp.zeros(shape), jnp.zeros(1), label=label)["params"]
 
 
-def pair_batches(
-    start_step: int, *, config, source, pairs: str, proportion: float, teacher_workdir: str
-) -> Iterator[PyTree]:
-    """The stage's two streams; refuses latents of another teacher, data set or resize.
+def open_pairs(config, source, teacher: str, kind: str, proportion: float):
+    """What feeds L_rec; refuses latents of another teacher, data set or resize.
 
-    pairs: "inverted" (real images and their noise) or "teacher" (noise and the teacher's samples).
-    proportion: the share of each class whose pairs feed L_rec (section 3.3).
+    kind: "inverted" (real images and their noise) or "teacher" (noise and the teacher's samples).
+    proportion: the share of each class whose pairs are used (section 3.3).
     """
     directions = {"inverted": "invert", "teacher": "sample"}
-    if pairs not in directions:
-        raise ValueError(f"distill.pairs is {pairs!r}: choose 'inverted' or 'teacher'")
-    expect = {
-        "teacher": fingerprint(load_teacher(teacher_workdir).params),
-        "direction": directions[pairs],
-    }
+    if kind not in directions:
+        raise ValueError(f"distill.pairs is {kind!r}: choose 'inverted' or 'teacher'")
+    expect = {"teacher": teacher, "direction": directions[kind]}
     store = LatentStore.open(config.latents, expect=expect, in_memory=config.data.cache_latents)
-    return data.pair_and_real_batches(
-        source,
-        (
-            PairSource(source, store, proportion, flips=config.data.flip)
-            if pairs == "inverted"
-            else data.TeacherPairs(store)
-        ),
-        start_step,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        flips=config.data.flip,
-    )
+    if kind == "teacher":
+        return data.TeacherPairs(store)
+    return PairSource(source, store, proportion, flips=config.data.flip)
 
 
 def preview(

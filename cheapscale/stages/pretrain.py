@@ -37,13 +37,18 @@ def build(config) -> Stage:
     check_process(diffusion)
     source = data.open_data(config.data)
     data.check_model(model, source)
+    if config.pretrain.augment and model["augment_dim"] != 9:
+        raise ValueError(
+            f"pretrain.augment is {config.pretrain.augment}, but model.augment_dim is "
+            f"{model['augment_dim']}: set it to 9, or the network learns the augmentations"
+        )
     optimiser = Optimiser(make_optimiser(**config.optim))
 
     def init_params(key: jax.Array) -> tuple[PyTree, PyTree]:
         net = unet(**model)
         shape = (1, source.resolution, source.resolution, 3)
         params = net.init(key, jnp.zeros(shape), jnp.zeros(1), label=jnp.zeros(1, jnp.int32))
-        return {"net": params["params"]}, {"loss_per_bin": noise_bins()}
+        return {"net": params["params"]}, {"net": noise_bins()}
 
     return Stage(
         init_params=init_params,
@@ -65,6 +70,7 @@ def build(config) -> Stage:
             source,
             batch_size=config.batch_size,
             seed=config.seed,
+            num_threads=config.data.num_threads,
             transform=functools.partial(
                 augmented, flips=config.data.flip, probability=config.pretrain.augment
             ),
@@ -134,11 +140,18 @@ def denoising_loss(
 def preview(
     state: TrainState, frozen: PyTree, *, model: dict, diffusion: dict, steps: int, count: int = 16
 ) -> dict:
-    """{"grid": picture} of EMA samples from fixed noise, classes in turn."""
+    """{"grid": EMA samples from fixed noise, classes in turn; "loss/<sigma>": loss of each bin}."""
     ids = np.arange(count)
     base = model["resolution"]
     z = np.asarray(prior(0, ids, (base, base, model["in_channels"]), diffusion["sigma_max"]))
     labels = (ids % max(model["num_classes"], 1)).astype(np.int32)
     run = teacher_map(model, diffusion, steps=steps)
     images = in_batches(run, state.ema_params["net"], z, labels, batch_size=count)
-    return {"grid": image_grid(images)}
+    bins = jax.device_get(state.extra["net"])
+    centres = np.exp((bins["edges"][1:] + bins["edges"][:-1]) / 2)
+    losses = {
+        f"loss/{sigma:.3g}": float(loss)
+        for sigma, loss, count in zip(centres, bins["loss"], bins["count"])
+        if count
+    }
+    return {"grid": image_grid(images)} | losses

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cheapscale.diffusion import guidance, process, solvers
-from cheapscale.stages.networks import make_denoiser, make_generator
+from cheapscale.stages.networks import check_guidance, make_denoiser, make_generator
 from cheapscale.training import sharding
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.state import stream_key
@@ -104,7 +104,7 @@ def in_batches(fn: Callable, params: PyTree, *arrays: np.ndarray, batch_size: in
         if short:
             rows = [np.concatenate([r, np.repeat(r[-1:], short, axis=0)]) for r in rows]
         result = run(params, *(jax.device_put(r, place) for r in rows))
-        out.append(jax.tree.map(lambda a: np.asarray(a)[: len(a) - short], result))  # noqa: B023
+        out.append(jax.tree.map(lambda a: a[: len(a) - short], sharding.fetch(result)))  # noqa: B023
     return jax.tree.map(lambda *parts: np.concatenate(parts), *out)
 
 
@@ -135,6 +135,7 @@ def sample(
     if name == "generator":
         run = make_generator(model, meta["diffusion"])
     else:
+        check_guidance(meta, cfg_scale)
         run = teacher_map(model, meta["diffusion"], steps=steps, method=method, cfg_scale=cfg_scale)
     images = in_batches(run, loaded.params, np.asarray(z), labels, batch_size=batch_size)
     return np.clip(images, -1.0, 1.0), labels

@@ -11,6 +11,7 @@ import shutil
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from cheapscale.training.state import TrainState
@@ -20,7 +21,7 @@ PyTree = Any
 # Keys whose change does not alter the meaning of a checkpoint: a run may resume with other values.
 HARMLESS = (
     "total_steps", "log_every", "eval_every", "save_every", "preview_every", "keep", "mesh",
-    "resume", "evals", "num_threads", "dry_run", "cache", "data_dir",
+    "resume", "num_threads", "cache_latents", "data_dir", "preview_steps",
 )  # fmt: skip
 
 
@@ -36,21 +37,11 @@ class Loaded(NamedTuple):
 class Checkpoints:
     """The checkpoints of one work directory; use as a context manager."""
 
-    def __init__(self, workdir: str | pathlib.Path, *, save_every: int, keep: int = 2):
-        policy = ocp.checkpoint_managers
+    def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
         self.folder = pathlib.Path(workdir).resolve() / "checkpoints"
-        self.manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                save_decision_policy=policy.AnySavePolicy(
-                    [
-                        policy.FixedIntervalPolicy(save_every),
-                        policy.PreemptionCheckpointingPolicy(),
-                    ]
-                ),
-                preservation_policy=policy.LatestN(keep),
-            ),
-        )
+        preserve = ocp.checkpoint_managers.LatestN(keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=preserve)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self):
         return self
@@ -61,17 +52,12 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self.manager.latest_step()
 
-    def save(self, step: int, state: TrainState, meta: dict, *, force: bool = False) -> bool:
-        """Save where the policy says so, or always with `force`; returns at once (asynchronous)."""
-        if force and self.manager.latest_step() == step:
-            return False
-        return self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-            ),
-            force=force,
-        )
+    def save(self, step: int, state: TrainState, meta: dict) -> None:
+        """Start saving and return at once; a step that is already there is left alone."""
+        if self.manager.latest_step() == step:
+            return
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self.manager.save(step, args=args, force=True)
 
     def reached_preemption(self, step: int) -> bool:
         """True at the step on which all processes agreed to stop (needs jax.distributed)."""
@@ -98,9 +84,8 @@ def load_network(
     *,
     ema: bool = True,
     step: int | None = None,
-    sharding: jax.sharding.Sharding | None = None,
 ) -> Loaded:
-    """Read one network's (EMA) weights, and nothing else, from a work directory.
+    """Read one network's (EMA) weights, and nothing else, from a work directory, as NumPy.
 
     net: its name; None takes the only one there. Raises FileNotFoundError where there is no
     checkpoint, ValueError where it holds no such network.
@@ -112,21 +97,16 @@ def load_network(
         net = names[0]
     if net not in names:
         raise ValueError(f"{workdir} holds the networks {names}, not {net!r}: name one of them")
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     field = "ema_params" if ema else "params"
     with ocp.PyTreeCheckpointer() as reader:
         path = folder / str(step) / "state"
         stored = reader.metadata(path).item_metadata.tree[field][net]
-        target = {field: {net: jax.tree.map(lambda m: jax.ShapeDtypeStruct(
-            m.shape, m.dtype, sharding=sharding), stored)}}  # fmt: skip
+        shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
+        target = {field: {net: shapes}}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
         tree = reader.restore(
             path,
-            args=ocp.args.PyTreeRestore(
-                item=target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=True,
-            ),
+            args=ocp.args.PyTreeRestore(item=target, restore_args=as_numpy, partial_restore=True),
         )
     return Loaded(tree[field][net], meta, step, str(workdir))
 
@@ -148,26 +128,30 @@ def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int
     return step, meta
 
 
-def differing_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
+def differing_keys(
+    old: dict, new: dict, harmless: tuple[str, ...] = HARMLESS, prefix: str = ""
+) -> list[str]:
     """'key: old -> new' for every leaf that differs and changes the meaning of a checkpoint."""
     rows = []
     for name in sorted(set(old) | set(new)):
-        if name in HARMLESS:
+        if name in harmless:
             continue
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            rows += differing_keys(a, b, f"{prefix}{name}.")
+            rows += differing_keys(a, b, harmless, f"{prefix}{name}.")
         elif a != b:
             rows.append(f"{prefix}{name}: {a!r} -> {b!r}")
     return rows
 
 
-def claim_workdir(workdir: str | pathlib.Path, config: dict) -> None:
+def claim_workdir(
+    workdir: str | pathlib.Path, config: dict, harmless: tuple[str, ...] = HARMLESS
+) -> None:
     """Write config.json into a fresh work directory; refuse one that belongs to another run."""
     path = pathlib.Path(workdir) / "config.json"
     config = json.loads(json.dumps(config))  # tuples and lists compare equal
     if path.is_file():
-        rows = differing_keys(json.loads(path.read_text()), config)
+        rows = differing_keys(json.loads(path.read_text()), config, harmless)
         if rows:
             raise ValueError(
                 f"{workdir} was started with another config ({'; '.join(rows)}): "

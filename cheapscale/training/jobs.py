@@ -21,7 +21,8 @@ def run(job: Job, workdir: str, config: dict, *, name: str, mesh: dict | None = 
     Each process uses a mesh of its own devices: shards are independent, nothing is communicated.
     Raises Preempted between two shards after SIGTERM.
     """
-    ckpt.claim_workdir(workdir, config)
+    # results do not depend on the batch size
+    ckpt.claim_workdir(workdir, config, (*ckpt.HARMLESS, "batch_size"))
     mine = range(jax.process_index(), job.num_shards, jax.process_count())
     todo = [shard for shard in mine if not job.done(shard)]
     local = (mesh or {}) if jax.process_count() == 1 else {}
@@ -38,7 +39,7 @@ def run(job: Job, workdir: str, config: dict, *, name: str, mesh: dict | None = 
                 values = job.run_shard(context, shard, device_mesh)
                 done += job.items_per_shard
                 log.scalars(done, values, progress=True)
-                if stop.raised and shard != todo[-1]:
+                if stop.raised:
                     raise Preempted(f"pre-empted after shard {shard} of {job.num_shards}")
     finally:
         log.close()

@@ -7,6 +7,7 @@ scratch. Loop order, which keeps the device busy and every state saveable (do no
 """
 
 import math
+import pathlib
 import signal
 import subprocess
 import time
@@ -27,7 +28,7 @@ PyTree = Any
 
 
 class Preempted(Exception):
-    """The run was asked to stop; its state is saved."""
+    """The run was asked to stop; its state is saved. Running it again goes on."""
 
 
 class Diverged(Exception):
@@ -97,14 +98,21 @@ def compile_step(stage: Stage, mesh: jax.sharding.Mesh, state: PyTree, frozen: P
     cost = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
     peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
-    return compiled, float(cost.get("flops", 0.0)), peak
+    flops = float(cost.get("flops", 0.0)) * mesh.size  # the partitioned program is one device's
+    return compiled, flops, peak
 
 
 def provenance() -> dict:
     """Where a result comes from: commit, package versions, device."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     import flax
     import optax
     import orbax.checkpoint
@@ -143,7 +151,7 @@ def train(
     sharding.check_batch(stage.batch_size, device_mesh)
     ckpt.claim_workdir(workdir, config)
     with (
-        ckpt.Checkpoints(workdir, save_every=save_every, keep=keep) as checkpoints,
+        ckpt.Checkpoints(workdir, keep=keep) as checkpoints,
         StopSignal() as stop,
         jax.set_mesh(device_mesh),
     ):
@@ -154,9 +162,8 @@ def train(
             ledger = meta["ledger"]
             logging.info("%s: resumed at step %d from %s", name, int(state.step), workdir)
         elif resume:
-            with ckpt.Checkpoints(resume, save_every=save_every) as other:
-                if other.latest_step() is None:
-                    raise FileNotFoundError(f"config.resume {resume!r} has no checkpoint")
+            ckpt.read_meta(resume)  # refuses a folder without a checkpoint
+            with ckpt.Checkpoints(resume) as other:
                 state, meta = other.restore(abstract_state(stage, device_mesh, seed))
             ledger = meta["ledger"]
             logging.info("%s: continues the run in %s at step %d", name, resume, int(state.step))
@@ -181,7 +188,7 @@ def train(
         )  # fmt: skip
 
         log = Log(workdir, name, total_steps)
-        meta = stage.meta | {"ledger": ledger, "config": config, "provenance": provenance()}
+        meta = stage.meta | {"config": config, "provenance": provenance()}
         bill = Bill(ledger, flops, start)
         metrics, last, step = None, {}, start
 
@@ -197,18 +204,19 @@ def train(
                     begun = time.monotonic()
                 if step < total_steps:
                     batch = sharding.shard_batch(next(batches), device_mesh)
-                if previous is not None and (step - 1) % log_every == 0:
+                if previous is not None and due(step - 1, log_every):
                     last = finite(previous, step - 1, state, workdir, name)
                     log.scalars(step - 1, last, progress=True)
                 for title, (every, evaluate) in stage.evals.items():
-                    if step % every == 0 or step == total_steps:
+                    if due(step, every) or step == total_steps:
                         report(log, step, title, evaluate(state, frozen))
                 stopping = stop.raised or checkpoints.reached_preemption(step)
-                if step % save_every == 0 or step == total_steps or stopping:
+                if due(step, save_every) or step == total_steps or stopping:
                     last = finite(metrics, step, state, workdir, name)
                     bill.update(step)
-                    checkpoints.save(step, state, meta, force=True)
-                if stopping and step < total_steps:
+                    checkpoints.save(step, state, meta | {"ledger": dict(ledger)})
+                if stopping:
+                    log.scalars(step, last)
                     checkpoints.wait()
                     raise Preempted(f"pre-empted at step {step}")
             log.scalars(step, last, progress=True)
@@ -217,6 +225,11 @@ def train(
             return summarise(stage, name, workdir, step, last, ledger, rate)
         finally:
             log.close()
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps does so now; 0 is never."""
+    return every > 0 and step % every == 0
 
 
 class Bill:
@@ -239,10 +252,10 @@ def finite(metrics: dict, step: int, state: PyTree, workdir: str, name: str) -> 
     # a loss names the cause better than the gradient norm that it spoils
     for metric, value in sorted(values.items(), key=lambda item: "loss" not in item[0]):
         if not math.isfinite(value):
-            folder = ckpt.save_diverged(workdir, step, state)
+            folder = ckpt.save_diverged(workdir, int(state.step), state)
             raise Diverged(
                 f"{name}: {metric} is {value} at step {step}: the state is saved in {folder}; "
-                "lower the learning rate, or repeat the command to resume from the last checkpoint"
+                f"go on in a new work directory with --config.resume={workdir} and a lower optim.lr"
             )
     return values
 

@@ -89,9 +89,13 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Global arrays -> NumPy on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
+    """Arrays -> NumPy, whole on every process, whether or not other processes hold a part."""
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+    def whole(x):
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)

@@ -119,13 +119,13 @@ def denoise_step(
 
     (mean, (loss, sigma)), grads = jax.value_and_grad(objective, has_aux=True)(moving)
     params, opt_state = optimiser.apply(grads, state.opt_state[net], state.params[net])
-    bins = update_noise_bins(state.extra["loss_per_bin"], jax.lax.stop_gradient(loss), sigma)
+    bins = update_noise_bins(state.extra[net], jax.lax.stop_gradient(loss), sigma)
     new = state.replace(
         step=state.step + 1,
         params=state.params | {net: params},
         ema_params={net: update_ema(state.ema_params[net], params, state.step, ema_decay)},
         opt_state=state.opt_state | {net: opt_state},
-        extra=state.extra | {"loss_per_bin": bins},
+        extra=state.extra | {net: bins},
     )
     return new, {"loss": mean, "grad_norm": optax.tree.norm(grads)}
 

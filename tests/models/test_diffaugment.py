@@ -16,8 +16,11 @@ def test_same_key_gives_same_parameters_and_samples_differ(key):
     a, b = parameters(key, 64), parameters(key, 64)
     assert set(a) == set(POLICY)
     for name, (low, high) in {
-        "brightness": (-0.5, 0.5), "saturation": (0, 2), "contrast": (0.5, 1.5),
-        "translation": (0, 1), "cutout": (0, 1),
+        "brightness": (-0.5, 0.5),
+        "saturation": (0, 2),
+        "contrast": (0.5, 1.5),
+        "translation": (0, 1),
+        "cutout": (0, 1),
     }.items():
         np.testing.assert_array_equal(a[name], b[name])
         assert len(np.unique(a[name])) > 60
@@ -30,7 +33,9 @@ def test_same_key_gives_same_parameters_and_samples_differ(key):
 def test_neutral_parameters_are_the_identity(key):
     x = images(key)
     neutral = {
-        "brightness": jnp.zeros(4), "saturation": jnp.ones(4), "contrast": jnp.ones(4),
+        "brightness": jnp.zeros(4),
+        "saturation": jnp.ones(4),
+        "contrast": jnp.ones(4),
         "translation": jnp.full((4, 2), 0.5),
     }
     np.testing.assert_allclose(transform(x, neutral), x, atol=1e-6)

@@ -125,7 +125,8 @@ def test_aligned_interpolation_is_exact_on_linear_maps_and_keeps_corners():
         matrix = aligned_matrix(size, target)
         np.testing.assert_allclose(matrix.sum(1), 1.0, rtol=1e-6)
         np.testing.assert_allclose(
-            matrix @ np.linspace(-1, 1, size), np.linspace(-1, 1, target) if size > 1 else -1.0,
+            matrix @ np.linspace(-1, 1, size),
+            np.linspace(-1, 1, target) if size > 1 else -1.0,
             atol=1e-6,
         )
 

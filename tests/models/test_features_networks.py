@@ -81,9 +81,7 @@ def test_depthwise_and_its_gradients(side, kernel, stride):
 
     ours, for_x, for_w = both(x, w)
     agree([ours, for_x], [theirs, tx.grad])
-    np.testing.assert_allclose(
-        for_w, tw.grad.permute(2, 3, 1, 0).numpy(), rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(for_w, tw.grad.permute(2, 3, 1, 0).numpy(), rtol=1e-4, atol=1e-4)
 
 
 def mobilenet_file(rng):
@@ -347,9 +345,7 @@ def test_vgg_and_lpips(pooling, tmp_path):
 def test_vgg_heads_of_their_own_file(shared, tmp_path):
     widths = (64, 128, 256, 512, 512)
     shapes, channels = {}, 3
-    for numbers, out in zip(
-        ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)), widths
-    ):
+    for numbers, out in zip(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)), widths):
         for n in numbers:
             shapes[f"features.{n}.weight"] = (out, channels, 3, 3)
             shapes[f"features.{n}.bias"] = (out,)

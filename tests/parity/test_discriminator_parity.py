@@ -29,7 +29,8 @@ def head(reference):
     for i in range(2):
         norm = f"disc/before/main.{i}.main.1."
         params[f"block{i}_norm"] = {
-            "scale": reference[norm + "weight"], "bias": reference[norm + "bias"]
+            "scale": reference[norm + "weight"],
+            "bias": reference[norm + "bias"],
         }
     params["embedding"] = reference["disc/before/embed.weight"]
     params["condition_kernel"] = reference["disc/before/embed_proj.weight"].T

@@ -57,7 +57,7 @@ def denoise_stage(rate=1e-2, poison_at=None):
 
     return Stage(
         init_params=lambda key: (
-            {"net": mlp(key, (DIM, 64, DIM))}, {"loss_per_bin": noise_bins()}
+            {"net": mlp(key, (DIM, 64, DIM))}, {"net": noise_bins()}
         ),
         optimisers={"net": optimiser},
         step=functools.partial(
@@ -124,7 +124,7 @@ def train(stage, workdir, total_steps, config=None, **options):
 
 
 def state_of(stage, workdir, **mesh):
-    with checkpoint.Checkpoints(workdir, save_every=1) as checkpoints:
+    with checkpoint.Checkpoints(workdir) as checkpoints:
         return checkpoints.restore(loop.abstract_state(stage, loop.sharding.make_mesh(**mesh), 0))
 
 
@@ -224,7 +224,7 @@ def test_the_log_has_every_step_and_the_loss_per_noise_bin_is_kept(tmp_path):
     train(denoise_stage(), tmp_path, 5)
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 5]
-    bins = state_of(denoise_stage(), tmp_path)[0].extra["loss_per_bin"]
+    bins = state_of(denoise_stage(), tmp_path)[0].extra["net"]
     assert float(bins["count"].sum()) == 5 * BATCH
 
 

@@ -96,7 +96,7 @@ class Classifier(nn.Module):
             maps.append(x)
         pooled = jnp.mean(activate(x), axis=(1, 2))
         penultimate = activate(nn.Dense(PENULTIMATE, name="penultimate")(pooled))
-        logits = nn.Dense(
-            self.num_classes, kernel_init=nn.initializers.zeros, name="logits"
-        )(penultimate)
+        logits = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="logits")(
+            penultimate
+        )
         return logits, tuple(maps), penultimate

@@ -69,8 +69,7 @@ def _products(padded, kernel, sides, stride):
 
 def _window(padded, i, j, sides, stride):
     rows, columns = (
-        slice(start, start + (side - 1) * stride + 1, stride)
-        for start, side in zip((i, j), sides)
+        slice(start, start + (side - 1) * stride + 1, stride) for start, side in zip((i, j), sides)
     )
     return padded[:, rows, columns]
 

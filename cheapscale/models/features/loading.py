@@ -73,6 +73,4 @@ def build_classifier(weights: Weights, input_size: int = 16) -> FeatureNetwork:
         logits, _, penultimate = model.apply({"params": params}, x)
         return {"features": penultimate, "logits": logits}
 
-    return FeatureNetwork(
-        "classifier", apply, params, weights.sha256, input_size, outputs=outputs
-    )
+    return FeatureNetwork("classifier", apply, params, weights.sha256, input_size, outputs=outputs)
