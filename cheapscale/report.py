@@ -55,15 +55,15 @@ def write(runs: list[Run], workdir: str | pathlib.Path, *, num_samples: int) -> 
     for run in growing:
         images[run.folder] = sample(load_network(run.workdir), ids, **shared)[0]
     save_png(folder / "teacher.png", image_grid(images["teacher"][:64]))
-    rows = [enlarge(images[run.folder][: 2 * COLUMNS], top) for run in growing]
-    save_png(folder / "one_step.png", image_grid(np.concatenate(rows), 2 * COLUMNS), 1024)
+    rows = [enlarge(images[run.folder][:COLUMNS], top) for run in growing]
+    save_png(folder / "one_step.png", image_grid(np.concatenate(rows), COLUMNS), 1024)
 
     figures = {"round_trip": trip, "stages": {}}
     for name in images:
         run = by_stage["distill" if name == "teacher" else name]  # both at the base resolution
         figures["stages"][name] = score(run, images[name])
     for small, large in zip(growing, growing[1:]):
-        shrunk = area_mean_batch(images[large.folder], small.config.data.resolution)
+        shrunk = area_mean(images[large.folder], small.config.data.resolution)
         difference = shrunk - images[small.folder]
         figures["stages"][large.folder]["drift_rms"] = float(np.sqrt(np.mean(difference**2)))
     figures["seconds_per_stage"] = {run.folder: round(run.seconds, 1) for run in runs}
@@ -116,10 +116,6 @@ def score(run: Run, images: np.ndarray) -> dict:
 
 def held_out(config):
     return open_data(config.data, split=config.data.eval_split)
-
-
-def area_mean_batch(images: np.ndarray, resolution: int) -> np.ndarray:
-    return np.stack([area_mean(image, resolution) for image in images])
 
 
 def table(figures: dict) -> str:

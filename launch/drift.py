@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from cheapscale import report
+from cheapscale.data.resize import area_mean
 from cheapscale.stages.run import run
 from cheapscale.stages.sampling import sample
 from cheapscale.training.checkpoint import load_network
@@ -44,8 +44,8 @@ def centre(images: np.ndarray) -> np.ndarray:
 
 def drift(small: np.ndarray, large: np.ndarray, base: int) -> dict:
     """How far the larger images are from the smaller ones of the same noise."""
-    shrunk = report.area_mean_batch(large, small.shape[1])
-    a, b = (report.area_mean_batch(x, base) for x in (small, large))
+    shrunk = area_mean(large, small.shape[1])
+    a, b = (area_mean(x, base) for x in (small, large))
     moved = np.linalg.norm(centre(a) - centre(b), axis=-1)
     return {
         "rms": float(np.sqrt(np.mean((shrunk - small) ** 2))),

@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+os.environ.setdefault("CHEAPSCALE_CACHE", str(ROOT / ".pytest_cache" / "cheapscale"))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

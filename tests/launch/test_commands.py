@@ -27,7 +27,6 @@ def command(*words, check=True):
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs")
-    os.environ["CHEAPSCALE_CACHE"] = str(ROOT / ".pytest_cache" / "cheapscale")
     lines, _, _ = command(
         "launch.pipeline", "--config=configs/scenes.py", "--arg=smoke,jump",
         f"--workdir={workdir}", "--num_samples=24",
