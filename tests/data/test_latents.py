@@ -1,6 +1,7 @@
 """The latent store: exact round trips, whole shards or none, and no pairs that do not belong."""
 
 import json
+import os
 import resource
 
 import numpy as np
@@ -144,10 +145,14 @@ def test_a_crash_halfway_leaves_no_shard(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
     # A process that is killed cannot clean up: its file is never taken for a shard.
     stale = tmp_path / "shard-00001.array_record.elsewhere-1.tmp"
-    stale.write_bytes(b"half a shard")
+    young = tmp_path / "shard-00001.array_record.elsewhere-2.tmp"
+    for path in (stale, young):
+        path.write_bytes(b"half a shard")
+    os.utime(stale, (0, 0))
     assert not writer.is_done(1)
     write(writer, 1)
-    assert writer.is_done(1) and not stale.exists()
+    # an old one is cleared away, a young one may belong to a writer that is alive
+    assert writer.is_done(1) and not stale.exists() and young.exists()
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
