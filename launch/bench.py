@@ -13,6 +13,7 @@ of `--cores=1` are the steadier ones. Waiting OpenMP threads spin, so that PyTor
 threads on a machine with other work is slow for a reason that is not the library's.
 """
 
+import copy
 import glob
 import json
 import os
@@ -31,9 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from cheapscale.diffusion.process import noise_feature
 from cheapscale.evaluation.cost import param_count
-from cheapscale.models.unet import plan, unet
+from cheapscale.models.unet import unet
 from cheapscale.stages.networks import complete, make_denoiser, make_generator
 from cheapscale.stages.pretrain import denoising_loss
 from cheapscale.training.loop import provenance
@@ -42,6 +42,7 @@ from cheapscale.training.stage import denoise_step, noise_bins
 from cheapscale.training.state import Optimiser, create_state
 from configs.models import preset
 from launch.command import execute
+from launch.memory import keep_memory
 
 PyTree = Any
 
@@ -63,17 +64,8 @@ SIZES = {
 }  # fmt: skip
 DIFFUSION = dict(process="edm", P_mean=-1.2, P_std=1.2, sigma_data=0.5, sigma_max=80.0)
 RATE, DECAY = 1e-4, 0.999
+SETTINGS = ("XLA_FLAGS", "OMP_WAIT_POLICY", "GLIBC_TUNABLES")  # environment that changes seconds
 FORMATS = ("contiguous", "channels_last")  # PyTorch's default layout, and ours
-
-DIFFERENCES = (
-    "theirs runs eagerly in NCHW (and once more in channels_last), ours compiled by XLA in NHWC",
-    "theirs projects to queries, keys and values in three products, ours in one",
-    "theirs applies silu to the embedding in every residual block, ours once",
-    "our step also keeps the loss by noise level and the norm of the gradient",
-    "theirs has one number of groups for every norm, so ours is given it (groups = width / 4)",
-    "FLOPs of ours are XLA's, without taps that fall into padding; of theirs, torch's count with "
-    "them and without elementwise work",
-)
 
 
 def random_weights(model: dict, seed: int = 0) -> PyTree:
@@ -87,87 +79,6 @@ def random_weights(model: dict, seed: int = 0) -> PyTree:
         return jnp.asarray(centre + rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes["params"])
-
-
-def their_network(model: dict):
-    """UNet2DModel with our architecture. Raises ValueError where it cannot be imported."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ValueError(
-            f"the comparison needs diffusers and torch ({error}): pip install diffusers torch"
-        ) from None
-    sides = [model["resolution"] >> level for level in range(len(model["channel_mult"]))]
-    kinds = [
-        ("Attn{}Block2D" if s in model["attention"] else "Resnet{}sampleBlock2D") for s in sides
-    ]
-    names = {
-        way: tuple(k.format(way.capitalize() if "Attn" in k else way) for k in kinds)
-        for way in ("Down", "Up")
-    }
-    return diffusers.UNet2DModel(
-        sample_size=model["resolution"],
-        block_out_channels=tuple(model["channels"] * m for m in model["channel_mult"]),
-        layers_per_block=model["num_blocks"],
-        down_block_types=names["Down"],
-        up_block_types=names["Up"][::-1],
-        downsample_type="resnet",
-        upsample_type="resnet",
-        resnet_time_scale_shift="scale_shift",
-        attention_head_dim=model["head_dim"],
-        norm_num_groups=model["groups"],
-        attn_norm_num_groups=model["groups"],
-    )
-
-
-def their_blocks(net):
-    """(residual block, its attention or None) in the order of our plan."""
-    for block in net.down_blocks:
-        yield from zip(block.resnets, getattr(block, "attentions", [None] * len(block.resnets)))
-        yield from ((down, None) for down in block.downsamplers or ())
-    yield from zip(net.mid_block.resnets, [*net.mid_block.attentions, None])
-    for block in net.up_blocks:
-        yield from zip(block.resnets, getattr(block, "attentions", [None] * len(block.resnets)))
-        yield from ((up, None) for up in block.upsamplers or ())
-
-
-def copy_weights(params: PyTree, model: dict, net) -> None:
-    """Ours into theirs. Raises ValueError unless every one of their weights has its counterpart."""
-    import torch
-
-    left = {id(p) for p in net.parameters()}
-
-    def fill(layer, ours):
-        weight = ours["scale"] if "scale" in ours else ours["kernel"]
-        axes = (3, 2, 0, 1) if weight.ndim == 4 else tuple(range(weight.ndim))[::-1]
-        weight = np.transpose(np.asarray(weight), axes).reshape(layer.weight.shape)
-        for target, value in ((layer.weight, weight), (layer.bias, np.asarray(ours["bias"]))):
-            target.data.copy_(torch.tensor(value))
-            left.discard(id(target))
-
-    fill(net.conv_in, params[f"enc_{model['resolution']}_conv"])
-    fill(net.time_embedding.linear_1, params["map_layer0"])
-    fill(net.time_embedding.linear_2, params["map_layer1"])
-    fill(net.conv_norm_out, params["head"]["norm"])
-    fill(net.conv_out, params["head"]["conv"])
-    ours = [block for block in plan(unet(**model).config) if block.kind == "res"]
-    for block, (res, attention) in zip(ours, their_blocks(net), strict=True):
-        p = params[block.name]
-        fill(res.norm1, p["norm0"])
-        fill(res.conv1, p["conv0"])
-        fill(res.time_emb_proj, p["affine"])
-        fill(res.norm2, p["norm1"])
-        fill(res.conv2, p["conv1"])
-        if block.shortcut:
-            fill(res.conv_shortcut, p["skip"])
-        if block.heads:
-            fill(attention.group_norm, p["norm2"])
-            fill(attention.to_out[0], p["proj"])
-            for i, layer in enumerate((attention.to_q, attention.to_k, attention.to_v)):
-                third = {name: np.split(w, 3, axis=-1)[i] for name, w in p["qkv"].items()}
-                fill(layer, third)
-    if left:
-        raise ValueError(f"{len(left)} tensors of UNet2DModel have no counterpart in the model")
 
 
 def our_step(model: dict) -> tuple[Callable, Optimiser]:
@@ -203,58 +114,6 @@ def our_calls(model: dict, params: PyTree, images: np.ndarray) -> tuple[dict, di
     }
     flops = {"training": train, "sampling": generate}
     return calls, {use: c.cost_analysis()["flops"] for use, c in flops.items()}, train
-
-
-def their_calls(net, images: np.ndarray, layout: str) -> tuple[dict, dict]:
-    """({use: call to time}, {use: FLOPs}) of UNet2DModel in one memory layout."""
-    import torch
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-    from torch.utils.flop_counter import FlopCounterMode
-
-    layout = getattr(torch, {"contiguous": "contiguous_format"}.get(layout, layout))
-    net = net.to(memory_format=layout)
-    x = torch.tensor(images.transpose(0, 3, 1, 2)).contiguous(memory_format=layout)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-    optimiser = torch.optim.Adam(net.parameters(), lr=RATE, fused=True)
-    sd, top = DIFFUSION["sigma_data"], DIFFUSION["sigma_max"]
-
-    def train_once():
-        draw = torch.randn(len(x), 1, 1, 1)
-        sigma = torch.exp(DIFFUSION["P_mean"] + DIFFUSION["P_std"] * draw)
-        total = sigma**2 + sd**2
-        noisy = x + sigma * torch.randn_like(x)
-        F = net(noisy / total.sqrt(), 250 * sigma.log().flatten()).sample
-        D = sd**2 / total * noisy + sigma * sd / total.sqrt() * F
-        (total / (sigma * sd) ** 2 * (D - x) ** 2).mean().backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        average.update_parameters(net)
-
-    z = top * x
-    feature = torch.full((len(x),), float(noise_feature("openai", top)))
-
-    @torch.inference_mode()
-    def sample_once():
-        return net(z / (top**2 + sd**2) ** 0.5, feature).sample
-
-    flops = {}
-    for use, call in (calls := {"training": train_once, "sampling": sample_once}).items():
-        with FlopCounterMode(display=False) as counter:
-            call()
-        flops[use] = counter.get_total_flops()
-    return calls, flops
-
-
-def difference(model: dict, params: PyTree, net, images: np.ndarray) -> float:
-    """Largest difference between the two networks' outputs, over the largest output."""
-    import torch
-
-    noise = np.linspace(-2, 2, len(images), dtype=np.float32)
-    ours = unet(**model).apply({"params": params}, jnp.asarray(images), jnp.asarray(noise))
-    with torch.inference_mode():
-        x = torch.tensor(images.transpose(0, 3, 1, 2))
-        theirs = net(x, torch.tensor(noise)).sample.numpy().transpose(0, 2, 3, 1)
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def alternate(calls: dict[str, Callable], rounds: int) -> dict:
@@ -319,24 +178,32 @@ def profile(compiled, call: Callable) -> dict:
     return {kind: round(total[kind], 2) for kind, _ in CLASSES}
 
 
-def compare(size: Size, rounds: int, cores: int) -> dict:
-    """Everything the record says about one size."""
-    model = complete(size.model)
-    net = their_network(model)
-    import torch
+def counterpart(cores: int):
+    """The module of their side, its threads set. Raises ValueError where it cannot be imported."""
+    try:
+        from launch import bench_diffusers
+    except ImportError as error:
+        raise ValueError(
+            f"the comparison needs diffusers and torch ({error}): pip install diffusers torch"
+        ) from None
+    bench_diffusers.torch.set_num_threads(cores)
+    return bench_diffusers
 
-    torch.set_num_threads(cores)
-    params = random_weights(model)
-    copy_weights(params, model, net)
+
+def compare(size: Size, rounds: int, theirs) -> dict:
+    """Everything the record says about one size; `theirs` is the module of their side."""
+    model = complete(size.model)
+    params, net = random_weights(model), theirs.network(model)
+    theirs.copy_weights(params, model, net)
     shape = (size.batch, model["resolution"], model["resolution"], 3)
     images = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
-    apart = difference(model, params, net, images[:2])
+    apart = theirs.difference(model, params, net, images[:2])
     calls, flops, compiled = our_calls(model, params, images)
     sides, counts = {"ours": calls}, {"ours": flops}
     for layout in FORMATS:
-        theirs = their_network(model)
-        theirs.load_state_dict(net.state_dict())
-        sides[layout], counts["theirs"] = their_calls(theirs, images, layout)
+        sides[layout], counts["theirs"] = theirs.calls(
+            copy.deepcopy(net), images, layout, DIFFUSION, RATE, DECAY
+        )
     uses = {}
     for use in ("sampling", "training"):
         seconds = alternate({side: calls[use] for side, calls in sides.items()}, rounds)
@@ -380,27 +247,27 @@ def run(sizes: dict[str, Size], rounds: int, workdir: str, record: str = "") -> 
     if rounds < 1:
         raise ValueError(f"--rounds={rounds} measures nothing: give 1 or more")
     began, load, cores = time.monotonic(), os.getloadavg()[0], len(os.sched_getaffinity(0))
-    figures = {}
+    theirs, figures = counterpart(cores), {}
     for name, size in sizes.items():
         logging.info("bench: %s, %d rounds on %d cores", name, rounds, cores)
-        figures[name] = compare(size, rounds, cores)
-    import diffusers
-    import torch
-
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+        figures[name] = compare(size, rounds, theirs)
     content = {
-        "provenance": provenance() | versions,
+        "provenance": provenance() | theirs.VERSIONS,
         "cores": cores,
         "load_before": round(load, 2),
         "rounds": rounds,
-        "differences": DIFFERENCES,
+        "settings": {name: os.environ.get(name, "") for name in SETTINGS}
+        | {"memory": "freed memory stays in the process (launch/memory.py), for both sides"},
+        "differences": theirs.DIFFERENCES,
         "sizes": figures,
         "seconds": round(time.monotonic() - began, 1),
     }
     print(table(figures), flush=True)
     path = pathlib.Path(record or pathlib.Path(workdir) / "record.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    runs |= {f"{cores}_cores": content}  # a record holds one run for each number of cores
+    path.write_text(json.dumps(runs, indent=1) + "\n")
     ratios = {
         name: {use: row["contiguous"]["wall_ratio"] for use, row in figure["uses"].items()}
         for name, figure in figures.items()
@@ -413,6 +280,7 @@ def main(argv) -> None:
     options = flags.FLAGS
     if options.cores:  # before either library starts its threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+    keep_memory()
     chosen = {name: SIZES[name] for name in options.sizes}
     execute(
         "bench",
