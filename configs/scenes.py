@@ -2,7 +2,7 @@
 
 Paper: Kim et al. 2024 (arXiv 2405.14822), the pipeline of Figure 2 at toy scale: base 8 px, grown
 to 16 and 32 (size=quick), or base 16 grown to 128 (size=small).
-Hardware: 2 CPU cores, about 12 minutes (quick).
+Hardware: 2 CPU cores, about 13 minutes (quick).
 
     python -m launch.pipeline --config=configs/scenes.py --arg=size=quick --workdir=runs/quick
     python -m launch.train --config=configs/scenes.py:stage=pretrain --workdir=runs/teacher

@@ -1,5 +1,6 @@
 """What every command does around its work: logging, the compile cache, errors in one sentence."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from absl import flags, logging
 
 from cheapscale.training.logging import finish
 from cheapscale.training.loop import Diverged, Preempted
+from launch.memory import keep_memory
 
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")  # any of them: an accelerator
 PREEMPTED = 143  # 128 + SIGTERM: what a shell reports of a terminated process
 
 
@@ -19,6 +22,9 @@ def execute(name: str, workdir: str, body: Callable[[], dict]) -> None:
     Known errors end the command with one sentence on stderr and status 1; a pre-empted run says at
     which step and ends with status 143.
     """
+    # Before XLA starts its threads, which is why the plugins are asked and not jax; bench has a flag.
+    if "keep_memory" not in flags.FLAGS and not any(map(importlib.util.find_spec, PLUGINS)):
+        keep_memory()
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     # Orbax and Grain narrate through the same logger; a run's own lines must stay readable.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on the embedded data set: pretrain at 8 px, invert, distil, grow to 16 and 32 px.
-# Hardware: 2 CPU cores, about 12 minutes after the installation. Out come runs/quickstart/*.png,
+# Hardware: 2 CPU cores, about 13 minutes after the installation. Out come runs/quickstart/*.png,
 # report.md, and one JSON object on the last line. Running it again resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
