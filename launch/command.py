@@ -22,7 +22,7 @@ def execute(name: str, workdir: str, body: Callable[[], dict]) -> None:
     Known errors end the command with one sentence on stderr and status 1; a pre-empted run says at
     which step and ends with status 143.
     """
-    # Before XLA starts its threads, which is why the plugins are asked and not jax; bench has a flag.
+    # Before XLA starts its threads: so the plugins are asked, not jax. bench has its own flag.
     if "keep_memory" not in flags.FLAGS and not any(map(importlib.util.find_spec, PLUGINS)):
         keep_memory()
     logging.use_absl_handler()
