@@ -77,15 +77,25 @@ def abstract_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainSta
 
 
 def fresh_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
-    """Initialise on the mesh (no host copy), then warm-start, then make EMA and optimisers."""
+    """Initialise on the mesh (no host copy), then warm-start, then make EMA and optimisers.
+
+    Both programs run once and are compiled without optimisation: on two CPU cores the random
+    draws of a U-Net and a discriminator took 12 s to optimise and take 3 s so.
+    """
     abstract = abstract_state(stage, mesh, seed)
     places = jax.tree.map(lambda s: s.sharding, abstract)
-    init = jax.jit(stage.init_params, out_shardings=(places.params, places.extra))
+    quickly = {"xla_backend_optimization_level": 0}
+    init = jax.jit(
+        stage.init_params,
+        out_shardings=(places.params, places.extra),
+        compiler_options=quickly,
+    )
     params, extra = init(stream_key(seed, "init", 0))
     params = jax.tree.map(jax.device_put, stage.warm_start(params), places.params)
     make = jax.jit(
         lambda p, e: create_state(p, e, stage.optimisers, stage.meta["networks"]),
         out_shardings=places,
+        compiler_options=quickly,
     )
     return make(params, extra)
 
