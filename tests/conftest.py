@@ -4,6 +4,7 @@ The environment must be set before jax is imported anywhere. Rank promotion rais
 [4, 1] array silently broadcast against [8] is an error rather than a wrong number.
 """
 
+import importlib
 import os
 import pathlib
 
@@ -33,6 +34,24 @@ def shared():
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}: set CHEAPSCALE_SHARED to run this test")
     return folder
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """torchvision, which the packages we compare with import.
+
+    Its compiled part may belong to another build of torch; its import then fails at two operators
+    of object detection. They are declared, which is all the import needs, and never called.
+    """
+    why = "install the extra test to compare with other implementations"
+    torch = pytest.importorskip("torch", reason=why)
+    try:
+        yield pytest.importorskip("torchvision", reason=why)
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        yield importlib.import_module("torchvision")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 
 from cheapscale.models import features
 from cheapscale.models.features.classifier import Classifier
+from cheapscale.models.features.loading import BUILDERS
 from cheapscale.models.features.weights import read_weights
 
 ARRAYS = {
@@ -61,6 +62,29 @@ def test_pytorch_files_and_what_to_do_without_torch(tmp_path, monkeypatch):
         read_weights(tmp_path / "w.pth")
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_compiled_pytorch_modules(tmp_path):
+    """OpenAI's CLIP files are of this kind."""
+    torch = pytest.importorskip("torch", reason="install torch==2.13.0 (extra: test)")
+    module = torch.nn.Linear(3, 2).half()
+    torch.jit.save(torch.jit.script(module), tmp_path / "w.pt")
+    arrays = read_weights(tmp_path / "w.pt").arrays
+    assert set(arrays) == {"weight", "bias"} and arrays["weight"].dtype == np.float32
+    np.testing.assert_array_equal(arrays["weight"], module.weight.detach().float().numpy())
+
+
+def test_the_environment_names_files_where_no_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.delenv("CHEAPSCALE_WEIGHTS_VGG16_LPIPS", raising=False)
+    with pytest.raises(ValueError, match="'vgg16_lpips'.* set CHEAPSCALE_WEIGHTS_VGG16_LPIPS"):
+        features.load("vgg16_lpips")
+    names = [str(tmp_path / "one.npz"), str(tmp_path / "two.npz")]
+    for name in names:
+        np.savez(name, **ARRAYS)
+    monkeypatch.setenv("CHEAPSCALE_WEIGHTS_VGG16_LPIPS", "+".join(names))
+    with pytest.raises(ValueError, match=r"one.npz \+ .*two.npz has no weight 'features.0.weight'"):
+        features.load("vgg16_lpips")
+
+
 def test_hash_is_reported_and_checked_and_files_merge(tmp_path):
     for name, key in (("one.npz", "a"), ("two.npz", "c")):
         np.savez(tmp_path / name, **{key: ARRAYS[key]})
@@ -93,9 +117,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path):
         read_weights(tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize(
-    "name", ["mobilenet_v2", "deit_base_distilled", "efficientnet_lite0", "vgg16_lpips"]
-)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_a_file_of_another_network_is_refused(name, tmp_path):
     np.savez(tmp_path / "w.npz", **ARRAYS)
     with pytest.raises(ValueError, match=r"w\.npz has no "):
@@ -119,4 +141,6 @@ def test_classifier_file_round_trip(tmp_path):
     np.testing.assert_array_equal(outputs["logits"], logits)
     np.testing.assert_array_equal(outputs["features"], penultimate)
     assert [m.shape for m in network.apply(network.params, x)] == [m.shape for m in maps]
+    # A metric's products are in full float32 on any machine.
+    assert "HIGHEST" in str(jax.make_jaxpr(network.outputs)(network.params, x))
     assert network.sha256 == hashlib.sha256((tmp_path / "w.npz").read_bytes()).hexdigest()

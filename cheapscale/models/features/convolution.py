@@ -1,9 +1,31 @@
 """Convolutions of the frozen networks; "SAME" pads as TensorFlow does, an odd pixel last."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from cheapscale.models.features.weights import Weights
+
+PyTree = Any
+
+
+def folded(weights: Weights, name: str, norm: str, shape: tuple[int, ...], eps: float) -> PyTree:
+    """Kernel [h, w, in, out] and bias [out] of convolution `name` with the evaluation-mode batch
+    norm `norm` folded in.
+
+    shape: (out, in, h, w) in the file, -1 for any.
+    """
+    kernel = weights.take(name + ".weight", *shape)
+    scale, offset, mean, variance = (
+        weights.take(f"{norm}.{part}", kernel.shape[0])
+        for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    factor = scale / np.sqrt(variance + eps)
+    kernel = (kernel * factor[:, None, None, None]).transpose(2, 3, 1, 0)
+    return {"kernel": kernel, "bias": offset - mean * factor}
 
 
 def conv(

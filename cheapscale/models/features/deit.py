@@ -19,33 +19,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cheapscale.models.features import vit
 from cheapscale.models.features.convolution import conv
-from cheapscale.models.features.network import FeatureNetwork, enlarge
-from cheapscale.models.features.vgg import DEVIATION, MEAN
+from cheapscale.models.features.network import FeatureNetwork, enlarge, standardised
 from cheapscale.models.features.weights import Weights
 
 PyTree = Any
 
-HEAD_DIM = 64
 EXTRA_TOKENS = 2  # class and distillation
-SEGMENTS = 4
 
 
 def build(weights: Weights, input_size: int = 224, seed: int = 0) -> FeatureNetwork:
     """The network from timm's weights, its random re-assembly drawn from `seed`."""
     proj = weights.take("patch_embed.proj.weight", -1, 3, -1, -1)
     width, patch = proj.shape[0], proj.shape[2]
-    depth = 1 + max(
-        (int(n.split(".")[1]) for n in weights.arrays if n.startswith("blocks.")), default=-1
-    )
-    if not depth or depth % SEGMENTS or width % HEAD_DIM:
-        raise ValueError(
-            f"{weights.path} has {depth} blocks of width {width}: this network needs a multiple of "
-            f"{SEGMENTS} blocks and of {HEAD_DIM} channels"
-        )
-    blocks = [_block(weights, f"blocks.{i}.", width) for i in range(depth)]
-    size = depth // SEGMENTS
-    vit = {
+    network = {
         "patch": {
             "kernel": proj.transpose(2, 3, 1, 0),
             "bias": weights.take("patch_embed.proj.bias", width),
@@ -54,24 +42,16 @@ def build(weights: Weights, input_size: int = 224, seed: int = 0) -> FeatureNetw
             [weights.take(name, 1, 1, width) for name in ("cls_token", "dist_token")], axis=1
         ),
         "position": weights.take("pos_embed", 1, -1, width),
-        # One stacked tree per segment: a scan over it compiles one block, not all of them.
-        "segments": [
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks[i : i + size])
-            for i in range(0, depth, size)
-        ],
+        "segments": vit.read_blocks(weights, "blocks.", vit.TIMM, width),
     }
-    vit = jax.tree.map(jnp.asarray, vit)
+    network = jax.tree.map(jnp.asarray, network)
 
     def redraw(key):
-        return {"vit": vit, "reassembly": init_reassembly(key, width)}
+        return {"vit": network, "reassembly": init_reassembly(key, width)}
 
     def apply(params, x):
         x = enlarge(x, input_size)
-        if x.shape[1] % patch or x.shape[2] % patch:
-            raise ValueError(
-                f"deit_base_distilled sees images of {x.shape[1]}x{x.shape[2]}, not a multiple of "
-                f"its {patch}-px patches: set input_size to a larger multiple"
-            )
+        vit.check_patches("deit_base_distilled", x, patch)
         return tuple(reassemble(params["reassembly"], hidden(params["vit"], x)))
 
     params = redraw(jax.random.key(seed))
@@ -80,45 +60,18 @@ def build(weights: Weights, input_size: int = 224, seed: int = 0) -> FeatureNetw
     )
 
 
-def _block(weights: Weights, prefix: str, width: int) -> PyTree:
-    def linear(name, fan_in, fan_out):
-        return {
-            "kernel": weights.take(f"{prefix}{name}.weight", fan_out, fan_in).T,
-            "bias": weights.take(f"{prefix}{name}.bias", fan_out),
-        }
-
-    def norm(name):
-        return {
-            "scale": weights.take(f"{prefix}{name}.weight", width),
-            "bias": weights.take(f"{prefix}{name}.bias", width),
-        }
-
-    mlp = weights.take(f"{prefix}mlp.fc1.bias", -1).shape[0]
-    return {
-        "norm1": norm("norm1"),
-        "qkv": linear("attn.qkv", width, 3 * width),
-        "proj": linear("attn.proj", width, width),
-        "norm2": norm("norm2"),
-        "fc1": linear("mlp.fc1", width, mlp),
-        "fc2": linear("mlp.fc2", mlp, width),
-    }
-
-
-def hidden(vit: PyTree, x: jax.Array) -> list[jax.Array]:
+def hidden(network: PyTree, x: jax.Array) -> list[jax.Array]:
     """Images [b, h, w, 3] in [-1, 1] -> the patch tokens [b, h/p, w/p, width] after each quarter
     of the blocks."""
-    x = ((x + 1.0) / 2.0 - MEAN[None, None, None, :]) / DEVIATION[None, None, None, :]
-    patch = vit["patch"]["kernel"].shape[0]
-    x = conv(x, vit["patch"]["kernel"], patch, "VALID") + vit["patch"]["bias"][None, None, None, :]
+    x = vit.patch_tokens(network["patch"]["kernel"], standardised(x))
+    x = x + network["patch"]["bias"][None, None, None, :]
     b, h, w, c = x.shape
-    extra = jnp.broadcast_to(vit["extra"], (b, EXTRA_TOKENS, c))
+    extra = jnp.broadcast_to(network["extra"], (b, EXTRA_TOKENS, c))
     tokens = jnp.concatenate([extra, x.reshape(b, h * w, c)], axis=1)
-    tokens = tokens + _positions(vit["position"], h, w)
-    out = []
-    for segment in vit["segments"]:
-        tokens, _ = jax.lax.scan(lambda t, block: (_transform(block, t), None), tokens, segment)
-        out.append(tokens[:, EXTRA_TOKENS:].reshape(b, h, w, c))
-    return out
+    tokens = tokens + _positions(network["position"], h, w)
+    return [
+        t[:, EXTRA_TOKENS:].reshape(b, h, w, c) for t in vit.encode(network["segments"], tokens)
+    ]
 
 
 def _positions(position: jax.Array, h: int, w: int) -> jax.Array:
@@ -129,26 +82,6 @@ def _positions(position: jax.Array, h: int, w: int) -> jax.Array:
     # The reference's resize does not smooth ahead of shrinking.
     grid = jax.image.resize(grid, (1, h, w, grid.shape[3]), "bilinear", antialias=False)
     return jnp.concatenate([position[:, :EXTRA_TOKENS], grid.reshape(1, h * w, -1)], axis=1)
-
-
-def _transform(block: PyTree, x: jax.Array) -> jax.Array:
-    b, t, c = x.shape
-    qkv = _linear(block["qkv"], _layer_norm(block["norm1"], x))
-    qkv = qkv.reshape(b, t, 3, c // HEAD_DIM, HEAD_DIM)
-    attended = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-    x = x + _linear(block["proj"], attended.reshape(b, t, c))
-    h = jax.nn.gelu(_linear(block["fc1"], _layer_norm(block["norm2"], x)), approximate=False)
-    return x + _linear(block["fc2"], h)
-
-
-def _linear(weights: PyTree, x: jax.Array) -> jax.Array:
-    return x @ weights["kernel"] + weights["bias"][None, None, :]
-
-
-def _layer_norm(weights: PyTree, x: jax.Array) -> jax.Array:
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-    return x * weights["scale"][None, None, :] + weights["bias"][None, None, :]
 
 
 def init_reassembly(key: jax.Array, width: int) -> PyTree:

@@ -12,9 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cheapscale.models.features.convolution import conv, depthwise
+from cheapscale.models.features.convolution import conv, depthwise, folded
 from cheapscale.models.features.network import FeatureNetwork, enlarge
 from cheapscale.models.features.weights import Weights
 
@@ -27,7 +26,7 @@ BN_EPS = 1e-3
 
 def build(weights: Weights, input_size: int = 224) -> FeatureNetwork:
     """The network from timm's weights."""
-    params = {"stem": _folded(weights, "conv_stem", "bn1", (-1, 3, 3, 3))}
+    params = {"stem": folded(weights, "conv_stem", "bn1", (-1, 3, 3, 3), BN_EPS)}
     width = params["stem"]["bias"].shape[0]
     for stage in range(len(STAGE_STRIDES)):
         count = _count(weights, f"blocks.{stage}.")
@@ -91,18 +90,6 @@ def _block(weights: Weights, prefix: str, width: int, separable: bool) -> tuple[
     block = {}
     for layer, (name, norm) in layers.items():
         shape = (width, 1, -1, -1) if layer == "depthwise" else (-1, width, 1, 1)
-        block[layer] = _folded(weights, prefix + name, prefix + norm, shape)
+        block[layer] = folded(weights, prefix + name, prefix + norm, shape, BN_EPS)
         width = block[layer]["bias"].shape[0]
     return block, width
-
-
-def _folded(weights: Weights, name: str, norm: str, shape: tuple[int, ...]) -> PyTree:
-    """Kernel [h, w, in, out] and bias with the evaluation-mode batch norm folded in."""
-    kernel = weights.take(name + ".weight", *shape)
-    scale, offset, mean, variance = (
-        weights.take(f"{norm}.{part}", kernel.shape[0])
-        for part in ("weight", "bias", "running_mean", "running_var")
-    )
-    factor = scale / np.sqrt(variance + BN_EPS)
-    folded = kernel * factor[:, None, None, None]
-    return {"kernel": folded.transpose(2, 3, 1, 0), "bias": offset - mean * factor}

@@ -1,27 +1,43 @@
 """Frozen feature networks by name, from weight files that the user names."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from cheapscale.models.features import deit, efficientnet, mobilenet, vgg
+from cheapscale.models.features import (
+    clip,
+    deit,
+    dinov2,
+    efficientnet,
+    inception,
+    mobilenet,
+    resnet,
+    vgg,
+)
 from cheapscale.models.features.classifier import Classifier
-from cheapscale.models.features.network import FeatureNetwork
-from cheapscale.models.features.weights import Weights, read_weights
+from cheapscale.models.features.network import FeatureNetwork, exact
+from cheapscale.models.features.weights import Weights, default_paths, read_weights
 
 BUILDERS = {
     "mobilenet_v2": mobilenet.build,
     "deit_base_distilled": deit.build,
     "efficientnet_lite0": efficientnet.build,
     "vgg16_lpips": vgg.build,
+    "inception_v3": inception.build,
 }
+for family in (dinov2, clip, resnet):  # one architecture at several sizes
+    BUILDERS |= {
+        name: functools.partial(family.build, name=name, **size)
+        for name, size in family.SIZES.items()
+    }
 
 
 def load(
     name: str,
-    path: str | pathlib.Path | Sequence[str | pathlib.Path],
+    path: str | pathlib.Path | Sequence[str | pathlib.Path] | None = None,
     *,
     sha256: str | None = None,
     input_size: int | None = None,
@@ -30,14 +46,15 @@ def load(
     """The feature network `name` with the weights at `path`.
 
     Args:
-      name: "mobilenet_v2", "deit_base_distilled", "efficientnet_lite0", "vgg16_lpips", or
-        "classifier" (the .npz that training/classifier.py writes).
+      name: one of `BUILDERS`, or "classifier" (the .npz that training/classifier.py writes).
       path: .npz, .safetensors or a PyTorch file; a sequence of files is merged (VGG16 and the
-        LPIPS heads).
+        LPIPS heads). By default what the environment variable CHEAPSCALE_WEIGHTS_<NAME> names,
+        for example CHEAPSCALE_WEIGHTS_INCEPTION_V3, several files joined by "+".
       sha256: refuse a file with another hash (hashes joined by "+" for several files).
-      input_size: images with a shorter side are enlarged to it; by default 224, 16 for the
-        classifier.
-      options: "pooling" of vgg16_lpips, "seed" of deit_base_distilled's random re-assembly.
+      input_size: images with a shorter side are enlarged to it; by default the network's own (299
+        for Inception, which resizes every image to it; 224, CIFAR's 32, 16 for the classifier).
+      options: "pooling" of vgg16_lpips, "seed" of deit_base_distilled's random re-assembly,
+        "inputs" of inception_v3, "position_offset" of DINOv2.
 
     Raises:
       ValueError: unknown name, no such file, wrong hash, or a file of another network.
@@ -45,11 +62,12 @@ def load(
     names = (*BUILDERS, "classifier")
     if name not in names:
         raise ValueError(f"unknown feature network {name!r}: choose one of {names}")
-    weights = read_weights(path, sha256)
+    weights = read_weights(default_paths(name) if path is None else path, sha256)
     build = BUILDERS.get(name, build_classifier)
     if input_size is not None:
         options["input_size"] = input_size
-    return build(weights, **options)
+    network = build(weights, **options)
+    return network._replace(outputs=network.outputs and exact(network.outputs))
 
 
 def build_classifier(weights: Weights, input_size: int = 16) -> FeatureNetwork:

@@ -10,17 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cheapscale.models.features.convolution import conv
-from cheapscale.models.features.network import FeatureNetwork, enlarge
+from cheapscale.models.features.network import FeatureNetwork, enlarge, standardised
 from cheapscale.models.features.weights import Weights
 
 PyTree = Any
 
 GROUPS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's layer numbers
-MEAN = np.asarray((0.485, 0.456, 0.406), np.float32)  # of ImageNet in [0, 1]
-DEVIATION = np.asarray((0.229, 0.224, 0.225), np.float32)
 
 
 def build(weights: Weights, input_size: int = 224, pooling: str = "max") -> FeatureNetwork:
@@ -45,8 +42,7 @@ def build(weights: Weights, input_size: int = 224, pooling: str = "max") -> Feat
         ]
 
     def apply(params, x):
-        x = (enlarge(x, input_size) + 1.0) / 2.0
-        x = (x - MEAN[None, None, None, :]) / DEVIATION[None, None, None, :]
+        x = standardised(enlarge(x, input_size))
         maps = []
         for group in params["groups"]:
             x = _pool(x, pooling) if maps else x
@@ -56,7 +52,7 @@ def build(weights: Weights, input_size: int = 224, pooling: str = "max") -> Feat
         return tuple(maps)
 
     params = jax.tree.map(jnp.asarray, params)
-    return FeatureNetwork("vgg16_lpips", apply, params, weights.sha256, input_size)
+    return FeatureNetwork("vgg16_lpips", apply, params, weights.sha256, input_size, variant=pooling)
 
 
 def _pool(x: jax.Array, pooling: str) -> jax.Array:

@@ -6,12 +6,15 @@ of another network is refused with the first thing that is wrong, before anythin
 
 import hashlib
 import json
+import os
 import pathlib
+import zipfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+PREFIX = "CHEAPSCALE_WEIGHTS_"
 TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin")
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64,
@@ -42,6 +45,17 @@ class Weights(NamedTuple):
                 f"has ({wanted}): it is a file of another network"
             )
         return np.asarray(array, np.float32)
+
+
+def default_paths(name: str) -> list[str]:
+    """The files of network `name` in the environment, CHEAPSCALE_WEIGHTS_<NAME>, several joined
+    by "+"; raises ValueError where it is not set."""
+    variable = PREFIX + name.upper()
+    if not os.environ.get(variable):
+        raise ValueError(
+            f"no weight file is given for {name!r}: pass its path, or set {variable} to it"
+        )
+    return os.environ[variable].split("+")
 
 
 def read_weights(
@@ -106,8 +120,19 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             f"{path} is a PyTorch file and torch is not installed: install torch, or convert the "
             "file to .safetensors or .npz"
         ) from error
-    stored = torch.load(path, map_location="cpu", weights_only=True)
+    if _is_torchscript(path):
+        stored = torch.jit.load(path, map_location="cpu").state_dict()
+    else:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
     for wrapper in ("state_dict", "model"):
         if isinstance(stored.get(wrapper), dict):
             stored = stored[wrapper]
     return {k: v.float().numpy() for k, v in stored.items() if isinstance(v, torch.Tensor)}
+
+
+def _is_torchscript(path: pathlib.Path) -> bool:
+    """Whether a PyTorch file is a compiled module, as OpenAI's CLIP files are."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as stored:
+        return any(name.endswith("/constants.pkl") for name in stored.namelist())
