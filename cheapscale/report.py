@@ -6,13 +6,17 @@ from a classifier that no loss has seen.
 """
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cheapscale.data.resize import area_mean
-from cheapscale.evaluation.pixels import psnr
-from cheapscale.evaluation.quality import quality, reference
+from cheapscale.evaluation.memorisation import closest_pairs, nearest_features
+from cheapscale.evaluation.naming import metric_name
+from cheapscale.evaluation.pixels import from_uint8, psnr, to_uint8
+from cheapscale.evaluation.quality import Reference, embed, quality, reference
+from cheapscale.models.features import FeatureNetwork
 from cheapscale.stages.data import class_mix, open_data
 from cheapscale.stages.invert import round_trip
 from cheapscale.stages.networks import load_teacher
@@ -34,10 +38,17 @@ class Run(NamedTuple):
     seconds: float
 
 
-def write(runs: list[Run], workdir: str | pathlib.Path, *, num_samples: int) -> dict:
+def write(
+    runs: list[Run],
+    workdir: str | pathlib.Path,
+    *,
+    num_samples: int,
+    measures: Sequence[FeatureNetwork] = (),
+) -> dict:
     """Draw the pictures into `workdir`, print the table, and return the figures.
 
-    runs: the pipeline's stages in order. num_samples: images per quality number.
+    runs: the pipeline's stages in order. num_samples: images per quality number. measures: networks
+    that judge the top resolution besides the small classifier; none may have been in a loss.
     """
     folder = pathlib.Path(workdir)
     by_stage = {run.folder: run for run in runs}
@@ -61,7 +72,12 @@ def write(runs: list[Run], workdir: str | pathlib.Path, *, num_samples: int) -> 
     figures = {"round_trip": trip, "stages": {}}
     for name in images:
         run = by_stage["distill" if name == "teacher" else name]  # both at the base resolution
-        figures["stages"][name] = score(run, images[name])
+        figures["stages"][name], real = score(run, images[name])
+    final = growing[-1]
+    for network in measures:
+        more, real = judge(final, images[final.folder], network)
+        figures["stages"][final.folder] |= named(more, network)
+    draw_nearest(folder / "nearest.png", images[final.folder], real)
     for small, large in zip(growing, growing[1:]):
         shrunk = area_mean(images[large.folder], small.config.data.resolution)
         difference = shrunk - images[small.folder]
@@ -104,14 +120,42 @@ def inversion(path: pathlib.Path, teacher: Loaded, run: Run, count: int = 256) -
     }
 
 
-def score(run: Run, images: np.ndarray) -> dict:
-    """Quality numbers of one network's samples against held-out images of its resolution."""
+def score(run: Run, images: np.ndarray) -> tuple[dict, Reference]:
+    """Quality numbers of one network's samples in the metric classifier's features."""
     train = open_data(run.config.data)
-    steps = run.config.features.classifier_steps or None
-    network = fit_classifier(train, purpose="metric", steps=steps).network
-    real = reference(network, held_out(run.config), train_source=train)
+    steps = run.config.features.metric_steps or None
+    return judge(run, images, fit_classifier(train, purpose="metric", steps=steps).network)
+
+
+def judge(run: Run, images: np.ndarray, network: FeatureNetwork) -> tuple[dict, Reference]:
+    """Quality numbers of samples against held-out images of their resolution, and those images."""
+    train = open_data(run.config.data)
+    num = min(5000, 4 * len(images))  # more would hardly move the figures of so few samples
+    real = reference(network, held_out(run.config), train_source=train, num=num)
     used = run.summary["frozen_networks"]
-    return {"resolution": train.resolution} | quality(real, images, used_in_loss=used)
+    return {"resolution": train.resolution} | quality(real, images, used_in_loss=used), real
+
+
+def named(values: dict, network: FeatureNetwork) -> dict:
+    """What a further network adds to a row: its distances and their floors, by its name."""
+    short = metric_name("fd", network.name)
+    kernel = f"kd_{network.name}"
+    return {
+        short: values[f"fd_{network.name}"],
+        f"{short}_floor": values["floor"],
+        short.replace("fd_", "kd_"): values[kernel],
+        f"{short.replace('fd_', 'kd_')}_floor": values["kd_floor"],
+        f"nn_{short[3:]}": values["nn_features"],
+        f"nn_{short[3:]}_real": values["nn_features_real"],
+    }
+
+
+def draw_nearest(path: pathlib.Path, images: np.ndarray, real: Reference) -> None:
+    """Of all samples the eight nearest to a training image, and below them those images."""
+    images = to_uint8(images)
+    found = nearest_features(embed(real.network, images), real.train_features)
+    pairs = closest_pairs(images, real.train_images, found, COLUMNS)
+    save_png(path, image_grid(from_uint8(pairs), COLUMNS), 1024)
 
 
 def held_out(config):

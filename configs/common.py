@@ -143,6 +143,7 @@ def features(names: tuple[str, ...] = ("classifier",), **changes) -> ConfigDict:
         "sha256": {},
         "input_size": 0,  # images with a shorter side are enlarged to it; 0 = the network's own
         "classifier_steps": 0,  # updates of the small classifier; 0 = its default
+        "metric_steps": 0,  # the same of the one that measures
     }
     return ConfigDict(fields | changes)
 
@@ -188,7 +189,7 @@ def smoke(config: ConfigDict, base: int) -> ConfigDict:
     config.data.data_dir = ""
     if "discriminator" in config:
         config.discriminator.width = 4
-        config.features = features(classifier_steps=3)
+        config.features = features(classifier_steps=3, metric_steps=3)
     if "grow" in config:
         config.grow.widths = (16,) * len(config.grow.widths)
     if "invert" in config:
@@ -240,6 +241,7 @@ def image_config(
         config.model = ConfigDict(preset["model"] | {"resolution": base, "num_classes": classes})
     if stage == "invert":
         config.batch_size = preset["invert_batch"]
+        config.invert.per_shard = preset.get("per_shard", 1024)
     else:
         steps, lr, config.batch_size = preset[stage]
         config.total_steps = steps
@@ -256,6 +258,7 @@ def image_config(
         grown = [r for r in preset["widths"] if first < r <= reached]
         config.grow.widths = tuple(preset["widths"][r] for r in grown)
     if stage in ("distill", "grow"):
+        config.optim.b2 = config.optim_discriminator.b2 = preset.get("b2", 0.999)
         config.discriminator.width = preset["discriminator_width"]
         if args.mobilenet:
             config.features = features(

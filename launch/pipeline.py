@@ -3,9 +3,12 @@
     python -m launch.pipeline --config=configs/scenes.py --arg=size=quick --workdir=runs/quick
 
 Each stage has its own folder in the work directory; running the same command again resumes.
+Pictures: data, teacher, round_trip, one_step (one column is one z at every resolution), nearest
+(the samples nearest to a training image, and that image below).
 """
 
 import importlib.util
+import json
 import pathlib
 import time
 
@@ -13,6 +16,7 @@ import jax
 from absl import app, flags, logging
 
 from cheapscale import report
+from cheapscale.models import features
 from cheapscale.stages.run import run
 from cheapscale.training.logging import duration
 from launch.command import execute
@@ -51,9 +55,26 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
     return planned
 
 
-def pipeline(path: str, arg: str, workdir: str, num_samples: int) -> dict:
-    """Run every stage in turn and report on them; returns the report's figures."""
+def load_measures(named_files: list[str]) -> list[features.FeatureNetwork]:
+    """Networks of "name=FILE" strings. Raises ValueError on a bad one, before anything runs."""
+    networks = []
+    for entry in named_files:
+        name, separator, path = entry.partition("=")
+        if not separator:
+            raise ValueError(f"--measure {entry!r} names no file: write NAME=FILE")
+        networks.append(features.load(name, path))
+    return networks
+
+
+def pipeline(
+    path: str, arg: str, workdir: str, num_samples: int, measure: list[str] | None = None
+) -> dict:
+    """Run every stage in turn and report on them; returns the report's figures.
+
+    measure: "name=FILE" of further networks that judge the top resolution.
+    """
     began = time.monotonic()
+    measures = load_measures(measure or [])
     planned = stage_configs(path, arg, workdir)
     runs = []
     for position, (folder, config) in enumerate(planned, start=1):
@@ -64,18 +85,22 @@ def pipeline(path: str, arg: str, workdir: str, num_samples: int) -> dict:
         summary = run(config, place)
         runs.append(report.Run(folder, config, place, summary, time.monotonic() - start))
         jax.clear_caches()
-    summary = report.write(runs, workdir, num_samples=num_samples)
-    return summary | {"seconds": round(time.monotonic() - began, 1)}
+    summary = report.write(runs, workdir, num_samples=num_samples, measures=measures)
+    summary |= {"config": path, "arg": arg, "seconds": round(time.monotonic() - began, 1)}
+    return summary
 
 
 def main(argv) -> None:
     del argv
     FLAGS = flags.FLAGS
-    execute(
-        "pipeline",
-        FLAGS.workdir,
-        lambda: pipeline(FLAGS.config, FLAGS.arg, FLAGS.workdir, FLAGS.num_samples),
-    )
+
+    def body() -> dict:
+        figures = pipeline(FLAGS.config, FLAGS.arg, FLAGS.workdir, FLAGS.num_samples, FLAGS.measure)
+        if FLAGS.record:
+            pathlib.Path(FLAGS.record).write_text(json.dumps(figures, indent=1) + "\n")
+        return figures
+
+    execute("pipeline", FLAGS.workdir, body)
 
 
 if __name__ == "__main__":
@@ -83,5 +108,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("arg", "", "Argument string for the config file, e.g. size=quick,seed=1.")
     flags.DEFINE_string("workdir", None, "Where every stage's folder goes.")
     flags.DEFINE_integer("num_samples", 1000, "Samples per quality number.")
+    flags.DEFINE_multi_string(
+        "measure", [], "NAME=FILE of a further network that judges the top resolution."
+    )
+    flags.DEFINE_string("record", None, "Also write the figures to this file.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

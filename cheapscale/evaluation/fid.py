@@ -1,19 +1,27 @@
 """Distances between two sets of feature vectors: Frechet, kernel, and the classifier score.
 
     (1)  FD = |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)       Heusel et al. 2017, Eq. 6
-    (2)  KD = MMD^2 with k(x, y) = (x.y / d + 1)^3, unbiased               Binkowski et al. 2018
-    (3)  score = exp E_x KL(p(y|x) || p(y))                                Salimans et al. 2016
+    (2)  KD = MMD^2 with k(x, y) = (gamma x.y + 1)^3, gamma = 1/d, unbiased    Binkowski et al. 2018
+    (3)  score = exp E_x KL(p(y|x) || p(y))                                 Salimans et al. 2016
 
-m, S: mean and covariance (divided by n - 1) of features of dimension d. FD is biased upwards by
-roughly d / n, so sets of equal size are compared and a real-against-real floor is printed beside
-it; KD is not biased, and is the one to use on small sets. They are FID, KID and IS only on the
-Inception network of those papers; elsewhere they are named after their network.
+m, S: mean and covariance (divided by n - 1) of features of dimension d. They are FID, KID and IS
+only on the Inception network of those papers; elsewhere they are named after their network
+(`naming`). KD is not biased, and is the one to use on small sets. FD is biased upwards: with l_i
+the eigenvalues of S, n samples of a distribution are to first order in 1/n at a distance of
+
+    (4)  tr S / n + (sum_ij l_i l_j / (l_i + l_j) + tr S / 2) / (2 n)
+
+from it (the mean's error, and the covariance's, from the second-order expansion of (1) and the
+Wishart variances l_i l_j / n), so sets of equal size are compared and a real-against-real floor is
+printed beside it. Below n = d, where it matters most, (4) is too small by up to a half.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+
+CHUNK = 4096  # rows widened to float64 at a time
 
 
 class Moments(NamedTuple):
@@ -30,18 +38,61 @@ class Moments(NamedTuple):
         return self.scatter / (self.n - 1)
 
 
-def moments(features: np.ndarray) -> Moments:
-    """Moments of features [n, d]."""
-    features = np.asarray(features, np.float64)
+class Gaussian(NamedTuple):
+    """mean [d] and covariance [d, d] as published files hold them: n is None, unknown."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    n: int | None = None
+
+
+class Frechet(NamedTuple):
+    """A distance, its expected bias (4) over the sets of known size, and "" or a warning."""
+
+    distance: float
+    bias: float
+    warning: str
+
+
+class MeanStd(NamedTuple):
+    """Mean and standard deviation (divided by the number) over subsets or splits."""
+
+    mean: float
+    std: float
+
+
+def check_features(features: np.ndarray, name: str = "features") -> None:
+    """Refuses what is not [n, d] or holds a NaN or an infinity; names the first such row."""
     if features.ndim != 2 or not len(features):
-        raise ValueError(f"features must be [n, d] with n > 0, got shape {features.shape}")
-    mean = features.mean(axis=0)
-    centred = features - mean[None]
-    return Moments(len(features), mean, centred.T @ centred)
+        raise ValueError(f"{name} must be [n, d] with n > 0, got shape {features.shape}")
+    for start in range(0, len(features), CHUNK):
+        finite = np.isfinite(features[start : start + CHUNK]).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                f"row {start + int(np.argmin(finite))} of {len(features)} {name} is not finite: "
+                "look at that image, and at the weights of the network that made it"
+            )
+
+
+def moments(features: np.ndarray) -> Moments:
+    """Moments of features [n, d], widened to float64 a chunk at a time."""
+    features = np.asarray(features)
+    check_features(features)
+    total = None
+    for start in range(0, len(features), CHUNK):
+        chunk = features[start : start + CHUNK].astype(np.float64)
+        mean = chunk.mean(axis=0)
+        chunk -= mean[None]
+        part = Moments(len(chunk), mean, chunk.T @ chunk)
+        total = part if total is None else merge(total, part)
+    return total
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the union: sets of any size can be streamed batch by batch."""
+    """Moments of the union: sets of any size can be streamed batch by batch, shard by shard.
+
+    Only differences of means enter, so a large common mean costs no digits.
+    """
     n, shift = a.n + b.n, b.mean - a.mean
     return Moments(
         n,
@@ -60,74 +111,147 @@ def streamed_moments(batches: Iterable[np.ndarray]) -> Moments:
     return total
 
 
-def frechet_distance(a: Moments | np.ndarray, b: Moments | np.ndarray) -> float:
+def frechet_distance(a: Moments | Gaussian | np.ndarray, b: Moments | Gaussian | np.ndarray):
     """Equation (1) between two sets, given as moments or as features [n, d]."""
-    a, b = (m if isinstance(m, Moments) else moments(m) for m in (a, b))
+    return frechet(a, b).distance
+
+
+def frechet(a: Moments | Gaussian | np.ndarray, b: Moments | Gaussian | np.ndarray) -> Frechet:
+    """Equation (1) with its bias, and a warning where a set has no more samples than dimensions.
+
+    Refuses sets of fewer than 2 samples, of different dimension, or with a NaN.
+    """
+    a, b = (m if isinstance(m, Moments | Gaussian) else moments(m) for m in (a, b))
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features differ in dimension: {a.mean.shape} against {b.mean.shape}")
-    # tr (S_a S_b)^(1/2) is the nuclear norm of A B, A = S_a^(1/2), B = S_b^(1/2): no square root
-    # of a product that is neither symmetric nor, for few samples, of full rank
-    cross = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
+    values, roots = zip(*(_root(m) for m in (a, b)))
+    # tr (S_a S_b)^(1/2) is the sum of the singular values of A^T B for any A A^T = S_a, B B^T =
+    # S_b: no square root of a product that is neither symmetric nor, for few samples, of full rank
+    cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
     shift = a.mean - b.mean
-    return float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+    distance = float(shift @ shift + values[0].sum() + values[1].sum() - 2 * cross)
+    # the spectrum of the larger set is the truer one; a file's set counts as infinitely large
+    sizes = [np.inf if m.n is None else m.n for m in (a, b)]
+    spectrum = values[int(np.argmax(sizes))]
+    bias = sum(expected_bias(spectrum, n) for n in sizes)
+    dimension, fewest = len(a.mean), min(sizes)
+    warning = ""
+    if fewest <= dimension:
+        warning = (
+            f"{fewest} samples for {dimension} dimensions: their Frechet distance reads about "
+            f"{bias:.3g} or more too high; give {2 * dimension}, or use the kernel distance"
+        )
+    return Frechet(distance, bias, warning)
 
 
-def kernel_distance(
+def expected_bias(eigenvalues: np.ndarray, n: float) -> float:
+    """Equation (4): of a covariance's eigenvalues [d] and the number of samples."""
+    trace = eigenvalues.sum()
+    pairs = eigenvalues[:, None] + eigenvalues[None]
+    harmonic = np.outer(eigenvalues, eigenvalues) / np.where(pairs > 0, pairs, 1)
+    return float((trace + harmonic.sum() / 2 + trace / 4) / n)
+
+
+def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Equation (2) over all pairs of features [n, d] and [m, d]; can be negative, zero in
+    expectation."""
+    x, y = _checked_pair(x, y)
+    return _unbiased_mmd(x, y)
+
+
+def kernel_subsets(
     x: np.ndarray,
     y: np.ndarray,
     *,
-    num_subsets: int | None = None,
+    subsets: int = 100,
     subset_size: int = 1000,
-    seed: int = 0,
-) -> float:
-    """Equation (2) between features [n, d] and [m, d]; can be negative, zero in expectation.
+    gamma: float | None = None,
+    seed: int = 2020,
+) -> MeanStd:
+    """Equation (2) as KID is published: mean and deviation over random subsets.
 
-    By default over all pairs; with `num_subsets`, the average over random subsets drawn without
-    replacement, as KID is published (100 subsets of 1000).
+    The defaults and the draws are torch-fidelity's, so that with generated features x [n, d] and
+    real ones y [m, d] in the same order the same subsets are compared. gamma: 1/d by default.
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"features must be [n, d] and [m, d], got {x.shape} and {y.shape}")
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"need at least 2 samples of each, got {len(x)} and {len(y)}")
-    if num_subsets is None:
-        return _unbiased_mmd(x, y)
-    rng, size = np.random.default_rng(seed), min(subset_size, len(x), len(y))
-    return float(
-        np.mean([
-            _unbiased_mmd(rng.choice(x, size, replace=False), rng.choice(y, size, replace=False))
-            for _ in range(num_subsets)
-        ])
-    )  # fmt: skip
+    x, y = _checked_pair(x, y)
+    if min(len(x), len(y)) < subset_size or subset_size < 2:
+        raise ValueError(
+            f"subsets of {subset_size} out of {len(x)} and {len(y)} samples: choose a subset_size "
+            f"between 2 and {min(len(x), len(y))}, or use the kernel distance over all pairs"
+        )
+    rng = np.random.RandomState(seed)
+    found = []
+    for _ in range(subsets):
+        first = x[rng.choice(len(x), subset_size, replace=False)]
+        second = y[rng.choice(len(y), subset_size, replace=False)]
+        found.append(_unbiased_mmd(first, second, gamma))
+    return MeanStd(float(np.mean(found)), float(np.std(found)))
 
 
 def classifier_score(logits: np.ndarray) -> float:
     """Equation (3) of logits [n, classes]: between 1 and the number of classes."""
     logits = np.asarray(logits, np.float64)
+    check_features(logits, "logits")
     logits = logits - logits.max(axis=1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     log_marginal = np.log(np.exp(log_p).mean(axis=0, keepdims=True))
     return float(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_marginal), axis=1))))
 
 
-def _root(covariance):
+def classifier_splits(logits: np.ndarray, *, splits: int = 10, seed: int = 2020) -> MeanStd:
+    """Equation (3) as IS is published: mean and deviation over splits of the shuffled logits.
+
+    The defaults, the shuffle and the borders of the splits are torch-fidelity's.
+    """
+    if not 1 <= splits <= len(logits):
+        raise ValueError(f"{splits} splits of {len(logits)} logits: choose 1 to {len(logits)}")
+    logits = logits[np.random.RandomState(seed).permutation(len(logits))]
+    borders = np.arange(splits + 1) * len(logits) // splits
+    found = [classifier_score(logits[i:j]) for i, j in zip(borders, borders[1:])]
+    return MeanStd(float(np.mean(found)), float(np.std(found)))
+
+
+def _root(m):
+    """Eigenvalues of a covariance, clipped at 0, and a root A with A A^T = S."""
+    covariance = m.covariance
+    if not (np.isfinite(m.mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("moments hold a NaN or an infinity: compute them again from the features")
     values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(np.maximum(values, 0))[None]) @ vectors.T
+    values = np.maximum(values, 0)
+    return values, vectors * np.sqrt(values)[None]
 
 
-def _unbiased_mmd(x, y):
+def _checked_pair(x, y):
+    x, y = np.asarray(x), np.asarray(y)
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"features must be [n, d] and [m, d], got {x.shape} and {y.shape}")
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"need at least 2 samples of each, got {len(x)} and {len(y)}")
+    check_features(x)
+    check_features(y)
+    return x, y
+
+
+def _unbiased_mmd(x, y, gamma=None):
+    gamma = 1 / x.shape[1] if gamma is None else gamma
     n, m = len(x), len(y)
-    within_x = (_kernel_sum(x, x) - _self_kernels(x).sum()) / (n * (n - 1))
-    within_y = (_kernel_sum(y, y) - _self_kernels(y).sum()) / (m * (m - 1))
-    return float(within_x + within_y - 2 * _kernel_sum(x, y) / (n * m))
+    within_x = (_kernel_sum(x, x, gamma) - _self_kernels(x, gamma)) / (n * (n - 1))
+    within_y = (_kernel_sum(y, y, gamma) - _self_kernels(y, gamma)) / (m * (m - 1))
+    return float(within_x + within_y - 2 * _kernel_sum(x, y, gamma) / (n * m))
 
 
-def _self_kernels(x):
-    return (np.einsum("nd,nd->n", x, x) / x.shape[1] + 1) ** 3
+def _self_kernels(x, gamma):
+    chunks = (x[i : i + CHUNK].astype(np.float64) for i in range(0, len(x), CHUNK))
+    return sum(float(np.sum((gamma * np.einsum("nd,nd->n", c, c) + 1) ** 3)) for c in chunks)
 
 
-def _kernel_sum(x, y, tile=2048):
-    # tiles keep 50,000 x 50,000 kernels out of memory
-    return sum(
-        float(np.sum((x[i : i + tile] @ y.T / x.shape[1] + 1) ** 3)) for i in range(0, len(x), tile)
-    )
+def _kernel_sum(x, y, gamma, tile=2048):
+    # tiles keep 50,000 x 50,000 kernels, and float64 copies of all features, out of memory
+    total = 0.0
+    for i in range(0, len(x), tile):
+        rows = gamma * x[i : i + tile].astype(np.float64)
+        for j in range(0, len(y), tile):
+            kernels = rows @ y[j : j + tile].astype(np.float64).T
+            kernels += 1
+            total += float(np.einsum("ij,ij,ij->", kernels, kernels, kernels))
+    return total

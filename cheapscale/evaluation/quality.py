@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.evaluation.coverage import nearest, precision_recall
+from cheapscale.evaluation.coverage import precision_recall
 from cheapscale.evaluation.fid import frechet_distance, kernel_distance
-from cheapscale.evaluation.pixels import from_uint8, to_uint8
+from cheapscale.evaluation.memorisation import nearest_features, nearest_pixels
+from cheapscale.evaluation.pixels import check_images, from_uint8, to_uint8
+from cheapscale.evaluation.resize import resize as resized
 from cheapscale.models.features.network import FeatureNetwork
 
 
@@ -51,18 +53,36 @@ class Reference(NamedTuple):
         return frechet_distance(features[:num], self.features) - self.floor(num)[0]
 
 
-def embed(network: FeatureNetwork, images: np.ndarray, *, batch_size: int = 250) -> np.ndarray:
-    """Pooled features, float32 [n, d], of uint8 images [n, R, R, 3]."""
+def embed(
+    network: FeatureNetwork,
+    images: np.ndarray,
+    *,
+    batch_size: int = 250,
+    resize: str = "network",
+) -> np.ndarray:
+    """Pooled features, float32 [n, d], of uint8 images [n, R, R, 3].
+
+    resize: "network" leaves it to the network to bring images to its input size, "clean" and "tf1"
+    (evaluation.resize) do it here.
+    """
     if network.outputs is None:
         raise ValueError(f"{network.name} has no pooled features: measure with another network")
     if images.dtype != np.uint8:
         raise ValueError(f"embed takes uint8 images, got {images.dtype}: apply pixels.to_uint8")
+    check_images(images)
+    if resize != "network" and not network.input_size:
+        raise ValueError(
+            f"{network.name} takes images of any size, so there is none to resize to: use "
+            "resize='network'"
+        )
     features = []
     size = min(batch_size, len(images))
     for start in range(0, len(images), size):
         batch = images[start : start + size]
         missing = size - len(batch)
         padded = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), np.uint8)])
+        if resize != "network":
+            padded = resized(padded, network.input_size, resize)
         out = _features(network.outputs, network.params, jnp.asarray(from_uint8(padded)))
         features.append(np.asarray(out, np.float32)[: len(batch)])
     return np.concatenate(features)
@@ -159,12 +179,10 @@ def quality(
             ("", features, images),
             ("_real", reference.features, reference.images),
         ):
-            result["nn_features" + suffix] = float(
-                nearest(queries, reference.train_features)[0].mean()
-            )
-            result["nn_pixels" + suffix] = _nearest_pixels(
-                pixels[:num_nearest], reference.train_images
-            )
+            in_features = nearest_features(queries, reference.train_features)
+            in_pixels = nearest_pixels(pixels[:num_nearest], reference.train_images)
+            result["nn_features" + suffix] = float(in_features.distance.mean())
+            result["nn_pixels" + suffix] = float(in_pixels.distance.mean())
     return result
 
 
@@ -195,16 +213,9 @@ def read_images(source: Any, num: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _gather(images):
     batches = [images] if hasattr(images, "ndim") else images
-    return np.concatenate([to_uint8(batch) for batch in batches])
+    return np.concatenate([to_uint8(check_images(np.asarray(batch))) for batch in batches])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _features(outputs, params, x):
     return outputs(params, x)["features"]
-
-
-def _nearest_pixels(queries, references):
-    distance, _ = nearest(
-        queries.reshape(len(queries), -1), references.reshape(len(references), -1)
-    )
-    return float(distance.mean() / 127.5 / queries[0].size ** 0.5)

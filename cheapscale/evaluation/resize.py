@@ -1,0 +1,41 @@
+"""Resizing ahead of a feature network, in the two ways that published numbers were made with.
+
+    clean   Pillow's bicubic on float planes: smoothed ahead of shrinking, not rounded to levels,
+            clipped to 0..255 (Parmar et al. 2022, clean-fid)
+    tf1     TensorFlow 1's bilinear: pixel i at i * in / out, nothing smoothed (the original FID)
+
+The two differ by several FID on the same images, so the choice is part of a statistic's identity.
+The data's own downsampling is another matter: `data.resize`.
+"""
+
+import numpy as np
+from PIL import Image
+
+from cheapscale.models.features.resampling import bilinear_tf1
+
+
+def clean(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 or float [n, h, w, c] in 0..255 -> float32 [n, size, size, c] in 0..255."""
+    planes = np.asarray(images, np.float32).transpose(0, 3, 1, 2)
+    out = np.empty((*planes.shape[:2], size, size), np.float32)
+    for index in np.ndindex(planes.shape[:2]):
+        plane = Image.fromarray(np.ascontiguousarray(planes[index]))
+        out[index] = np.asarray(plane.resize((size, size), Image.Resampling.BICUBIC))
+    return out.clip(0, 255).transpose(0, 2, 3, 1)
+
+
+def tf1(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 or float [n, h, w, c] in 0..255 -> float32 [n, size, size, c] in 0..255."""
+    rows, columns = (bilinear_tf1(side, size) for side in images.shape[1:3])
+    images = np.asarray(images, np.float32)
+    return np.einsum("ih,jw,nhwc->nijc", rows, columns, images, optimize=True)
+
+
+MODES = {"clean": clean, "tf1": tf1}
+
+
+def resize(images: np.ndarray, size: int, mode: str) -> np.ndarray:
+    """`clean` or `tf1` by name."""
+    if mode not in MODES:
+        raise ValueError(f"unknown resizing {mode!r}: choose one of {tuple(MODES)}")
+    return MODES[mode](images, size)
