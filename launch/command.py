@@ -16,8 +16,10 @@ PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")  # any of them: a
 PREEMPTED = 143  # 128 + SIGTERM: what a shell reports of a terminated process
 
 
-def execute(name: str, workdir: str, body: Callable[[], dict]) -> None:
+def execute(name: str, workdir: str, body: Callable[[], dict], *, keep: bool = True) -> None:
     """Run `body` and close with its summary: one JSON line on stdout, <name>.json in `workdir`.
+
+    keep: whether programs compiled on the way are kept for the next run.
 
     Known errors end the command with one sentence on stderr and status 1; a pre-empted run says at
     which step and ends with status 143.
@@ -31,9 +33,9 @@ def execute(name: str, workdir: str, body: Callable[[], dict]) -> None:
     logging.get_absl_handler().addFilter(lambda record: "site-packages" not in record.pathname)
     if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
         jax.distributed.initialize()
-    # Compiled programs are kept between runs; they are executable code, so the folder is private.
-    cache = os.environ.get("CHEAPSCALE_CACHE", os.path.expanduser("~/.cache/cheapscale"))
-    jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "jax"))
+    if keep:  # compiled programs are executable code: the folder is the user's own
+        cache = os.environ.get("CHEAPSCALE_CACHE", os.path.expanduser("~/.cache/cheapscale"))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "jax"))
     try:
         finish(workdir, name, body())
     except Preempted as stop:

@@ -1,78 +1,112 @@
-"""The plan of a stage before it runs: parameters, FLOPs, memory, disk. Nothing is trained."""
+"""The plan of a stage before it runs: parameters, FLOPs, memory, disk.
 
-import math
+Nothing is compiled, trained or written: every figure comes from shapes and from tracing the step.
+Compiling it would give the backend's own figure of memory, but takes minutes at the sizes for which
+one asks; the figure here counts the values alive at once in the order of the program.
+"""
+
 import pathlib
 import shutil
-from typing import Any
 
 import jax
 
+from cheapscale.evaluation.cost import param_count
 from cheapscale.training import loop, sharding
+from cheapscale.training.footprint import traced_bytes, traced_flops, tree_bytes
 from cheapscale.training.stage import Job, Stage
 from cheapscale.training.state import split, stream_key
 
 
-def count(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def size(tree: Any) -> int:
-    """Bytes of a tree of arrays or ShapeDtypeStructs."""
-    leaves = [
-        leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes") or hasattr(leaf, "dtype")
-    ]
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-
-
 def describe(config, stage: Stage | Job, workdir: str) -> dict:
     """The plan as a dict; raises OSError where the disk has no room for what the run will write."""
-    place = pathlib.Path(workdir)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    plan = {"stage": config.stage, "devices": jax.device_count()}
     if isinstance(stage, Job):
-        images = stage.num_shards * stage.items_per_shard
-        per_value = {"float32": 4, "float16": 2}[config.invert.dtype]
-        disk = images * 3 * config.data.resolution**2 * per_value
-        plan = {
-            "shards": stage.num_shards,
-            "shards_done": sum(stage.done(s) for s in range(stage.num_shards)),
-            "latents": images,
-            "network_calls_per_latent": 2 * (config.invert.nodes - 1),
-        }
+        done = sum(map(stage.done, range(stage.num_shards)))
+        plan |= {"shards": stage.num_shards, "shards_done": done} | stage.describe()
     else:
-        plan, disk = describe_training(config, stage)
-    plan |= {"stage": config.stage, "disk_bytes": disk, "disk_free_bytes": free}
-    if disk > free:
+        plan |= describe_training(config, stage, pathlib.Path(workdir))
+    plan["disk_free_bytes"] = free = free_bytes(plan.get("disk", workdir))
+    if plan.get("disk_bytes", 0) > free:
         raise OSError(
-            f"{workdir} needs {disk / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: "
-            "choose another disk, or invert.dtype=float16 for latents"
+            f"{plan['disk']} needs {plan['disk_bytes'] / 1e9:.2f} GB, but its disk has "
+            f"{free / 1e9:.2f} GB free: choose another disk, or invert.dtype=float16 for latents"
         )
     return plan
 
 
-def describe_training(config, stage: Stage) -> tuple[dict, int]:
-    """(plan, bytes of the checkpoints kept) of a training stage, from shapes alone."""
+def free_bytes(folder: str) -> int:
+    """Free bytes of the disk that holds a folder, or would hold it."""
+    place = pathlib.Path(folder).resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def describe_training(config, stage: Stage, workdir: pathlib.Path) -> dict:
+    """The plan of a training stage.
+
+    memory: bytes on one device of the run's state (weights, their average, optimiser moments), the
+    frozen networks, one batch, and the values alive at once inside a step; previews are left out.
+    disk_bytes: of the checkpoints still to come that lie there at the same time; logs are left out.
+    """
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     sharding.check_batch(stage.batch_size, mesh)
     state = loop.abstract_state(stage, mesh, config.seed)
-    frozen = stage.load_frozen()
-    batch = sharding.shard_batch(next(stage.batches(0)), mesh)
+    frozen = stage.frozen_shapes()
+    frozen = placed(frozen, sharding.infer_sharding(frozen, mesh))
+    batch = jax.tree.map(
+        lambda rows: jax.ShapeDtypeStruct(
+            (len(rows) * jax.process_count(), *rows.shape[1:]),
+            jax.dtypes.canonicalize_dtype(rows.dtype),
+            sharding=sharding.batch_sharding(mesh),
+        ),
+        next(stage.batches(0)),
+    )
+    arguments = (state, frozen, batch, stream_key(0, "step", 0))
     with jax.set_mesh(mesh):
-        lowered = jax.jit(stage.step).lower(state, frozen, batch, stream_key(0, "step", 0))
-        flops = (lowered.cost_analysis() or {}).get("flops", 0.0)
+        flops = traced_flops(stage.step, *arguments)
+        values = traced_bytes(
+            stage.step,
+            *arguments,
+            donated=len(jax.tree.leaves(state)),
+            batch_size=stage.batch_size,
+            ways=mesh.shape["data"] * mesh.shape["fsdp"],
+        )
+    memory = {"state": tree_bytes(state), "frozen": tree_bytes(frozen), "batch": tree_bytes(batch)}
+    memory["values"] = values
     networks = {}
     for net, optimiser in stage.optimisers.items():
         trainable, _ = split(state.params[net], optimiser.trainable)
-        networks[net] = {"parameters": count(state.params[net]), "trainable": count(trainable)}
-    plan = {
+        counts = {"parameters": param_count(state.params[net]), "trainable": param_count(trainable)}
+        networks[net] = counts
+    saved = saved_steps(workdir)
+    done, steps = max(saved, default=0), config.total_steps
+    checkpoint = tree_bytes(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), state))
+    ahead = range(done + 1, steps + 1)
+    coming = sum(loop.due(step, config.save_every) or step == steps for step in ahead)
+    return {
         "networks": networks,
-        "frozen_network_bytes": size(frozen),
-        "state_bytes": size(state),
-        "batch_bytes": size(batch),
+        "fits_first": stage.fits,
+        "steps": steps,
+        "steps_done": done,
         "flops_per_step": flops,
-        "flops_total": flops * config.total_steps,
-        "devices": mesh.size,
-        "steps": config.total_steps,
+        "flops_total": flops * steps,
+        "flops_left": flops * max(steps - done, 0),
+        "memory": {"bytes_per_device": sum(memory.values())} | memory,
+        "disk": str(workdir),
+        "checkpoint_bytes": checkpoint,
+        # an old checkpoint is deleted only after a new one is whole
+        "disk_bytes": checkpoint * min(coming, max(config.keep + 1 - len(saved), 1)),
     }
-    return plan, size(state) * (config.keep + 1)
+
+
+def placed(shapes, places):
+    """ShapeDtypeStructs with shardings."""
+    return jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
+    )
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of a work directory's checkpoints."""
+    return [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]

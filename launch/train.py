@@ -26,7 +26,8 @@ def main(argv) -> None:
     del argv
     config, workdir = FLAGS.config, FLAGS.workdir
     if FLAGS.dry_run:
-        execute("plan", workdir, lambda: plan.describe(config, build(config), workdir))
+        config.data.cache_latents = False  # a plan reads one batch of the store, not all of it
+        execute("plan", workdir, lambda: plan.describe(config, build(config), workdir), keep=False)
     else:
         execute(config.stage, workdir, lambda: run(config, workdir))
 

@@ -18,6 +18,7 @@ reported, never normalised away.
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import socket
@@ -49,7 +50,9 @@ class LatentWriter:
     """Writes a store, shard by shard, in any order and by any number of processes."""
 
     def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]):
-        """Starts the store, or continues one with the same manifest; another one is refused.
+        """A new store, or the one that is there if its manifest is the same; another is refused.
+
+        Nothing is written before `begin`.
 
         manifest: JSON values. Required: teacher, sigma_max, num_images, shape [h, w, c] of one
         latent, dtype "float32" or "float16", per_shard (records, two for each image), and source
@@ -60,15 +63,23 @@ class LatentWriter:
         self.manifest = json.loads(json.dumps({"format": FORMAT, **manifest}))
         _check_manifest(self.manifest)
         self.num_shards = _num_shards(self.manifest)
+        self._is_begun()
+
+    def begin(self) -> None:
+        """Write the manifest where there is none yet; `write_shard` does it too."""
+        if not self._is_begun():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _whole_or_nothing(self.folder / "manifest.json") as temporary:
+                temporary.write_text(json.dumps(self.manifest, indent=1) + "\n")
+
+    def _is_begun(self) -> bool:
         path = self.folder / "manifest.json"
-        if path.exists():
-            found = _read_manifest(self.folder)
-            _refuse_difference(path, self.manifest, found)
-            _refuse_difference(path, {key: self.manifest.get(key) for key in found}, found)
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _whole_or_nothing(path) as temporary:
-            temporary.write_text(json.dumps(self.manifest, indent=1) + "\n")
+        if not path.exists():
+            return False
+        found = _read_manifest(self.folder)
+        _refuse_difference(path, self.manifest, found)
+        _refuse_difference(path, {key: self.manifest.get(key) for key in found}, found)
+        return True
 
     def records(self, shard: int) -> range:
         """The numbers of a shard's records; `id_and_flip` turns one into its key."""
@@ -81,12 +92,25 @@ class LatentWriter:
         """Whether a shard is written; one that is, is whole."""
         return _shard_path(self.folder, shard).exists()
 
+    def payload_bytes(self, shard: int) -> int:
+        """Bytes of a shard's records, exactly."""
+        values = math.prod(self.manifest["shape"])
+        itemsize = np.dtype(DTYPES[self.manifest["dtype"]]).itemsize
+        return len(self.records(shard)) * (HEADER.size + values * itemsize)
+
+    def file_bytes(self, shard: int) -> int:
+        """At most so many bytes does a shard take: ArrayRecord adds a header and an index entry to
+        each record, a header to each block of 64 KiB, and fills up the last two blocks."""
+        payload = self.payload_bytes(shard)
+        return payload + payload // 1000 + 64 * len(self.records(shard)) + 2 * 2**16
+
     def write_shard(self, shard: int, z: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """z: [n, h, w, c] at scale sigma_max, labels: [n], in the order of `records(shard)`.
 
         Writes the shard whole or not at all and returns {"rms"} of z / sigma_max, with the lowest
         and highest of any class. A full disk is an OSError that leaves finished shards alone.
         """
+        self.begin()
         records, shape = self.records(shard), tuple(self.manifest["shape"])
         z, labels = np.asarray(z, np.float32), np.asarray(labels)
         if z.shape != (len(records), *shape) or labels.shape != (len(records),):

@@ -1,9 +1,10 @@
 """Batches as a pure function of the step: shuffle, split over processes, transform, prefetch.
 
 The source, reshuffled each epoch and repeated without end, is one infinite sequence of elements,
-fixed by the seed. Step k takes elements k B to (k + 1) B - 1 of it. Process p of P gets those at
-positions p, p + P, ... so that all processes together see what a single one would, and a run that
-starts at `start_step` sees what the uninterrupted run would: no iterator state is ever saved.
+fixed by the seed. Step k takes elements k B to (k + 1) B - 1 of it. Process p of P gets the p-th
+of P consecutive parts of these, so that the rows of all processes in turn are the batch of a single
+one, and a run that starts at `start_step` sees what the uninterrupted run would: no iterator state
+is ever saved.
 A transform draws from a generator that depends on the seed and the element's position alone.
 """
 
@@ -58,8 +59,8 @@ def batches(
     elements = elements.repeat()
     if transform is not None:
         elements = elements.random_map(transform)
-    mine = elements[process_index::process_count]
-    steps = mine.batch(batch_size // process_count, drop_remainder=True)[start_step:]
+    parts = elements.batch(batch_size // process_count, drop_remainder=True)
+    steps = parts[process_index::process_count][start_step:]
     # Elements are whole batches here: grain's default buffer would hold 500 of them.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(steps.to_iter_dataset(options))

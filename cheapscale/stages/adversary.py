@@ -1,7 +1,8 @@
 """The two judges of a generator, from plain config values: the discriminator and the distance.
 
 Both look through frozen feature networks. Which networks, and the hash of their weights, goes into
-the run's summary: evaluation refuses to score a model with a network that trained it.
+the run's summary: evaluation refuses to score a model with a network that trained it. Nothing is
+fitted before the weights are loaded: `make_judges` itself needs only the networks' shapes.
 """
 
 from collections.abc import Callable
@@ -12,35 +13,42 @@ import jax
 from cheapscale.models import features
 from cheapscale.models.discriminator import projected_discriminator
 from cheapscale.models.distances import feature_distance, lpips_distance, pixel_distance
-from cheapscale.training.classifier import fit_classifier
+from cheapscale.training.classifier import Planned, plan_classifier
 
 PyTree = Any
 
 
 class Judges(NamedTuple):
-    """init(key) -> (discriminator params, spectral-norm vectors); load(key) -> frozen weights of
-    both; discriminate and distance as `training.stage.gan_step` calls them; networks: {name: hash}.
+    """init(key) -> (discriminator params, spectral-norm vectors); discriminate and distance as
+    `training.stage.gan_step` calls them; load(key) -> (frozen weights of both, {network: hash}),
+    after fitting what `fits` names ({network: how}); shapes() -> those weights as shapes.
     """
 
     init: Callable
     load: Callable
+    shapes: Callable
     discriminate: Callable
     distance: Callable
-    networks: dict[str, str]
+    fits: dict[str, str]
 
 
-def load_features(settings: dict, source) -> list[features.FeatureNetwork]:
-    """The frozen networks that `config.features` names.
+def load_features(
+    settings: dict, source
+) -> tuple[list[features.FeatureNetwork], dict[str, Planned]]:
+    """(the frozen networks that `config.features` names, those of them still to be fitted).
 
-    "classifier" is fitted here to the source's own labels (rotations where it has none) and cached;
-    every other name is read from the file in `settings["paths"]` (several joined by "+"). Raises
-    ValueError where it is missing: there is no silent substitute.
+    "classifier" is the small one for the source's own labels (rotations where it has none), from
+    the cache where it is there; every other name is read from the file in `settings["paths"]`
+    (several joined by "+"). Raises ValueError where it is missing: there is no silent substitute.
     """
-    networks = []
+    networks, unfitted = [], {}
     for name in settings["names"]:
         if name == "classifier":
             steps = settings["classifier_steps"] or None
-            networks.append(fit_classifier(source, purpose="loss", steps=steps).network)
+            planned = plan_classifier(source, purpose="loss", steps=steps)
+            networks.append(planned.network)
+            if planned.recipe:
+                unfitted[planned.network.name] = planned
             continue
         path = settings["paths"].get(name, "")
         if not path:
@@ -56,7 +64,7 @@ def load_features(settings: dict, source) -> list[features.FeatureNetwork]:
                 input_size=settings["input_size"] or None,
             )
         )
-    return networks
+    return networks, unfitted
 
 
 def make_judges(
@@ -66,41 +74,54 @@ def make_judges(
 
     distance: "feature" (the published scripts'), "lpips" (the paper's) or "pixel".
     """
-    networks = load_features(settings, source)
-    judge = projected_discriminator(
-        networks,
-        resolution=source.resolution,
-        num_classes=source.num_classes if conditional else 0,
-        **discriminator,
-    )
-    judged = list(networks)
-    if distance == "feature":
-        metric = feature_distance(
-            networks, resolution=source.resolution, width=discriminator["width"]
-        )
-    elif distance == "lpips":
-        judged += (vgg := load_features(settings | {"names": ("vgg16_lpips",)}, source))
-        metric = lpips_distance(vgg[0])
-    elif distance == "pixel":
-        metric = pixel_distance()
-    else:
+    if distance not in ("feature", "lpips", "pixel"):
         raise ValueError(f"distance {distance!r} is unknown: choose 'feature', 'lpips' or 'pixel'")
+    backbones, unfitted = load_features(settings, source)
+    networks = list(backbones)
+    if distance == "lpips":
+        networks += load_features(settings | {"names": ("vgg16_lpips",)}, source)[0]
 
-    def load(key: jax.Array) -> PyTree:
+    def assemble(networks: list[features.FeatureNetwork]) -> tuple:
+        judge = projected_discriminator(
+            networks[: len(backbones)],
+            resolution=source.resolution,
+            num_classes=source.num_classes if conditional else 0,
+            **discriminator,
+        )
+        if distance == "feature":
+            width = discriminator["width"]
+            return judge, feature_distance(networks, resolution=source.resolution, width=width)
+        return judge, lpips_distance(networks[-1]) if distance == "lpips" else pixel_distance()
+
+    judge, metric = assemble(networks)
+
+    def frozen(networks: list[features.FeatureNetwork], key: jax.Array) -> PyTree:
+        judge, metric = assemble(networks)
         k_judge, k_metric = jax.random.split(key)  # separate random projections (section 3.2)
         return {
             "discriminator": judge.init_frozen(k_judge),
             "distance": metric.init_frozen(k_metric),
         }
 
+    def load(key: jax.Array) -> tuple[PyTree, dict[str, str]]:
+        fitted = [unfitted[n.name].fit().network if n.name in unfitted else n for n in networks]
+        return frozen(fitted, key), {network.name: network.sha256 for network in fitted}
+
+    def shapes() -> PyTree:
+        def drawn(weights, key):
+            return frozen([n._replace(params=w) for n, w in zip(networks, weights)], key)
+
+        return jax.eval_shape(drawn, [n.params for n in networks], jax.random.key(0))
+
     return Judges(
         init=judge.init,
         load=load,
+        shapes=shapes,
         discriminate=lambda params, spectral, frozen, image, label, key: judge.apply(
             params, spectral, frozen["discriminator"], image, label, key
         ),
         distance=lambda frozen, image, target, key: metric.apply(
             frozen["distance"], image, target, key
         ),
-        networks={network.name: network.sha256 for network in judged},
+        fits={name: planned.recipe for name, planned in unfitted.items()},
     )

@@ -11,6 +11,8 @@ The log shows rms(z)/sigma_max: below 1 it measures how far the teacher is from 
 noise, the pairs of the L_dstl baseline (section 3.2(d)).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,9 +22,10 @@ from cheapscale.data import latents
 from cheapscale.data.augment import flip
 from cheapscale.data.resize import RESIZE_ID
 from cheapscale.stages import data
-from cheapscale.stages.networks import check_guidance, fingerprint, load_teacher
-from cheapscale.stages.sampling import in_batches, teacher_map
+from cheapscale.stages.networks import check_guidance, fingerprint, load_teacher, make_denoiser
+from cheapscale.stages.sampling import in_batches, network_calls, teacher_map
 from cheapscale.training.checkpoint import Loaded
+from cheapscale.training.footprint import traced_bytes, traced_flops, tree_bytes
 from cheapscale.training.stage import Job
 
 PyTree = Any
@@ -81,11 +84,58 @@ def build(config) -> Job:
     return Job(
         num_shards=store.num_shards,
         items_per_shard=config.invert.per_shard,
-        prepare=lambda: None,
+        prepare=store.begin,
         done=store.is_done,
         run_shard=run_shard,
         finish=lambda _: store.finish(),
+        describe=functools.partial(
+            describe,
+            teacher,
+            store,
+            run,
+            calls=network_calls(
+                teacher.meta["diffusion"],
+                config.invert.nodes,
+                direction,
+                cfg_scale=config.invert.cfg_scale,
+            ),
+            batch_size=min(config.batch_size, config.invert.per_shard),
+        ),
     )
+
+
+def describe(
+    teacher: Loaded, store: latents.LatentWriter, run: Callable, *, calls: int, batch_size: int
+) -> dict:
+    """What inverting costs, from shapes: nothing is computed or written.
+
+    FLOPs are of the images' network calls, the solver's few additions left out. Memory is one
+    device's: weights, and the values alive at once while it solves its part of a batch.
+    """
+    ways = jax.local_device_count()
+    rows = -(-batch_size // ways)
+    params = jax.eval_shape(lambda p: p, teacher.params)
+    x = jax.ShapeDtypeStruct((rows, *store.manifest["shape"]), np.float32)
+    label = jax.ShapeDtypeStruct((rows,), np.int32)
+    bind = make_denoiser(teacher.meta["networks"]["net"], teacher.meta["diffusion"])
+    call = traced_flops(lambda p, x, y: bind(p)(x, 1.0, label=y), params, x, label) / rows
+    weights, values = tree_bytes(params), traced_bytes(run, params, x, label)
+    todo = [shard for shard in range(store.num_shards) if not store.is_done(shard)]
+    total, left = 2 * store.manifest["num_images"], sum(len(store.records(s)) for s in todo)
+    return {
+        "networks": {"net": {"parameters": sum(p.size for p in jax.tree.leaves(params))}},
+        "latents": total,
+        "latents_left": left,
+        "network_calls_per_latent": calls,
+        "flops_per_network_call": call,
+        "flops_per_latent": calls * call,
+        "flops_total": calls * call * total,
+        "flops_left": calls * call * left,
+        "memory": {"bytes_per_device": weights + values, "weights": weights, "values": values},
+        "disk": str(store.folder),
+        "payload_bytes": sum(store.payload_bytes(shard) for shard in todo),
+        "disk_bytes": sum(store.file_bytes(shard) for shard in todo),
+    }
 
 
 def oriented(source, index: int, flipped: int) -> tuple[np.ndarray, int]:

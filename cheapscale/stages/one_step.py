@@ -102,6 +102,7 @@ def generator_stage(
             num_threads=config.data.num_threads,
         ),
         load_frozen=lambda: judges.load(stream_key(config.seed, "projections", 0)),
+        frozen_shapes=judges.shapes,
         warm_start=warm_start,
         evals={
             "one_step": (
@@ -115,11 +116,12 @@ def generator_stage(
             "diffusion": diffusion,
             "data": data.describe(source),
             "teacher": teacher,
-            # of the smaller generator's losses too: none of them may measure this one
-            "frozen_networks": upstream.get("frozen_networks", {}) | judges.networks,
+            # of the smaller generator's losses; load_frozen adds this one's. None may measure it
+            "frozen_networks": upstream.get("frozen_networks", {}),
             "ledger": upstream["ledger"],
         },
         batch_size=config.batch_size,
+        fits=judges.fits,
     )
 
 

@@ -75,7 +75,8 @@ def build(config) -> Stage:
                 augmented, flips=config.data.flip, probability=config.pretrain.augment
             ),
         ),
-        load_frozen=dict,
+        load_frozen=lambda: ({}, {}),
+        frozen_shapes=dict,
         warm_start=lambda params: params,
         evals={
             "samples": (
@@ -92,6 +93,7 @@ def build(config) -> Stage:
             "data": data.describe(source),
         },
         batch_size=config.batch_size,
+        fits={},
     )
 
 

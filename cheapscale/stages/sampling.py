@@ -63,13 +63,7 @@ def teacher_map(
     "round_trip": z -> image on exactly the inversion's levels, with no step to 0.
     "invert": image (taken as living at sigma_min) -> z (spec section 2.1).
     """
-    levels = {"n": steps, "sigma_min": diffusion["sigma_min"], "sigma_max": diffusion["sigma_max"]}
-    levels["rho"] = diffusion["rho"]
-    grid = {
-        "sample": process.sampling_grid,
-        "round_trip": process.karras_grid,
-        "invert": process.inversion_grid,
-    }[direction](**levels)
+    grid = levels(diffusion, steps, direction)
     bind = make_denoiser(model, diffusion)
     null = model["num_classes"]
 
@@ -82,6 +76,24 @@ def teacher_map(
         return solvers.solve([(denoise, grid)], x, method=method, clip=clip)
 
     return run
+
+
+def levels(diffusion: dict, steps: int, direction: str) -> np.ndarray:
+    """The sigmas that `teacher_map` walks along."""
+    make = {
+        "sample": process.sampling_grid,
+        "round_trip": process.karras_grid,
+        "invert": process.inversion_grid,
+    }[direction]
+    return make(steps, **{name: diffusion[name] for name in ("sigma_min", "sigma_max", "rho")})
+
+
+def network_calls(
+    diffusion: dict, steps: int, direction: str, *, method: str = "heun", cfg_scale: float = 1.0
+) -> int:
+    """Network calls that `teacher_map` makes for one image (NFE); guidance doubles them."""
+    calls = sum(solvers.nfe([(None, levels(diffusion, steps, direction))], method))
+    return calls if cfg_scale in (0.0, 1.0) else 2 * calls
 
 
 def in_batches(fn: Callable, params: PyTree, *arrays: np.ndarray, batch_size: int) -> PyTree:

@@ -22,6 +22,7 @@ import math
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,31 @@ class Fitted(NamedTuple):
     report: dict
 
 
-def fit_classifier(
+class Planned(NamedTuple):
+    """A classifier that may not exist yet.
+
+    network: as fitted where it is in the cache; else with shapes for weights, no hash, no outputs.
+    recipe: how `fit` will fit it, "" where it is in the cache.
+    fit: () -> Fitted, which then is in the cache.
+    """
+
+    network: FeatureNetwork
+    recipe: str
+    fit: Callable[[], Fitted]
+
+
+def fit_classifier(source: Any, *, purpose: str, **options) -> Fitted:
+    """The classifier of `source` for one purpose, fitted or from the cache.
+
+    Arguments as those of `plan_classifier`. network.outputs gives logits and 64-d features of mean
+    square 1 (the cubic kernel of a kernel distance needs a scale; Frechet distances then compare
+    across data sets too). report has "accuracy" and the features' rms before scaling, both on
+    images held out of the fit, and what it was fitted on.
+    """
+    return plan_classifier(source, purpose=purpose, **options).fit()
+
+
+def plan_classifier(
     source: Any,
     *,
     purpose: str,
@@ -62,8 +87,8 @@ def fit_classifier(
     batch_size: int | None = None,
     max_images: int = 10_000,
     cache_dir: str | pathlib.Path | None = None,
-) -> Fitted:
-    """The classifier of `source` (its training split) for one purpose, fitted or from the cache.
+) -> Planned:
+    """The classifier of `source` (its training split) for one purpose; nothing is fitted yet.
 
     Args:
         source: items {"image": [R, R, 3] in [-1, 1], "label"}, and `num_classes`, `resolution`,
@@ -74,11 +99,8 @@ def fit_classifier(
         max_images: a fixed random choice of at most so many is read.
 
     Returns:
-        Fitted. network.name is "classifier" (metric) or "loss_classifier", with "(rotation)"
-        appended where there are no labels; network.outputs gives logits and 64-d features of
-        mean square 1 (the cubic kernel of a kernel distance needs a scale; Frechet distances then
-        compare across data sets too). report has "accuracy" and the features' rms before scaling,
-        both on images held out of the fit, and what it was fitted on.
+        Planned. network.name is "classifier" (metric) or "loss_classifier", with "(rotation)"
+        appended where there are no labels.
     """
     if purpose not in PURPOSES:
         raise ValueError(f"unknown purpose {purpose!r}: choose one of {tuple(PURPOSES)}")
@@ -102,18 +124,30 @@ def fit_classifier(
     }
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
     path = _cache(cache_dir) / f"{purpose}-{source.resolution}px-{digest}"
+    name = {"loss": "loss_classifier", "metric": "classifier"}[purpose] + "(rotation)" * rotation
     cached = _read(path, spec)
-    if cached is None:
+    if cached is not None:
+        fitted = Fitted(as_network(name, *cached), cached[1])
+        return Planned(fitted.network, "", lambda: fitted)
+
+    def fit() -> Fitted:
         params, found = _fit(source, spec)
-        cached = params, spec | found | {"sha256": _hash(params)}
-        _write(path, *cached)
+        report = spec | found | {"sha256": _hash(params)}
+        _write(path, params, report)
         logging.info(
             "fitted a classifier (%s, %s) on %d images: held-out accuracy %.3f",
             purpose, spec["task"], found["images"], found["accuracy"],
         )  # fmt: skip
-    params, report = cached
-    name = {"loss": "loss_classifier", "metric": "classifier"}[purpose]
-    return Fitted(as_network(name + "(rotation)" * rotation, params, report), report)
+        return Fitted(as_network(name, params, report), report)
+
+    net = _module(spec["num_classes"], spec["width"])
+    shape = (1, source.resolution, source.resolution, 3)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros(shape))["params"]
+    network = FeatureNetwork(
+        name=name, apply=functools.partial(_maps, net), params=shapes, input_size=net.input_size
+    )
+    recipe = f"{spec['steps']} updates of {spec['batch_size']} images of {source.resolution} px"
+    return Planned(network, f"{recipe}, kept in {path}.npz", fit)
 
 
 def as_network(name: str, params: PyTree, report: dict) -> FeatureNetwork:

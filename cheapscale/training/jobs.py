@@ -19,7 +19,8 @@ def run(job: Job, workdir: str, config: dict, *, name: str, mesh: dict | None = 
     """Run every shard that is not done and return the job's summary.
 
     Each process uses a mesh of its own devices: shards are independent, nothing is communicated.
-    Raises Preempted between two shards after SIGTERM.
+    Raises Preempted between two shards after SIGTERM; one of several processes leaves the signal to
+    jax.distributed, whose handler a later training stage needs, and loses the shard in hand.
     """
     # results do not depend on the batch size
     ckpt.claim_workdir(workdir, config, (*ckpt.HARMLESS, "batch_size"))
@@ -48,5 +49,5 @@ def run(job: Job, workdir: str, config: dict, *, name: str, mesh: dict | None = 
 
         multihost_utils.sync_global_devices(name)
     summary = job.finish(context)
-    seconds = (time.monotonic() - began) * len(jax.local_devices())
+    seconds = (time.monotonic() - began) * jax.device_count()
     return {"stage": name, "workdir": str(workdir), "device_seconds": round(seconds, 2)} | summary

@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -178,14 +177,17 @@ def train(
             ledger = meta["ledger"]
             logging.info("%s: continues the run in %s at step %d", name, resume, int(state.step))
         else:
-            state = fresh_state(stage, device_mesh, seed)
+            state, meta = fresh_state(stage, device_mesh, seed), stage.meta
         start = int(state.step)
         if start >= total_steps:
             logging.info("%s: already at step %d of %d", name, start, total_steps)
-            return summarise(stage, name, workdir, start, {}, ledger, 0.0)
+            return summarise(meta, name, workdir, start, {}, ledger, 0.0)
 
         # 2. Frozen weights and data, then one compilation.
-        frozen = jax.tree.map(jnp.asarray, stage.load_frozen())
+        # Each process loads for itself: it may have to fit what another finds in its cache.
+        with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
+            frozen, networks = stage.load_frozen()
+        frozen = jax.tree.map(np.asarray, frozen)
         frozen = jax.device_put(frozen, sharding.infer_sharding(frozen, device_mesh))
         batches = stage.batches(start)
         batch = sharding.shard_batch(next(batches), device_mesh)
@@ -198,7 +200,9 @@ def train(
         )  # fmt: skip
 
         log = Log(workdir, name, total_steps)
-        meta = stage.meta | {"config": config, "provenance": provenance()}
+        networks = stage.meta.get("frozen_networks", {}) | networks
+        meta = stage.meta | {"frozen_networks": networks}
+        meta |= {"config": config, "provenance": provenance()}
         bill = Bill(ledger, flops, start)
         metrics, last, step = None, {}, start
 
@@ -232,7 +236,7 @@ def train(
             log.scalars(step, last, progress=True)
             rate = (step - start - 1) / max(time.monotonic() - begun, 1e-9)
             checkpoints.wait()
-            return summarise(stage, name, workdir, step, last, ledger, rate)
+            return summarise(meta, name, workdir, step, last, ledger, rate)
         finally:
             log.close()
 
@@ -280,7 +284,7 @@ def report(log: Log, step: int, title: str, result: dict) -> None:
 
 
 def summarise(
-    stage: Stage, name: str, workdir: str, step: int, metrics: dict, ledger: dict, rate: float
+    meta: dict, name: str, workdir: str, step: int, metrics: dict, ledger: dict, rate: float
 ) -> dict:
     """What a training run says about itself on its last line."""
     return {
@@ -290,5 +294,5 @@ def summarise(
         "metrics": metrics,
         "steps_per_second": round(rate, 3),
         "ledger": ledger,
-        "frozen_networks": stage.meta.get("frozen_networks", {}),
+        "frozen_networks": meta.get("frozen_networks", {}),
     }

@@ -25,31 +25,38 @@ class Stage(NamedTuple):
     step(state, frozen, batch, key) -> (state, {name: scalar}): pure; jitted once, state donated.
     batches(start_step) -> iterator of nested dicts of NumPy arrays, this process's rows: a pure
         function of the step, so resuming needs no iterator state.
-    load_frozen() -> weights that are an argument of `step` but never trained, donated or saved.
+    load_frozen() -> (weights, {network: SHA-256}): weights that are an argument of `step` but never
+        trained, donated or saved; the hashes join `meta`. What must be fitted first is fitted here.
+    frozen_shapes() -> those weights as ShapeDtypeStructs, with nothing fitted, for a plan.
     warm_start(params) -> params carrying other runs' weights; only for a fresh work directory.
     evals: name -> (every how many steps, fn(state, frozen) -> {name: scalar or uint8 image}).
     meta: plain JSON values that travel with the weights: enough to rebuild the networks.
     batch_size: global; refused by the loop where the mesh cannot split it.
+    fits: {network: how} of those that load_frozen still has to fit.
     """
 
     init_params: Callable[[jax.Array], tuple[PyTree, PyTree]]
     optimisers: dict[str, Optimiser]
     step: Callable[[TrainState, PyTree, PyTree, jax.Array], tuple[TrainState, dict]]
     batches: Callable[[int], Iterator[PyTree]]
-    load_frozen: Callable[[], PyTree]
+    load_frozen: Callable[[], tuple[PyTree, dict[str, str]]]
+    frozen_shapes: Callable[[], PyTree]
     warm_start: Callable[[PyTree], PyTree]
     evals: dict[str, tuple[int, Callable]]
     meta: dict
     batch_size: int
+    fits: dict[str, str]
 
 
 class Job(NamedTuple):
     """Work that maps instead of training, cut into numbered shards.
 
-    prepare() -> context (weights, data; I/O happens here). done(shard) -> bool.
+    prepare() -> context (weights, data); the first to write anything. done(shard) -> bool.
     run_shard(context, shard, mesh) writes the shard whole or not at all, and returns
     {name: number} for the log. finish(context) -> summary, once every shard is done.
     items_per_shard: how many results one shard holds, for the rate and the time left.
+    describe() -> what else a plan of the job says, such as FLOPs; with "disk_bytes", at most what
+        the shards still to do will take, goes "disk", the folder that takes them.
     """
 
     num_shards: int
@@ -58,6 +65,7 @@ class Job(NamedTuple):
     done: Callable[[int], bool]
     run_shard: Callable[[Any, int, Any], dict]
     finish: Callable[[Any], dict]
+    describe: Callable[[], dict] = dict
 
 
 # (discriminator loss of (real, fake) logits, generator loss of fake logits). The published code

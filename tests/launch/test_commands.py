@@ -3,19 +3,30 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
+
+from cheapscale.models.generator import trainable
+from cheapscale.models.unet import unet
+from cheapscale.training import checkpoint
+from cheapscale.training.stage import Job
+from cheapscale.training.state import split
+from launch.plan import describe
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def command(*words, check=True):
+def command(*words, check=True, **env):
     """Run `python -m ...` on one device; (stdout lines, stderr, exit status)."""
     flags = "--xla_backend_optimization_level=0"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    env = os.environ | env
     done = subprocess.run(
         [sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True, text=True
     )
@@ -60,18 +71,138 @@ def test_sample_writes_images_and_each_depends_on_its_number_alone(pipeline, tmp
     assert (tmp_path / "a" / "samples.png").is_file()
 
 
-def test_the_plan_counts_parameters_and_flops_and_trains_nothing(pipeline, tmp_path):
-    workdir, _ = pipeline
+def every_file(folder):
+    """{path: (time of change, bytes)} of a tree; a folder has no bytes."""
+    paths = sorted(folder.rglob("*"))
+    return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None) for p in paths}
+
+
+def planned(stage, folder, workdir, **paths):
+    """What `--dry_run` prints of a stage; and that plan.json is all it leaves in `folder`."""
+    workdir.mkdir(exist_ok=True)
+    before = every_file(folder)
     lines, _, _ = command(
-        "launch.train", "--config=configs/scenes.py:smoke,stage=distill", "--dry_run",
-        f"--workdir={tmp_path / 'plan'}", f"--config.teacher={workdir / 'pretrain'}",
-        f"--config.latents={workdir / 'latents'}",
+        "launch.train", f"--config=configs/scenes.py:smoke,stage={stage}", "--dry_run",
+        f"--workdir={workdir}", *(f"--config.{name}={path}" for name, path in paths.items()),
+        CHEAPSCALE_CACHE=str(folder / "cache"),
     )  # fmt: skip
-    plan = json.loads(lines[-1])
-    generator = plan["networks"]["generator"]
-    assert generator["parameters"] == generator["trainable"] > 10_000
-    assert plan["flops_per_step"] > 1e6 and plan["disk_bytes"] < plan["disk_free_bytes"]
-    assert not (tmp_path / "plan" / "checkpoints").exists()
+    plan, after = json.loads(lines[-1]), every_file(folder)
+    assert json.loads(after.pop(workdir / "plan.json")[1]) == plan
+    before.pop(workdir / "plan.json", None)
+    for tree in (before, after):
+        tree.pop(workdir, None)  # the folder itself changes with plan.json
+    assert before == after
+    return plan
+
+
+def count(params):
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def flops_done(workdir):
+    return checkpoint.read_meta(workdir)[1]["ledger"]["flops"]
+
+
+@pytest.fixture(scope="module")
+def copied(pipeline, tmp_path_factory):
+    """The pipeline's folders, with the second of three shards of latents missing."""
+    folder = tmp_path_factory.mktemp("plans") / "runs"
+    shutil.copytree(pipeline[0], folder)
+    (folder / "latents" / "shard-00001.array_record").unlink()
+    return folder
+
+
+def test_the_plan_of_pretraining(copied):
+    plan = planned("pretrain", copied, copied / "new")
+    teacher = checkpoint.load_network(copied / "pretrain").params
+    assert plan["networks"]["net"] == {"parameters": count(teacher), "trainable": count(teacher)}
+    assert plan["flops_total"] == plan["flops_left"] == 3 * plan["flops_per_step"]
+    # the compiler's own count after it has optimised
+    assert plan["flops_total"] == pytest.approx(flops_done(copied / "pretrain"), rel=0.05)
+    # weights, their average, two moments; loss and count of 16 noise bins, their edges; counters
+    assert plan["checkpoint_bytes"] == 4 * (4 * count(teacher) + 16 + 16 + 17 + 3)
+    assert plan["disk_bytes"] == 2 * plan["checkpoint_bytes"]  # of steps 2 and 3
+    memory = plan["memory"]
+    assert memory["state"] == plan["checkpoint_bytes"] and memory["frozen"] == 0
+    assert memory["batch"] == 8 * (8 * 8 * 3 * 4 + 4)
+    assert memory["values"] > memory["state"] / 4  # at least the gradient
+    assert memory["bytes_per_device"] == sum(memory[k] for k in memory if k != "bytes_per_device")
+
+
+def test_the_plan_of_a_run_that_is_done_asks_for_nothing_more(copied):
+    plan = planned("pretrain", copied, copied / "pretrain")
+    assert plan["steps_done"] == 3 and plan["flops_left"] == plan["disk_bytes"] == 0
+
+
+def test_the_plan_of_inversion_leaves_out_shards_that_are_done(copied):
+    store = copied / "latents"
+    plan = planned("invert", copied, copied / "new", teacher=copied / "pretrain", latents=store)
+    teacher = checkpoint.load_network(copied / "pretrain").params
+    assert plan["networks"]["net"]["parameters"] == count(teacher)
+    assert (plan["latents"], plan["latents_left"]) == (48, 16)
+    assert (plan["shards"], plan["shards_done"]) == (3, 2)
+    assert plan["network_calls_per_latent"] == 2 * 2  # Heun on three nodes
+    assert plan["flops_per_latent"] == 4 * plan["flops_per_network_call"] > 0
+    assert plan["flops_total"] == 48 * plan["flops_per_latent"] == 3 * plan["flops_left"]
+    assert plan["memory"]["weights"] == 4 * count(teacher)
+    record = 8 + 4 + 4 + 8 * 8 * 3 * 4  # id, flip, label, float32 latent
+    assert plan["payload_bytes"] == 16 * record
+    on_disk = (store / "shard-00000.array_record").stat().st_size  # as large as the one missing
+    assert plan["payload_bytes"] <= on_disk <= plan["disk_bytes"]
+    assert plan["disk"] == str(store)
+    # a store that does not exist yet, on the disk of its own folder, is not begun
+    plan = planned(
+        "invert", copied, copied / "new", teacher=copied / "pretrain",
+        latents=copied / "elsewhere" / "latents", **{"invert.dtype": "float16"},
+    )  # fmt: skip
+    assert plan["payload_bytes"] == 48 * (16 + 8 * 8 * 3 * 2) and plan["shards_done"] == 0
+
+
+def test_the_plan_of_distillation_fits_no_classifier_but_says_so(pipeline, copied):
+    latents = pipeline[0] / "latents"
+    plan = planned("distill", copied, copied / "new", teacher=copied / "pretrain", latents=latents)
+    generator = count(checkpoint.load_network(copied / "distill").params)
+    assert plan["networks"]["generator"] == {"parameters": generator, "trainable": generator}
+    (how,) = plan["fits_first"].values()
+    assert "loss_classifier" in plan["fits_first"] and how.startswith("3 updates of 128 images")
+    assert plan["memory"]["frozen"] > 0
+    trained = flops_done(copied / "distill") - flops_done(copied / "pretrain")
+    assert plan["flops_total"] == pytest.approx(trained, rel=0.05)
+
+
+def test_the_plan_of_growing_counts_what_trains(pipeline, copied):
+    latents = pipeline[0] / "latents"
+    plan = planned(
+        "grow,resolution=32,jump", copied, copied / "new", base=copied / "distill", latents=latents
+    )
+    grown = checkpoint.load_network(copied / "grow32")
+    (model,) = grown.meta["networks"].values()
+    moving, _ = split(grown.params, trainable(unet(**model).config))
+    counts = {"parameters": count(grown.params), "trainable": count(moving)}
+    assert plan["networks"]["generator"] == counts
+    trained = flops_done(copied / "grow32") - flops_done(copied / "distill")
+    assert plan["flops_total"] == pytest.approx(trained, rel=0.05)
+
+
+def test_a_plan_refuses_a_disk_without_room(monkeypatch, tmp_path):
+    """The disk of the folder that takes the bytes, not of the work directory."""
+    store, asked = tmp_path / "store", []
+
+    def usage(place):
+        asked.append(place)
+        return types.SimpleNamespace(free=1999)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    config = types.SimpleNamespace(stage="invert")
+    for needed in (1999, 2000):
+        figures = {"disk": str(store / "latents"), "disk_bytes": needed}
+        job = Job(0, 1, None, None, None, None, describe=lambda: figures)  # noqa: B023
+        if needed == 1999:
+            assert describe(config, job, "/elsewhere")["disk_free_bytes"] == 1999
+        else:
+            with pytest.raises(OSError, match="store/latents needs .* choose another disk"):
+                describe(config, job, "/elsewhere")
+    assert asked == [tmp_path, tmp_path]
 
 
 @pytest.mark.parametrize(

@@ -64,11 +64,13 @@ def denoise_stage(rate=1e-2, poison_at=None):
             denoise_step, loss_fn=loss_fn, optimiser=optimiser, ema_decay=0.99
         ),
         batches=batches,
-        load_frozen=lambda: {"scale": np.float32(2.0)},
+        load_frozen=lambda: ({"scale": np.float32(2.0)}, {"scale": "abc"}),
+        frozen_shapes=lambda: {"scale": jax.ShapeDtypeStruct((), np.float32)},
         warm_start=lambda params: params,
         evals={},
         meta={"networks": {"net": {"sizes": [DIM, 64, DIM]}}},
         batch_size=BATCH,
+        fits={},
     )  # fmt: skip
 
 
@@ -110,11 +112,13 @@ def gan_stage():
             adaptive_layer="dense1/kernel",
         ),
         batches=batches,
-        load_frozen=dict,
+        load_frozen=lambda: ({}, {}),
+        frozen_shapes=dict,
         warm_start=lambda params: params,
         evals={},
         meta={"networks": {"generator": {}}},
         batch_size=BATCH,
+        fits={},
     )  # fmt: skip
 
 

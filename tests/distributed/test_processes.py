@@ -1,0 +1,148 @@
+"""Two real processes, connected by jax.distributed, against one process with as many devices."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from cheapscale.data.latents import LatentStore
+from cheapscale.stages import data, run
+from cheapscale.stages.invert import oriented
+from cheapscale.stages.sampling import in_batches, teacher_map
+from cheapscale.training import checkpoint, loop
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+WORKER = pathlib.Path(__file__).with_name("worker.py")
+
+pytestmark = pytest.mark.slow
+
+
+def load_worker():
+    spec = importlib.util.spec_from_file_location("worker", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+worker = load_worker()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(condition, processes, seconds=120):
+    for _ in range(10 * seconds):
+        if condition() or any(p.poll() is not None for p in processes):
+            return
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """(folder, [(exit status, last line, log)]) of two processes; only one is told to stop."""
+    folder = tmp_path_factory.mktemp("together")
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    port, processes = str(free_port()), []
+    for index in range(2):
+        with open(folder / f"log{index}", "w") as log:
+            words = [sys.executable, str(WORKER), port, "2", str(index), str(folder)]
+            processes.append(subprocess.Popen(words, env=env, stdout=log, stderr=log))
+    metrics = folder / "stopped" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    ends = []
+    for index, process in enumerate(processes):
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        log = (folder / f"log{index}").read_text()
+        ends.append((process.returncode, log.strip().splitlines()[-1], log[-3000:]))
+    return folder, ends
+
+
+@pytest.fixture
+def four_devices(monkeypatch):
+    devices = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda *_: list(devices))
+
+
+def difference(a, b):
+    """|a - b| / |a| of two trees."""
+    squares = jax.tree.map(lambda x, y: (np.sum((x - y) ** 2), np.sum(x**2)), a, b)
+    pairs = jax.tree.leaves(squares, is_leaf=lambda x: isinstance(x, tuple))
+    return np.sqrt(sum(d for d, _ in pairs) / sum(n for _, n in pairs))
+
+
+def test_a_stop_signal_to_one_process_stops_both_at_the_same_saved_step(together):
+    folder, ends = together
+    assert [status for status, *_ in ends] == [143, 143], ends
+    steps = {line for _, line, _ in ends}
+    assert len(steps) == 1 and steps.pop().startswith("pre-empted at step ")
+    saved = max(int(p.name) for p in (folder / "stopped" / "checkpoints").iterdir())
+    assert ends[0][1] == f"pre-empted at step {saved}" and saved > 3
+    assert checkpoint.load_network(folder / "stopped").step == saved
+
+
+def test_training_in_two_processes_is_training_in_one(together, tmp_path, four_devices):
+    folder, _ = together
+    run.run(worker.teacher_config(), tmp_path / "teacher")
+    rows = [
+        [json.loads(row) for row in (place / "teacher" / "metrics.jsonl").read_text().splitlines()]
+        for place in (folder, tmp_path)
+    ]
+    for two, one in zip(*rows, strict=True):
+        assert two["step"] == one["step"]
+        np.testing.assert_allclose(two.get("loss", 0), one.get("loss", 0), rtol=1e-5)
+    for ema in (False, True):
+        two, one = (
+            checkpoint.load_network(place / "teacher", ema=ema).params
+            for place in (folder, tmp_path)
+        )
+        assert difference(one, two) <= 1e-5
+    start = loop.fresh_state(run.build(worker.teacher_config()), loop.sharding.make_mesh(), 0)
+    assert difference(jax.device_get(start.params["net"]), one) > 1e-3  # and it has moved
+
+
+def test_weights_split_over_processes_are_saved_and_taken_up_again(
+    together, tmp_path, four_devices, monkeypatch
+):
+    folder, _ = together
+    monkeypatch.setattr(loop.sharding, "MIN_SHARDED", 1)
+    worker.train_toy(tmp_path, 4)
+    two, one = (checkpoint.load_network(place).params for place in (folder / "toy", tmp_path))
+    assert difference(one, two) <= 1e-5
+
+
+def test_the_shards_of_an_inversion_are_divided_and_all_there(together):
+    folder, _ = together
+    store = LatentStore.open(folder / "latents")
+    assert len(store) == 48 and store.manifest["per_shard"] == 16
+    # process 0 logs its own shards only: 0 and 2 of three
+    rows = (folder / "invert" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [16, 32]
+    config = worker.invert_config(folder)
+    teacher = checkpoint.load_network(config.teacher)
+    source = data.open_data(config.data)
+    keys = [(i, f) for i in range(24) for f in (0, 1)]
+    images, labels = zip(*(oriented(source, *key) for key in keys))
+    invert = teacher_map(
+        teacher.meta["networks"]["net"], teacher.meta["diffusion"],
+        steps=config.invert.nodes, direction="invert",
+    )  # fmt: skip
+    z = in_batches(invert, teacher.params, np.stack(images), np.asarray(labels), batch_size=16)
+    stored = np.stack([store.latent(*key) for key in keys])
+    assert difference(z, stored) <= 1e-5
