@@ -11,6 +11,7 @@ import pathlib
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -100,10 +101,14 @@ def fresh_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
 
 
 def compile_step(stage: Stage, mesh: jax.sharding.Mesh, state: PyTree, frozen: PyTree, batch):
-    """The stage's step compiled once for this mesh: (callable, FLOPs of one step, peak bytes)."""
+    """The stage's step compiled once for this mesh: (callable, FLOPs of one step, peak bytes).
+
+    state, frozen, batch: arrays, or their shapes with shardings.
+    """
     places = jax.tree.map(lambda s: s.sharding, state)
     step = jax.jit(stage.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
-    compiled = step.lower(state, frozen, batch, stream_key(0, "step", 0)).compile()
+    with jax.set_mesh(mesh):  # the caller's is not seen from another thread
+        compiled = step.lower(state, frozen, batch, stream_key(0, "step", 0)).compile()
     cost = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
     peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
@@ -183,17 +188,23 @@ def train(
             logging.info("%s: already at step %d of %d", name, start, total_steps)
             return summarise(meta, name, workdir, start, {}, ledger, 0.0)
 
-        # 2. Frozen weights and data, then one compilation.
-        # Each process loads for itself: it may have to fit what another finds in its cache.
-        with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
-            frozen, networks = stage.load_frozen()
-        frozen = jax.tree.map(np.asarray, frozen)
-        frozen = jax.device_put(frozen, sharding.infer_sharding(frozen, device_mesh))
+        # 2. Data, and one compilation; meanwhile the frozen weights, which may have to be fitted.
         batches = stage.batches(start)
         batch = sharding.shard_batch(next(batches), device_mesh)
+        shapes = stage.frozen_shapes()
+        places = sharding.infer_sharding(shapes, device_mesh)
+        shapes = jax.tree.map(
+            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
+        )
         logging.info("%s: compiling one step", name)
         began = time.monotonic()
-        step_fn, flops, peak = compile_step(stage, device_mesh, state, frozen, batch)
+        with ThreadPoolExecutor(1) as pool:
+            compiling = pool.submit(compile_step, stage, device_mesh, state, shapes, batch)
+            # Each process loads for itself: it may have to fit what another finds in its cache.
+            with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
+                frozen, networks = stage.load_frozen()
+            frozen = jax.device_put(jax.tree.map(np.asarray, frozen), places)
+            step_fn, flops, peak = compiling.result()
         logging.info(
             "%s: compiled in %.1f s, %.3g FLOPs a step, %.0f MB",
             name, time.monotonic() - began, flops, peak / 1e6,
