@@ -243,7 +243,7 @@ def _depth(o: SceneObject, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
     r = np.float32(o.size / 2)
     c, s = np.float32(math.cos(o.angle)), np.float32(math.sin(o.angle))
     u, v = (c * dx + s * dy) / r, (c * dy - s * dx) / r
-    return r * _SHAPE_DEPTH[o.shape](u, v)
+    return r * SHAPE_DEPTH[o.shape](u, v)
 
 
 def _pattern(o: SceneObject, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
@@ -290,7 +290,7 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 # Depth below the edge for shapes inscribed in the unit circle; u right, v down. A bound of the
 # Euclidean distance inside, exact away from corners, which is what an outline needs.
-_SHAPE_DEPTH = {
+SHAPE_DEPTH = {
     "disc": lambda u, v: 1 - np.hypot(u, v),
     "ring": lambda u, v: np.float32(0.24) - np.abs(np.hypot(u, v) - np.float32(0.76)),
     "square": lambda u, v: _box(u, v, 0.7071, 0.7071),

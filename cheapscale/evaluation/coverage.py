@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cheapscale.evaluation.fid import check_features
+
 
 class PrecisionRecall(NamedTuple):
     precision: float
@@ -39,6 +41,8 @@ def prdc(
     Every distance is computed once for all k: real-real and fake-fake half, real-fake whole.
     """
     _check(real, fake)
+    check_features(real, "real features")
+    check_features(fake, "generated features")
     ks = tuple(ks)
     if not ks or min(ks) < 1 or min(len(real), len(fake)) <= max(ks):
         raise ValueError(

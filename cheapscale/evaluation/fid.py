@@ -13,7 +13,7 @@ the eigenvalues of S, n samples of a distribution are to first order in 1/n at a
 
 from it (the mean's error, and the covariance's, from the second-order expansion of (1) and the
 Wishart variances l_i l_j / n), so sets of equal size are compared and a real-against-real floor is
-printed beside it. Below n = d, where it matters most, (4) is too small by up to a half.
+printed beside it. Below n = d, where it matters most, (4) is a rough guide.
 """
 
 from collections.abc import Iterable
@@ -111,7 +111,9 @@ def streamed_moments(batches: Iterable[np.ndarray]) -> Moments:
     return total
 
 
-def frechet_distance(a: Moments | Gaussian | np.ndarray, b: Moments | Gaussian | np.ndarray):
+def frechet_distance(
+    a: Moments | Gaussian | np.ndarray, b: Moments | Gaussian | np.ndarray
+) -> float:
     """Equation (1) between two sets, given as moments or as features [n, d]."""
     return frechet(a, b).distance
 
@@ -139,7 +141,7 @@ def frechet(a: Moments | Gaussian | np.ndarray, b: Moments | Gaussian | np.ndarr
     if fewest <= dimension:
         warning = (
             f"{fewest} samples for {dimension} dimensions: their Frechet distance reads about "
-            f"{bias:.3g} or more too high; give {2 * dimension}, or use the kernel distance"
+            f"{bias:.3g} too high; give {2 * dimension}, or use the kernel distance"
         )
     return Frechet(distance, bias, warning)
 

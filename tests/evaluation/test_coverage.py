@@ -28,6 +28,32 @@ def test_equals_brute_force_whatever_the_tile(k, tile):
     assert 0 < result.recall < 1
 
 
+def test_density_and_coverage_are_those_of_their_paper_whatever_the_tile():
+    rng = np.random.default_rng(4)
+    real, fake = rng.normal(size=(50, 3)), 0.8 * rng.normal(size=(30, 3)) + 0.4
+    across = np.linalg.norm(real[:, None] - fake[None], axis=2)
+    within = np.sort(np.linalg.norm(real[:, None] - real[None], axis=2), axis=1)
+    for tile in (2048, 7):
+        found = coverage.prdc(real, fake, ks=(3, 5), tile=tile)
+        for k in (3, 5):
+            inside = across < within[:, k, None]
+            assert found[k].density == pytest.approx(inside.sum(0).mean() / k)
+            assert found[k].coverage == pytest.approx(inside.any(1).mean())
+            assert found[k][:2] == pytest.approx(_brute_force(real, fake, k))
+
+
+def test_an_outlying_real_buys_precision_but_not_density():
+    rng = np.random.default_rng(5)
+    cluster = rng.normal(size=(200, 2))
+    alike = coverage.prdc(cluster, rng.normal(size=(200, 2)), ks=(5,))[5]
+    assert alike.density == pytest.approx(1, abs=0.1) and alike.coverage > 0.9
+    outlier = np.array([[30.0, 0.0]])  # its ball reaches back to the cluster
+    between = np.array([[15.0, 0.0]]) + 0.1 * rng.normal(size=(50, 2))
+    found = coverage.prdc(np.concatenate([cluster, outlier]), between, ks=(5,))[5]
+    assert found.precision == 1 and found.density == pytest.approx(1 / 5)
+    assert found.coverage == pytest.approx(1 / 201)
+
+
 def test_dropped_modes_cost_recall_and_outliers_cost_precision():
     rng = np.random.default_rng(1)
     modes = np.array([[0.0, 0.0], [100.0, 0.0]])
@@ -59,7 +85,11 @@ def test_nearest_finds_copies_and_their_index():
 
 
 def test_bad_sets_are_refused():
-    with pytest.raises(ValueError, match="more than 3 vectors"):
+    with pytest.raises(ValueError, match="more than k vectors, got 3 real"):
         coverage.precision_recall(np.ones((3, 2)), np.ones((9, 2)))
     with pytest.raises(ValueError, match=r"must be \[n, d\]"):
         coverage.nearest(np.ones((3, 2)), np.ones((9, 3)))
+    holed = np.ones((9, 2))
+    holed[4] = np.nan
+    with pytest.raises(ValueError, match="row 4 of 9 generated features"):
+        coverage.prdc(np.ones((9, 2)), holed)

@@ -55,6 +55,41 @@ def test_streamed_moments_equal_moments_of_everything():
     np.testing.assert_allclose(streamed.covariance, np.cov(x.astype(np.float64).T), rtol=1e-9)
 
 
+def test_chunks_and_shards_of_any_size_give_the_moments_of_everything(monkeypatch):
+    x = np.random.default_rng(7).normal(size=(300, 4)) + 1e6
+    monkeypatch.setattr(fid, "CHUNK", 37)
+    shards = [fid.moments(part) for part in np.split(x, [1, 50, 290])]
+    merged = fid.merge(fid.merge(shards[3], shards[0]), fid.merge(shards[2], shards[1]))
+    np.testing.assert_allclose(merged.mean, x.mean(0), rtol=1e-15)
+    centred = x - x.mean(0)
+    np.testing.assert_allclose(merged.covariance, centred.T @ centred / 299, atol=1e-9)
+    np.testing.assert_allclose(fid.moments(x).covariance, merged.covariance, atol=1e-9)
+
+
+def test_the_expected_bias_is_what_equal_distributions_score():
+    rng, spread = np.random.default_rng(8), np.array([3.0, 1.0, 0.3, 0.1])
+    pairs = [rng.normal(size=(2, 200, 4)) * spread for _ in range(300)]
+    found = [fid.frechet(*pair) for pair in pairs]
+    measured = np.array([f.distance for f in found])
+    error = measured.std() / np.sqrt(len(measured))
+    assert abs(measured.mean() - np.mean([f.bias for f in found])) < 3 * error + 0.02 * error
+    assert not found[0].warning
+    # against a distribution that is known exactly only one side errs
+    exact = fid.Gaussian(np.zeros(4), np.diag(spread**2))
+    one = np.array([fid.frechet(pair[0], exact).distance for pair in pairs])
+    bias = fid.frechet(pairs[0][0], exact).bias
+    assert abs(one.mean() - bias) < 4 * one.std() / np.sqrt(len(one))
+
+
+def test_too_few_samples_for_the_dimension_carry_a_warning_with_the_bias():
+    rng = np.random.default_rng(9)
+    x, y = rng.normal(size=(40, 40)), rng.normal(size=(60, 40))
+    few = fid.frechet(x, y)
+    assert "40 samples for 40 dimensions" in few.warning and f"{few.bias:.3g}" in few.warning
+    assert few.distance > few.bias > 0.4 * few.distance  # both are samples of one distribution
+    assert not fid.frechet(y, y).warning
+
+
 def test_kernel_distance_is_the_unbiased_estimator():
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(23, 6)), rng.normal(size=(31, 6)) + 0.3
@@ -67,8 +102,9 @@ def test_kernel_distance_is_the_unbiased_estimator():
     across = np.mean([k(a, b) for a in x for b in y])
     assert fid.kernel_distance(x, y) == pytest.approx(within_x + within_y - 2 * across, rel=1e-10)
     # all of the samples as one "subset" is the full estimator
-    same = fid.kernel_distance(x, y[:23], num_subsets=3, subset_size=23)
-    assert same == pytest.approx(fid.kernel_distance(x, y[:23]), rel=1e-10)
+    same = fid.kernel_subsets(x, y[:23], subsets=3, subset_size=23)
+    assert same == pytest.approx((fid.kernel_distance(x, y[:23]), 0), rel=1e-10, abs=1e-12)
+    assert fid.kernel_subsets(x, y, subsets=3, subset_size=9).std > 0
 
 
 def test_kernel_distance_has_zero_mean_on_equal_distributions_and_frechet_has_not():
@@ -81,12 +117,18 @@ def test_kernel_distance_has_zero_mean_on_equal_distributions_and_frechet_has_no
 
 def test_tiles_do_not_change_the_kernel_sum():
     x = np.random.default_rng(6).normal(size=(50, 3))
-    assert fid._kernel_sum(x, x, tile=7) == pytest.approx(fid._kernel_sum(x, x), rel=1e-12)
+    whole = np.sum((0.5 * x @ x.T + 1) ** 3)
+    assert fid._kernel_sum(x, x, 0.5, tile=7) == pytest.approx(whole, rel=1e-12)
+    assert fid._kernel_sum(x, x, 0.5) == pytest.approx(whole, rel=1e-12)
 
 
 def test_classifier_score_runs_from_one_to_the_number_of_classes():
     assert fid.classifier_score(np.zeros((30, 5))) == pytest.approx(1)
     assert fid.classifier_score(1e3 * np.eye(5)) == pytest.approx(5)
+    assert fid.classifier_splits(np.zeros((30, 5)), splits=4) == pytest.approx((1, 0))
+    logits = np.random.default_rng(0).normal(size=(50, 5))
+    one = fid.classifier_splits(logits, splits=1)
+    assert one == pytest.approx((fid.classifier_score(logits), 0))
 
 
 def test_bad_features_are_refused():
@@ -96,5 +138,19 @@ def test_bad_features_are_refused():
         fid.frechet_distance(np.ones((1, 2)), np.ones((3, 2)))
     with pytest.raises(ValueError, match="at least 2 samples"):
         fid.kernel_distance(np.ones((1, 2)), np.ones((3, 2)))
+    with pytest.raises(ValueError, match="choose a subset_size between 2 and 5"):
+        fid.kernel_subsets(np.ones((5, 2)), np.ones((9, 2)))
+    with pytest.raises(ValueError, match="10 splits of 3 logits"):
+        fid.classifier_splits(np.ones((3, 2)))
+    holed = np.ones((9, 2))
+    holed[6, 1] = np.nan
+    for measure in (fid.frechet_distance, fid.kernel_distance):
+        with pytest.raises(ValueError, match="row 6 of 9 features is not finite"):
+            measure(np.ones((5, 2)), holed)
+    with pytest.raises(ValueError, match="row 6 of 9 logits"):
+        fid.classifier_score(holed)
+    damaged = fid.Gaussian(np.zeros(2), np.full((2, 2), np.nan))
+    with pytest.raises(ValueError, match="moments hold a NaN"):
+        fid.frechet(np.eye(3, 2), damaged)
     with pytest.raises(ValueError, match="iterable of batches is empty"):
         fid.streamed_moments([])

@@ -1,0 +1,107 @@
+"""Reference statistics: computed once, found again, and never mistaken for others."""
+
+import numpy as np
+import pytest
+
+from cheapscale.evaluation import fid, statistics
+from cheapscale.evaluation.statistics import Identity, load_statistics, reference_statistics
+
+FEATURES = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+IDENTITY = Identity("abc123", "test", 16, 30, "resnet56", "f" * 64)
+
+
+def _batches():
+    return [FEATURES[:11], FEATURES[11:]]
+
+
+def test_a_second_call_reads_what_the_first_computed(tmp_path):
+    first = reference_statistics(IDENTITY, _batches, cache_dir=tmp_path)
+    again = reference_statistics(
+        IDENTITY, lambda: pytest.fail("the cache was not read"), cache_dir=tmp_path
+    )
+    for found in (first, again):
+        np.testing.assert_array_equal(found.features, FEATURES)
+        assert found.identity == IDENTITY and found.moments.n == 30
+        assert fid.frechet_distance(found.moments, FEATURES) == pytest.approx(0, abs=1e-10)
+    assert len(list((tmp_path / "statistics").iterdir())) == 1  # no temporary file left
+
+
+def test_the_cache_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHEAPSCALE_CACHE", str(tmp_path))
+    found = reference_statistics(IDENTITY, _batches)
+    assert found.path.startswith(str(tmp_path / "statistics" / "resnet56-16px-"))
+
+
+def test_every_field_of_the_identity_counts():
+    others = [
+        {"data": "abd123"}, {"split": "train"}, {"resolution": 32}, {"num": 29},
+        {"network": "resnet20"}, {"sha256": "e" * 64}, {"resize": "clean"},
+        {"variant": "patch 8 x 3 seed 0"},
+    ]  # fmt: skip
+    assert [set(o) for o in others] == [{name} for name in Identity._fields]
+    digests = {IDENTITY._replace(**other).digest() for other in others} | {IDENTITY.digest()}
+    assert len(digests) == 9
+
+
+def test_a_file_that_says_it_is_another_is_refused(tmp_path):
+    path = tmp_path / "reference.npz"
+    statistics.save_statistics(path, FEATURES, IDENTITY)
+    load_statistics(
+        path, identity=IDENTITY, network="resnet56", sha256="f" * 64, dimension=4, variant=""
+    )
+    cases = {
+        "not of .*delete it": {"identity": IDENTITY._replace(split="train")},
+        "statistics of resnet56 but the features are mobilenet_v2's": {"network": "mobilenet_v2"},
+        "resnet56 weights of SHA-256 fff.*, not eee": {"sha256": "e" * 64},
+        "of 4 dimensions but the features have 64": {"dimension": 64},
+        "statistics of whole images but the features are of patch ones": {"variant": "patch"},
+    }
+    for message, options in cases.items():
+        with pytest.raises(ValueError, match=message):
+            load_statistics(path, **options)
+
+
+def test_published_files_of_both_kinds(tmp_path):
+    mean, covariance = FEATURES.mean(0), np.cov(FEATURES.T)
+    images = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    edm, adm = tmp_path / "edm.npz", tmp_path / "adm.npz"
+    np.savez(edm, mu=mean, sigma=covariance)
+    np.savez(
+        adm, mu=mean, sigma=covariance, mu_s=np.zeros(7), sigma_s=np.zeros((7, 7)), arr_0=images
+    )
+    for path in (edm, adm):
+        found = load_statistics(path, network="inception_v3", sha256="any", dimension=4, variant="")
+        assert found.features is None and found.identity is None
+        assert fid.frechet_distance(FEATURES, found.moments) == pytest.approx(0, abs=1e-6)
+        with pytest.raises(ValueError, match="statistics of inception_v3 but .* resnet56's"):
+            load_statistics(path, network="resnet56")
+    np.testing.assert_array_equal(statistics.load_images(adm), images)
+    with pytest.raises(ValueError, match="no images arr_0"):
+        statistics.load_images(edm)
+
+
+def test_files_that_hold_no_statistics_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no reference statistics at"):
+        load_statistics(tmp_path / "none.npz")
+    (tmp_path / "reference.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match="is not a .npz file"):
+        load_statistics(tmp_path / "reference.pkl")
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    with pytest.raises(ValueError, match="holds images but no mu and sigma"):
+        load_statistics(tmp_path / "other.npz")
+    np.savez(tmp_path / "torn.npz", mu=np.zeros(3), sigma=np.zeros((4, 4)))
+    with pytest.raises(ValueError, match="do not fit each other"):
+        load_statistics(tmp_path / "torn.npz")
+    np.savez(tmp_path / "noise.npz", arr_0=np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="it holds no images"):
+        statistics.load_images(tmp_path / "noise.npz")
+
+
+def test_incomplete_features_are_not_written(tmp_path):
+    path = tmp_path / "reference.npz"
+    with pytest.raises(ValueError, match="29 features were computed for statistics of 30"):
+        statistics.save_statistics(path, FEATURES[1:], IDENTITY)
+    holed = np.where(np.arange(30)[:, None] == 7, np.nan, FEATURES)
+    with pytest.raises(ValueError, match="row 7 of 30 features"):
+        statistics.save_statistics(path, holed, IDENTITY)
+    assert not path.exists()
