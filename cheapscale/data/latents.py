@@ -34,7 +34,7 @@ from cheapscale.data.augment import flip as mirror
 from cheapscale.data.random_access import Source
 from cheapscale.data.resize import RESIZE_ID
 
-FORMAT = "cheapscale-latents/1"
+FORMAT = "cheapscale-latents/2"
 HEADER = struct.Struct("<qii")
 DTYPES = {"float32": "<f4", "float16": "<f2"}
 MANIFEST_KEYS = ("teacher", "sigma_max", "source", "num_images", "shape", "dtype", "per_shard")
@@ -104,8 +104,15 @@ class LatentWriter:
         payload = self.payload_bytes(shard)
         return payload + payload // 1000 + 64 * len(self.records(shard)) + 2 * 2**16
 
-    def write_shard(self, shard: int, z: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """z: [n, h, w, c] at scale sigma_max, labels: [n], in the order of `records(shard)`.
+    def write_shard(
+        self,
+        shard: int,
+        z: np.ndarray,
+        labels: np.ndarray,
+        cost: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """z: [n, h, w, c] at scale sigma_max, labels: [n], in the order of `records(shard)`. cost:
+        what the shard took, by unit; `LatentStore.cost` adds the shards up.
 
         Writes the shard whole or not at all and returns {"rms"} of z / sigma_max, with the lowest
         and highest of any class. A full disk is an OSError that leaves finished shards alone.
@@ -133,7 +140,8 @@ class LatentWriter:
         try:
             # The statistics first: a shard that exists has them.
             with _whole_or_nothing(path.with_suffix(".json")) as temporary:
-                temporary.write_text(json.dumps(classes) + "\n")
+                kept = {"mean_squares": classes, "cost": dict(cost or {})}
+                temporary.write_text(json.dumps(kept) + "\n")
             with _whole_or_nothing(path) as temporary:
                 writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
                 for n, label, value in zip(records, labels.tolist(), values):
@@ -156,6 +164,7 @@ class LatentWriter:
             "records": len(store),
             "rms": total,
             "rms_by_class": {str(label): value for label, value in by_class.items()},
+            "cost": store.cost(),
         }
 
 
@@ -236,8 +245,19 @@ class LatentStore:
 
     def rms(self) -> tuple[float, dict[int, float]]:
         """rms(z) / sigma_max over the whole store, and by label: the teacher-data mismatch."""
+        return _rms([kept["mean_squares"] for kept in self._kept()])
+
+    def cost(self) -> dict[str, float]:
+        """What making the store took, by unit ("flops", "device_seconds"), all shards together."""
+        total: dict[str, float] = {}
+        for kept in self._kept():
+            for unit, amount in kept["cost"].items():
+                total[unit] = total.get(unit, 0.0) + amount
+        return total
+
+    def _kept(self) -> list[dict[str, Any]]:
         paths = (_shard_path(self.folder, n) for n in range(_num_shards(self.manifest)))
-        return _rms([json.loads(path.with_suffix(".json").read_text()) for path in paths])
+        return [json.loads(path.with_suffix(".json").read_text()) for path in paths]
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         # Two threads may open the same shard at once; either reader serves.

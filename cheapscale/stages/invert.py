@@ -12,7 +12,8 @@ noise, the pairs of the L_dstl baseline (section 3.2(d)).
 """
 
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,8 +69,16 @@ def build(config) -> Job:
             return oriented(source, *latents.id_and_flip(n))
         return data.drawn_latent(manifest, n), n % max(source.num_classes, 1)
 
-    def run_shard(context: Any, shard: int, mesh) -> dict:
-        del context, mesh
+    calls = network_calls(
+        teacher.meta["diffusion"], config.invert.nodes, direction, cfg_scale=config.invert.cfg_scale
+    )
+
+    def prepare() -> float:
+        store.begin()
+        return calls * flops_of_call(teacher, store.manifest["shape"])
+
+    def run_shard(flops_per_latent: float, shard: int, mesh) -> dict:
+        began = time.monotonic()
         records = store.records(shard)
         inputs, labels = zip(*(start(n) for n in records))
         z = in_batches(
@@ -79,12 +88,16 @@ def build(config) -> Job:
             np.asarray(labels, np.int32),
             batch_size=config.batch_size,
         )
-        return store.write_shard(shard, z, np.asarray(labels, np.int32))
+        cost = {
+            "flops": flops_per_latent * len(records),
+            "device_seconds": (time.monotonic() - began) * mesh.size,
+        }
+        return store.write_shard(shard, z, np.asarray(labels, np.int32), cost)
 
     return Job(
         num_shards=store.num_shards,
         items_per_shard=config.invert.per_shard,
-        prepare=store.begin,
+        prepare=prepare,
         done=store.is_done,
         run_shard=run_shard,
         finish=lambda _: store.finish(),
@@ -93,12 +106,7 @@ def build(config) -> Job:
             teacher,
             store,
             run,
-            calls=network_calls(
-                teacher.meta["diffusion"],
-                config.invert.nodes,
-                direction,
-                cfg_scale=config.invert.cfg_scale,
-            ),
+            calls=calls,
             batch_size=min(config.batch_size, config.invert.per_shard),
         ),
     )
@@ -117,8 +125,7 @@ def describe(
     params = jax.eval_shape(lambda p: p, teacher.params)
     x = jax.ShapeDtypeStruct((rows, *store.manifest["shape"]), np.float32)
     label = jax.ShapeDtypeStruct((rows,), np.int32)
-    bind = make_denoiser(teacher.meta["networks"]["net"], teacher.meta["diffusion"])
-    call = traced_flops(lambda p, x, y: bind(p)(x, 1.0, label=y), params, x, label) / rows
+    call = flops_of_call(teacher, store.manifest["shape"])
     weights, values = tree_bytes(params), traced_bytes(run, params, x, label)
     todo = [shard for shard in range(store.num_shards) if not store.is_done(shard)]
     total, left = 2 * store.manifest["num_images"], sum(len(store.records(s)) for s in todo)
@@ -136,6 +143,15 @@ def describe(
         "payload_bytes": sum(store.payload_bytes(shard) for shard in todo),
         "disk_bytes": sum(store.file_bytes(shard) for shard in todo),
     }
+
+
+def flops_of_call(teacher: Loaded, shape: Sequence[int]) -> float:
+    """FLOPs of the teacher's denoiser for one image, from shapes; counted in a batch of 8."""
+    bind = make_denoiser(teacher.meta["networks"]["net"], teacher.meta["diffusion"])
+    params = jax.eval_shape(lambda p: p, teacher.params)
+    x = jax.ShapeDtypeStruct((8, *shape), np.float32)
+    label = jax.ShapeDtypeStruct((8,), np.int32)
+    return traced_flops(lambda p, x, y: bind(p)(x, 1.0, label=y), params, x, label) / 8
 
 
 def oriented(source, index: int, flipped: int) -> tuple[np.ndarray, int]:

@@ -47,12 +47,15 @@ def generator_stage(
     """
     compute = {name: value for name, value in config.compute.to_dict().items() if value}
     model = complete(model | compute)
-    pairs = open_pairs(config, source, teacher, loss["pairs"], loss["data_proportion"])
+    store, pairs = open_pairs(config, source, teacher, loss["pairs"], loss["data_proportion"])
     if model["num_classes"] not in (0, source.num_classes):
         raise ValueError(
             f"the generator has {model['num_classes']} classes, but {source.name} has "
             f"{source.num_classes}: use the data set that the teacher was trained on"
         )
+    # The pairs are paid for once, where they are first used.
+    made = store.cost() if name == "distill" else {}
+    ledger = {unit: total + made.get(unit, 0.0) for unit, total in upstream["ledger"].items()}
     diffusion = upstream["diffusion"]
     judges = make_judges(
         source,
@@ -118,7 +121,7 @@ def generator_stage(
             "teacher": teacher,
             # of the smaller generator's losses; load_frozen adds this one's. None may measure it
             "frozen_networks": upstream.get("frozen_networks", {}),
-            "ledger": upstream["ledger"],
+            "ledger": ledger,
         },
         batch_size=config.batch_size,
         fits=judges.fits,
@@ -133,7 +136,7 @@ def init_generator(model: dict, key: jax.Array) -> PyTree:
 
 
 def open_pairs(config, source, teacher: str, kind: str, proportion: float):
-    """What feeds L_rec; refuses latents of another teacher, data set or resize.
+    """(latent store, what feeds L_rec); refuses latents of another teacher, data set or resize.
 
     kind: "inverted" (real images and their noise) or "teacher" (noise and the teacher's samples).
     proportion: the share of each class whose pairs are used (section 3.3).
@@ -144,8 +147,8 @@ def open_pairs(config, source, teacher: str, kind: str, proportion: float):
     expect = {"teacher": teacher, "direction": directions[kind]}
     store = LatentStore.open(config.latents, expect=expect, in_memory=config.data.cache_latents)
     if kind == "teacher":
-        return data.TeacherPairs(store)
-    return PairSource(source, store, proportion, flips=config.data.flip)
+        return store, data.TeacherPairs(store)
+    return store, PairSource(source, store, proportion, flips=config.data.flip)
 
 
 def preview(

@@ -52,7 +52,8 @@ def latent(n):
 def write(writer, shard):
     source, records = scenes(), writer.records(shard)
     labels = source.labels()[[id_and_flip(n)[0] for n in records]]
-    return writer.write_shard(shard, np.stack([latent(n) for n in records]), labels)
+    z = np.stack([latent(n) for n in records])
+    return writer.write_shard(shard, z, labels, {"flops": 10.0 * len(records), "seconds": 1.0})
 
 
 @pytest.fixture
@@ -106,6 +107,11 @@ def test_rms_is_reported_by_shard_class_and_store(folder):
     values = write(writer, 0)
     assert values["rms"] == pytest.approx(np.sqrt((z[:PER_SHARD] ** 2).mean()), rel=1e-5)
     assert values["rms_min"] <= values["rms"] <= values["rms_max"]
+
+
+def test_what_the_shards_took_adds_up(folder):
+    shards = LatentWriter(folder, manifest()).num_shards
+    assert LatentStore.open(folder).cost() == {"flops": 20.0 * IMAGES, "seconds": 1.0 * shards}
 
 
 def test_an_unfinished_store_is_refused_and_can_be_continued(tmp_path):

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from cheapscale.data.latents import LatentStore
 from cheapscale.models.generator import trainable
 from cheapscale.models.unet import unet
 from cheapscale.training import checkpoint
@@ -166,7 +167,8 @@ def test_the_plan_of_distillation_fits_no_classifier_but_says_so(pipeline, copie
     (how,) = plan["fits_first"].values()
     assert "loss_classifier" in plan["fits_first"] and how.startswith("3 updates of 128 images")
     assert plan["memory"]["frozen"] > 0
-    trained = flops_done(copied / "distill") - flops_done(copied / "pretrain")
+    paid = flops_done(copied / "pretrain") + LatentStore.open(latents).cost()["flops"]
+    trained = flops_done(copied / "distill") - paid
     assert plan["flops_total"] == pytest.approx(trained, rel=0.05)
 
 
@@ -225,3 +227,21 @@ def test_an_error_is_one_sentence_and_no_traceback(words, sentence, tmp_path, mo
     _, stderr, status = command(*words, check=False)
     assert status == 1 and sentence in stderr and "Traceback" not in stderr
     assert stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_evaluate_scores_a_checkpoint_and_its_cost(pipeline, tmp_path):
+    workdir, _ = pipeline
+    lines, _, _ = command(
+        "launch.evaluate", f"--model={workdir / 'grow32'}", "--num=24", "--per_shard=16",
+        "--num_reference=32", "--metrics=fd,kid,memorisation,floor", f"--workdir={tmp_path / 'a'}",
+    )  # fmt: skip
+    summary = json.loads(lines[-1])
+    meta = checkpoint.read_meta(workdir / "grow32")[1]
+    assert summary["cost"]["nfe"] == 1 and summary["cost"]["flops_per_image"] > 0
+    assert summary["cost"]["training_flops"] == meta["ledger"]["flops"]
+    assert summary["num"] == 24 and "no feature network was given" in summary["warnings"][0]
+    assert (tmp_path / "a" / "samples.png").is_file()
+    assert (tmp_path / "a" / "report.md").read_text().startswith("| images | num | fd_classifier")
+
+    shards = sorted((tmp_path / "a" / "shards").glob("generated-*.npz"))
+    assert [len(np.load(path)["ids"]) for path in shards] == [16, 8]

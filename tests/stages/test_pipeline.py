@@ -193,6 +193,20 @@ def test_samples_of_an_unknown_class_are_refused(pipeline):
         sample(loaded, np.arange(2), labels=np.array([0, 8]))
 
 
+def test_the_ledger_pays_for_every_stage_once(pipeline):
+    names = ("pretrain", "distill", "grow16", "grow32")
+    flops = [pipeline[name].summary["ledger"]["flops"] for name in names]
+    made = pipeline["store"].cost()
+    calls = 2 * (pipeline["invert"].config.invert.nodes - 1)
+    assert made["flops"] > 0 and made["flops"] % (calls * len(pipeline["store"])) == 0
+    # what distillation starts from is the teacher's own bill and the latents'
+    assert flops[1] > flops[0] + made["flops"]
+    again = run.build(pipeline["distill"].config).meta["ledger"]
+    assert again["flops"] == flops[0] + made["flops"]
+    grown = run.build(pipeline["grow16"].config).meta["ledger"]
+    assert grown["flops"] == flops[1]
+
+
 def test_running_a_finished_stage_again_does_nothing(pipeline):
     for name in ("invert", "distill"):
         before = weights(pipeline["distill"])

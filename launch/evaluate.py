@@ -1,0 +1,286 @@
+"""Score any checkpoint, folder or file of images against a data set.
+
+    python -m launch.evaluate --model=runs/quick/grow32 --num=5000 --workdir=runs/eval
+    python -m launch.evaluate --model=runs/teacher --steps=18 --workdir=runs/eval_teacher \\
+        --network=inception_v3=pt_inception.pth --reference=imagenet64.npz --metrics=fd,score
+    python -m launch.evaluate --images=samples.npz --data=cifar10 --data_dir=DIR --resolution=32 \\
+        --network=resnet56=resnet56.th --metrics=fd,kid,prdc,memorisation --workdir=runs/eval_files
+
+--model takes the data set from the checkpoint; labels follow its class frequencies. Without
+--network the data set's small classifier measures, and the names say so (fd_classifier). Numbers
+are called fid, kid and is only where the published Inception weights made them.
+
+The job is cut into shards: running the same command again resumes. Out come evaluate.json,
+report.md (a Markdown row) and samples.png in the work directory; the last line is one JSON object.
+"""
+
+import pathlib
+
+import numpy as np
+from absl import app, flags
+
+from cheapscale.data import sources
+from cheapscale.evaluation.pixels import from_uint8, to_uint8
+from cheapscale.evaluation.statistics import load_images
+from cheapscale.models import features
+from cheapscale.models.features import clip as clip_network
+from cheapscale.models.features import tokenizer
+from cheapscale.stages import evaluate
+from cheapscale.stages.data import class_mix
+from cheapscale.stages.sampler_cost import sampler_cost
+from cheapscale.stages.sampling import check_labels, sample
+from cheapscale.training import jobs
+from cheapscale.training.checkpoint import Loaded, load_network
+from cheapscale.training.classifier import fit_classifier
+from cheapscale.training.logging import image_grid, save_png
+from cheapscale.training.loop import provenance
+from launch.command import execute
+
+DEFAULT_METRICS = ("fd", "kid", "prdc", "memorisation", "floor")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    what = "Work directory of a pretrain, distill or grow run."
+    flags.DEFINE_string("model", None, what)
+    flags.DEFINE_string("images", None, "Folder of images, or .npz with uint8 images or arr_0.")
+    flags.DEFINE_string("workdir", None, "Where shards and results go.")
+    flags.DEFINE_string("data", None, "Data set to compare with (default: the model's own).")
+    flags.DEFINE_string("data_dir", "", "Where that data set lies (default: the model's own).")
+    flags.DEFINE_string("split", "test", "Its split of held-out images.")
+    flags.DEFINE_string("train_split", "train", "Its split of training images; '' for none.")
+    flags.DEFINE_integer("resolution", 0, "Of --images (default: the model's own).")
+    flags.DEFINE_list("metrics", [], f"Some of {', '.join(evaluate.METRICS)}.")
+    flags.DEFINE_integer("num", 50_000, "Images to generate, or at most to read.", lower_bound=2)
+    flags.DEFINE_integer("num_reference", 50_000, "At most so many real images.", lower_bound=2)
+    flags.DEFINE_multi_string("network", [], "NAME or NAME=FILE of a feature network.")
+    flags.DEFINE_multi_string("reference", [], "Statistics (.npz) to use in place of real images.")
+    flags.DEFINE_enum("resize", "network", ["network", "clean", "tf1"], "To the network's input.")
+    flags.DEFINE_integer("batch_size", 64, "Images per call.", lower_bound=1)
+    flags.DEFINE_integer("per_shard", 1000, "Images per shard.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the latents.")
+    flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", lower_bound=2)
+    flags.DEFINE_enum("method", "heun", ["heun", "euler"], "Teacher: solver; euler is DDIM.")
+    flags.DEFINE_float("cfg_scale", 1.0, "Teacher: guidance scale; 1 is none.")
+    flags.DEFINE_bool("ema", True, "Use the EMA weights.")
+    flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).")
+    flags.DEFINE_integer("patch", 0, "Side of the crops of the metric 'patch'.")
+    flags.DEFINE_integer("base", 0, "Base resolution of the metric 'base' (default: the model's).")
+    flags.DEFINE_string("clip", None, "NAME=FILE of a CLIP network, for the metric 'clip'.")
+    flags.DEFINE_list("vocabulary", [], "CLIP's bpe_simple_vocab file, or vocab.json,merges.txt.")
+    flags.DEFINE_string("prompt", "a photo of a {}", "Text for 'clip'; {} is the class's name.")
+    flags.DEFINE_bool("insist", False, "Score also with a network that a loss used; names say so.")
+    flags.DEFINE_bool("cost", True, "Measure seconds, FLOPs and memory of the sampler too.")
+    flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
+
+
+def model_images(loaded: Loaded, source, num: int) -> evaluate.Images:
+    """The model's samples, labels drawn with the class frequencies of `source`."""
+    (model,) = loaded.meta["networks"].values()
+    classes = model["num_classes"]
+    if classes:
+        labels = class_mix(source, num)
+        check_labels(labels, classes)
+    else:
+        labels = np.zeros(num, np.int32)
+
+    def read(ids):
+        images, _ = sample(
+            loaded,
+            ids,
+            seed=FLAGS.seed,
+            labels=labels[ids],
+            batch_size=FLAGS.batch_size,
+            steps=FLAGS.steps,
+            method=FLAGS.method,
+            cfg_scale=FLAGS.cfg_scale,
+        )
+        return to_uint8(images), labels[ids]
+
+    resolution = model["resolution"] * 2 ** len(model["growth"])
+    return evaluate.Images(num, resolution, read)
+
+
+def file_images(path: str, resolution: int, num: int) -> evaluate.Images:
+    """Images of a folder (all below it) or an .npz; labels where the file has them."""
+    place = pathlib.Path(path)
+    if place.is_dir():
+        source = sources.open_source(
+            "folder", "all", resolution=resolution, data_dir=path, unlabelled=True
+        )
+        images = evaluate.chosen_images(source, num)
+        return images
+    if place.suffix != ".npz" or not place.is_file():
+        raise ValueError(f"--images={path} is neither a folder nor an .npz file")
+    with np.load(place) as stored:
+        images = stored["images"] if "images" in stored else load_images(place)
+        labels = stored["labels"] if "labels" in stored else np.zeros(len(images), np.int32)
+    if resolution not in (0, images.shape[1]):
+        raise ValueError(f"{path} holds {images.shape[1]} px images, not {resolution}")
+    return evaluate.Images(
+        min(num, len(images)), images.shape[1], lambda ids: (images[ids], labels[ids])
+    )
+
+
+def open_networks(
+    entries: list[str], train, steps: int | None
+) -> tuple[list[features.FeatureNetwork], list[str]]:
+    """(networks of "NAME[=FILE]" strings, warnings); without any the data's small classifier.
+
+    steps: updates of the classifier, None for its default.
+    """
+    networks = []
+    for entry in entries:
+        name, _, path = entry.partition("=")
+        if name == "classifier" and not path:
+            if train is None:
+                raise ValueError("--network=classifier is fitted on training images: give --data")
+            networks.append(fit_classifier(train, purpose="metric", steps=steps).network)
+        else:
+            networks.append(features.load(name, path or None))
+    if networks or train is None:
+        return networks, []
+    text = (
+        "no feature network was given: a small classifier of this data set measured, so no number "
+        "compares with published ones"
+    )
+    return [fit_classifier(train, purpose="metric", steps=steps).network], [text]
+
+
+def open_clip(class_names: list[str]):
+    """(network, text features of one prompt for each class), as the flags say."""
+    name, _, path = FLAGS.clip.partition("=")
+    network = features.load(name, path or None)
+    files = FLAGS.vocabulary
+    words = tokenizer.load_tokenizer(files[0] if len(files) == 1 else tuple(files) or None)
+    prompts = [FLAGS.prompt.format(text) for text in class_names] or [FLAGS.prompt.format("")]
+    return network, np.asarray(clip_network.text_features(network.params, words(prompts)))
+
+
+def run() -> dict:
+    """Evaluate as the flags say; returns the summary."""
+    if (FLAGS.model is None) == (FLAGS.images is None):
+        raise ValueError("give either --model=WORKDIR or --images=FOLDER_OR_NPZ")
+    loaded = load_network(FLAGS.model, ema=FLAGS.ema, step=FLAGS.step) if FLAGS.model else None
+    trained = loaded.meta["config"]["data"] if loaded else {}
+    name = FLAGS.data or trained.get("name")
+    if loaded:
+        (model,) = loaded.meta["networks"].values()
+        resolution = model["resolution"] * 2 ** len(model["growth"])
+    else:
+        resolution = FLAGS.resolution
+        if name and not resolution:
+            raise ValueError("--images needs --resolution to open the data set at the same size")
+
+    def open_split(split: str):
+        if not name or not split:
+            return None
+        options = dict(trained.get("options", {})) if name == trained.get("name") else {}
+        if split != trained.get("split"):
+            options.pop("size", None)
+        return sources.open_source(
+            name,
+            split,
+            resolution=resolution,
+            data_dir=FLAGS.data_dir or trained.get("data_dir") or None,
+            **options,
+        )
+
+    train_split = FLAGS.train_split
+    if loaded and name == trained.get("name") and not FLAGS["train_split"].present:
+        train_split = trained["split"]
+    real, train = open_split(FLAGS.split), open_split(train_split)
+    own = loaded.meta["config"].get("features", {}) if loaded else {}
+    networks, warnings = open_networks(FLAGS.network, train, own.get("metric_steps") or None)
+    metrics = tuple(FLAGS.metrics) or tuple(
+        m for m in DEFAULT_METRICS if train is not None or m not in ("memorisation", "floor")
+    ) + (("composition",) if name == "scenes" else ())
+    settings = evaluate.Settings(
+        metrics=metrics,
+        batch_size=FLAGS.batch_size,
+        per_shard=FLAGS.per_shard,
+        resize=FLAGS.resize,
+        patch=FLAGS.patch,
+        base=FLAGS.base or (model["resolution"] if loaded else 0),
+        prompt=FLAGS.prompt,
+        insist=FLAGS.insist,
+    )
+    if loaded:
+        generated = model_images(loaded, train or real, FLAGS.num)
+    else:
+        generated = file_images(FLAGS.images, resolution, FLAGS.num)
+    job = evaluate.evaluation_job(
+        generated,
+        networks,
+        settings,
+        FLAGS.workdir,
+        real=real,
+        train=train,
+        num_reference=FLAGS.num_reference,
+        references=FLAGS.reference,
+        used_in_loss=loaded.meta.get("frozen_networks", {}) if loaded else {},
+        clip=open_clip(list(real.class_names)) if FLAGS.clip else None,
+    )
+    subject = {"model": FLAGS.model, "checkpoint_step": loaded.step, "ema": FLAGS.ema,
+               "seed": FLAGS.seed} if loaded else {"images": FLAGS.images}  # fmt: skip
+    sampler = {}
+    if loaded and "net" in loaded.meta["networks"]:
+        sampler = {"steps": FLAGS.steps, "method": FLAGS.method, "cfg_scale": FLAGS.cfg_scale}
+    against = {
+        "data": name,
+        "split": FLAGS.split,
+        "resolution": generated.resolution,
+        "num_reference": FLAGS.num_reference,
+        "references": list(FLAGS.reference),
+    }
+    identity = subject | sampler | against | settings._asdict()
+    identity |= {"num": generated.num, "weights": {n.name: n.sha256 for n in networks}}
+    summary = jobs.run(job, FLAGS.workdir, identity, name="evaluate")
+    if not summary.get("num"):  # another process reports
+        return summary
+    summary["warnings"] = warnings + summary["warnings"]
+    summary |= subject | sampler | against | {"resize": FLAGS.resize, "provenance": provenance()}
+    if loaded and FLAGS.cost:
+        summary["cost"] = sampler_cost(
+            loaded, batch_size=min(FLAGS.batch_size, FLAGS.num), **(sampler or {})
+        )
+    first = sorted((pathlib.Path(FLAGS.workdir) / "shards").glob("generated-*.npz"))[0]
+    with np.load(first) as stored:
+        save_png(
+            pathlib.Path(FLAGS.workdir) / "samples.png", image_grid(from_uint8(stored["preview"]))
+        )
+    text = row(summary)
+    (pathlib.Path(FLAGS.workdir) / "report.md").write_text(text + "\n")
+    print(text)
+    for warning in summary["warnings"]:
+        print(f"note: {warning}")
+    return summary
+
+
+def row(summary: dict) -> str:
+    """The numbers as a Markdown table of one row, quality first and its cost behind."""
+    skipped = ("num", "checkpoint_step", "seed", "resolution", "num_reference", "device_seconds",
+               "steps", "cfg_scale")  # fmt: skip
+    cells = {"images": summary.get("model") or summary.get("images"), "num": summary["num"]}
+    for key, value in summary.items():
+        if isinstance(value, float) and key not in skipped:
+            cells[key] = f"{value:.4g}"
+    cost = summary.get("cost", {})
+    for key in ("nfe", "parameters", "flops_per_image", "seconds_per_image", "training_flops"):
+        if key in cost:
+            cells[key] = f"{cost[key]:.4g}"
+    head = "| " + " | ".join(cells) + " |"
+    return "\n".join([
+        head, "|" + " --- |" * len(cells), "| " + " | ".join(map(str, cells.values())) + " |"
+    ])  # fmt: skip
+
+
+def main(argv) -> None:
+    del argv
+    execute("evaluate", FLAGS.workdir, run)
+
+
+if __name__ == "__main__":
+    define_flags()
+    flags.mark_flags_as_required(["workdir"])
+    app.run(main)
