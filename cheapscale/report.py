@@ -101,7 +101,7 @@ def draw_data(path: pathlib.Path, growing: list[Run], top: int) -> None:
     save_png(path, image_grid(np.concatenate(rows), COLUMNS), 1024)
 
 
-def inversion(path: pathlib.Path, teacher: Loaded, run: Run, count: int = 256) -> dict:
+def inversion(path: pathlib.Path, teacher: Loaded, run: Run, count: int = 128) -> dict:
     """Held-out images to noise and back on the same nodes; a picture of pairs, and the PSNR."""
     source = held_out(run.config)
     items = [source[i] for i in range(min(count, len(source)))]

@@ -19,10 +19,10 @@ SIZES = {
         "model": preset("tiny8"),
         "widths": {16: 32, 32: 32},
         # steps, learning rate, batch
-        "pretrain": (1300, 2e-3, 64),
-        "distill": (600, 1e-3, 32),
+        "pretrain": (1200, 2e-3, 64),
+        "distill": (500, 1e-3, 32),
         "grow": (200, 1e-3, 12),
-        "b2": 0.99,  # RAdam warms up for some 2 / (1 - b2) updates: the usual 0.999 is too slow
+        "b2": 0.99,  # RAdam warms up for some 2 / (1 - b2) updates: 0.999 is for longer runs
         "per_shard": 600,
         "invert_batch": 200,
         "discriminator_width": 16,
