@@ -72,12 +72,15 @@ def write(
     figures = {"round_trip": trip, "stages": {}}
     for name in images:
         run = by_stage["distill" if name == "teacher" else name]  # both at the base resolution
-        figures["stages"][name], real = score(run, images[name])
-    final = growing[-1]
+        train = open_data(run.config.data)
+        steps = run.config.features.metric_steps or None
+        network = fit_classifier(train, purpose="metric", steps=steps).network
+        figures["stages"][name], verdict = score(run, train, images[name], network)
+    final = growing[-1]  # the last run of the loop: `train` and `verdict` are its own
     for network in measures:
-        more, real = judge(final, images[final.folder], network)
+        more, verdict = score(final, train, images[final.folder], network)
         figures["stages"][final.folder] |= named(more, network)
-    draw_nearest(folder / "nearest.png", images[final.folder], real)
+    draw_nearest(folder / "nearest.png", verdict)
     for small, large in zip(growing, growing[1:]):
         shrunk = area_mean(images[large.folder], small.config.data.resolution)
         difference = shrunk - images[small.folder]
@@ -120,41 +123,45 @@ def inversion(path: pathlib.Path, teacher: Loaded, run: Run, count: int = 128) -
     }
 
 
-def score(run: Run, images: np.ndarray) -> tuple[dict, Reference]:
-    """Quality numbers of one network's samples in the metric classifier's features."""
-    train = open_data(run.config.data)
-    steps = run.config.features.metric_steps or None
-    return judge(run, images, fit_classifier(train, purpose="metric", steps=steps).network)
+class Verdict(NamedTuple):
+    """Samples (uint8) and their features beside the real images they were compared with."""
+
+    images: np.ndarray
+    features: np.ndarray
+    real: Reference
 
 
-def judge(run: Run, images: np.ndarray, network: FeatureNetwork) -> tuple[dict, Reference]:
-    """Quality numbers of samples against held-out images of their resolution, and those images."""
-    train = open_data(run.config.data)
+def score(run: Run, train, images: np.ndarray, network: FeatureNetwork) -> tuple[dict, Verdict]:
+    """Quality numbers of samples against held-out images of their resolution.
+
+    train: the run's training split, opened.
+    """
     num = min(5000, 4 * len(images))  # more would hardly move the figures of so few samples
     real = reference(network, held_out(run.config), train_source=train, num=num)
+    stored = to_uint8(images)
+    features = embed(network, stored)
     used = run.summary["frozen_networks"]
-    return {"resolution": train.resolution} | quality(real, images, used_in_loss=used), real
+    values = quality(real, images, features=features, used_in_loss=used)
+    return {"resolution": train.resolution} | values, Verdict(stored, features, real)
 
 
 def named(values: dict, network: FeatureNetwork) -> dict:
     """What a further network adds to a row: its distances and their floors, by its name."""
-    short = metric_name("fd", network.name)
-    kernel = f"kd_{network.name}"
+    short = metric_name("fd", network.name).removeprefix("fd_")
     return {
-        short: values[f"fd_{network.name}"],
-        f"{short}_floor": values["floor"],
-        short.replace("fd_", "kd_"): values[kernel],
-        f"{short.replace('fd_', 'kd_')}_floor": values["kd_floor"],
-        f"nn_{short[3:]}": values["nn_features"],
-        f"nn_{short[3:]}_real": values["nn_features_real"],
+        f"fd_{short}": values[f"fd_{network.name}"],
+        f"fd_{short}_floor": values["floor"],
+        f"kd_{short}": values[f"kd_{network.name}"],
+        f"kd_{short}_floor": values["kd_floor"],
+        f"nn_{short}": values["nn_features"],
+        f"nn_{short}_real": values["nn_features_real"],
     }
 
 
-def draw_nearest(path: pathlib.Path, images: np.ndarray, real: Reference) -> None:
+def draw_nearest(path: pathlib.Path, verdict: Verdict) -> None:
     """Of all samples the eight nearest to a training image, and below them those images."""
-    images = to_uint8(images)
-    found = nearest_features(embed(real.network, images), real.train_features)
-    pairs = closest_pairs(images, real.train_images, found, COLUMNS)
+    found = nearest_features(verdict.features, verdict.real.train_features)
+    pairs = closest_pairs(verdict.images, verdict.real.train_images, found, COLUMNS)
     save_png(path, image_grid(from_uint8(pairs), COLUMNS), 1024)
 
 

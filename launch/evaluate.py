@@ -26,7 +26,7 @@ from cheapscale.models import features
 from cheapscale.models.features import clip as clip_network
 from cheapscale.models.features import tokenizer
 from cheapscale.stages import evaluate
-from cheapscale.stages.data import class_mix
+from cheapscale.stages.data import class_mix, open_data
 from cheapscale.stages.sampler_cost import sampler_cost
 from cheapscale.stages.sampling import check_labels, sample
 from cheapscale.training import jobs
@@ -74,7 +74,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
 
 
-def model_images(loaded: Loaded, source, num: int) -> evaluate.Images:
+def model_images(loaded: Loaded, source, resolution: int, num: int) -> evaluate.Images:
     """The model's samples, labels drawn with the class frequencies of `source`."""
     (model,) = loaded.meta["networks"].values()
     classes = model["num_classes"]
@@ -97,7 +97,6 @@ def model_images(loaded: Loaded, source, num: int) -> evaluate.Images:
         )
         return to_uint8(images), labels[ids]
 
-    resolution = model["resolution"] * 2 ** len(model["growth"])
     return evaluate.Images(num, resolution, read)
 
 
@@ -108,8 +107,7 @@ def file_images(path: str, resolution: int, num: int) -> evaluate.Images:
         source = sources.open_source(
             "folder", "all", resolution=resolution, data_dir=path, unlabelled=True
         )
-        images = evaluate.chosen_images(source, num)
-        return images
+        return evaluate.chosen_images(source, num)
     if place.suffix != ".npz" or not place.is_file():
         raise ValueError(f"--images={path} is neither a folder nor an .npz file")
     with np.load(place) as stored:
@@ -172,19 +170,11 @@ def run() -> dict:
         if name and not resolution:
             raise ValueError("--images needs --resolution to open the data set at the same size")
 
+    own_data = trained if name == trained.get("name") else {"split": "", "options": {}}
+    data = own_data | {"name": name, "data_dir": FLAGS.data_dir or trained.get("data_dir", "")}
+
     def open_split(split: str):
-        if not name or not split:
-            return None
-        options = dict(trained.get("options", {})) if name == trained.get("name") else {}
-        if split != trained.get("split"):
-            options.pop("size", None)
-        return sources.open_source(
-            name,
-            split,
-            resolution=resolution,
-            data_dir=FLAGS.data_dir or trained.get("data_dir") or None,
-            **options,
-        )
+        return open_data(data, split=split, resolution=resolution) if name and split else None
 
     train_split = FLAGS.train_split
     if loaded and name == trained.get("name") and not FLAGS["train_split"].present:
@@ -206,7 +196,7 @@ def run() -> dict:
         insist=FLAGS.insist,
     )
     if loaded:
-        generated = model_images(loaded, train or real, FLAGS.num)
+        generated = model_images(loaded, train or real, resolution, FLAGS.num)
     else:
         generated = file_images(FLAGS.images, resolution, FLAGS.num)
     job = evaluate.evaluation_job(

@@ -52,8 +52,7 @@ def describe_training(config, stage: Stage, workdir: pathlib.Path) -> dict:
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     sharding.check_batch(stage.batch_size, mesh)
     state = loop.abstract_state(stage, mesh, config.seed)
-    frozen = stage.frozen_shapes()
-    frozen = placed(frozen, sharding.infer_sharding(frozen, mesh))
+    frozen = sharding.placed(stage.frozen_shapes(), mesh)
     batch = jax.tree.map(
         lambda rows: jax.ShapeDtypeStruct(
             (len(rows) * jax.process_count(), *rows.shape[1:]),
@@ -98,13 +97,6 @@ def describe_training(config, stage: Stage, workdir: pathlib.Path) -> dict:
         # an old checkpoint is deleted only after a new one is whole
         "disk_bytes": checkpoint * min(coming, max(config.keep + 1 - len(saved), 1)),
     }
-
-
-def placed(shapes, places):
-    """ShapeDtypeStructs with shardings."""
-    return jax.tree.map(
-        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
-    )
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:

@@ -116,9 +116,7 @@ def reference(
         return Reference(network, features, images, None, None, pair)
     train_images, ids = read_images(train_source, num_train)
     train_features = embed(network, train_images, batch_size=batch_size)
-    # The metric classifier was fitted on images of even id (training/classifier.py) and tells
-    # those from held-out ones; neither held-out nor generated images were part of its fit.
-    unseen = train_features[ids % 2 == 1]
+    unseen = train_features[unseen_by_classifier(ids)]
     if len(unseen) < 2:
         raise ValueError(f"{len(ids)} images of {train_source.name!r} are too few for a floor")
     return Reference(network, features, images, train_features, train_images, (unseen, features))
@@ -128,6 +126,7 @@ def quality(
     reference: Reference,
     images: np.ndarray | jax.Array | Iterable[Any],
     *,
+    features: np.ndarray | None = None,
     used_in_loss: Iterable[str] | Mapping[str, str] = (),
     insist: bool = False,
     k: int = 3,
@@ -139,6 +138,7 @@ def quality(
     Args:
         images: float [n, R, R, 3] in [-1, 1], or an iterable of such batches. They are truncated to
             eight bits, as the real ones are stored.
+        features: what `embed` gave of them, where the caller has it already.
         used_in_loss: networks of the training loss as the run's summary lists them: names, or
             name -> sha256. A match of either with the reference's network is refused, or with
             `insist` marked in the metrics' names.
@@ -158,7 +158,8 @@ def quality(
             f"generated images are {images.shape[1:]}, real ones {reference.images.shape[1:]}: "
             "compare at one resolution"
         )
-    features = embed(reference.network, images, batch_size=batch_size)
+    if features is None:
+        features = embed(reference.network, images, batch_size=batch_size)
     distance = frechet_distance(features, reference.features)
     floor, kd_floor = reference.floor(len(features))
     neighbours = min(k, len(features) - 1, len(reference.features) - 1)
@@ -205,9 +206,23 @@ def checked_name(
     )
 
 
+def choice(length: int, num: int) -> np.ndarray:
+    """The fixed random choice of at most `num` of `length` images that statistics are made of."""
+    return np.random.default_rng(0).permutation(length)[:num]
+
+
+def unseen_by_classifier(ids: np.ndarray) -> np.ndarray:
+    """Which training images the metric classifier was not fitted on, boolean.
+
+    It saw those of even id (training/classifier.py) and tells them from held-out ones; neither
+    held-out nor generated images were part of its fit.
+    """
+    return ids % 2 == 1
+
+
 def read_images(source: Any, num: int) -> tuple[np.ndarray, np.ndarray]:
     """A fixed random choice of at most `num` images: uint8 [n, R, R, 3], and their ids [n]."""
-    ids = np.random.default_rng(0).permutation(len(source))[:num]
+    ids = choice(len(source), num)
     return _gather(np.asarray(source[int(i)]["image"])[None] for i in ids), ids
 
 

@@ -24,7 +24,7 @@ from cheapscale.evaluation import alignment, patches, resize
 from cheapscale.evaluation import scenes as composition
 from cheapscale.evaluation.naming import metric_name
 from cheapscale.evaluation.pixels import check_images, to_uint8
-from cheapscale.evaluation.quality import checked_name
+from cheapscale.evaluation.quality import checked_name, choice, unseen_by_classifier
 from cheapscale.evaluation.scores import scores
 from cheapscale.evaluation.statistics import (
     Identity,
@@ -241,8 +241,6 @@ def evaluation_job(
         kinds = ("fd", "kid") if view else ("fd", "kid", "score", "prdc", "memorisation")
         metrics = [kind for kind in kinds if kind in settings.metrics or view]
         reference = statistics_of("real", network.name, view)
-        if reference is not None and reference.features is None:
-            metrics = [kind for kind in metrics if kind not in ("kid", "prdc") or not view]
         training = statistics_of("train", network.name, "")
         shared = {"network": name, "sha256": network.sha256, "variant": view}
         found = {}
@@ -335,20 +333,11 @@ def composes(settings: Settings, name: str) -> bool:
     return "composition" in settings.metrics and name in ("generated", "real")
 
 
-def choice(length: int, num: int) -> np.ndarray:
-    """The fixed random choice of at most `num` of `length` images that statistics are made of."""
-    return np.random.default_rng(0).permutation(length)[:num]
-
-
 def unseen_rows(network: FeatureNetwork, length: int, num: int) -> np.ndarray:
-    """Which rows of the chosen training images the network was not itself fitted on.
-
-    The small classifier saw the images of even number (training/classifier.py) and tells them from
-    held-out ones, which a floor must not show.
-    """
+    """Which rows of the chosen training images the network was not itself fitted on."""
     ids = choice(length, num)
     fitted_here = network.name.startswith("classifier")
-    return np.flatnonzero(ids % 2 == 1) if fitted_here else np.arange(len(ids))
+    return np.flatnonzero(unseen_by_classifier(ids)) if fitted_here else np.arange(len(ids))
 
 
 def chosen_images(source, num: int) -> Images:

@@ -70,10 +70,7 @@ def abstract_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainSta
         return create_state(*stage.init_params(key), stage.optimisers, stage.meta["networks"])
 
     shapes = jax.eval_shape(make, stream_key(seed, "init", 0))
-    places = sharding.infer_sharding(shapes, mesh)
-    return jax.tree.map(
-        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
-    )
+    return sharding.placed(shapes, mesh)
 
 
 def fresh_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
@@ -191,11 +188,7 @@ def train(
         # 2. Data, and one compilation; meanwhile the frozen weights, which may have to be fitted.
         batches = stage.batches(start)
         batch = sharding.shard_batch(next(batches), device_mesh)
-        shapes = stage.frozen_shapes()
-        places = sharding.infer_sharding(shapes, device_mesh)
-        shapes = jax.tree.map(
-            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
-        )
+        shapes = sharding.placed(stage.frozen_shapes(), device_mesh)
         logging.info("%s: compiling one step", name)
         began = time.monotonic()
         with ThreadPoolExecutor(1) as pool:
@@ -203,6 +196,7 @@ def train(
             # Each process loads for itself: it may have to fit what another finds in its cache.
             with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
                 frozen, networks = stage.load_frozen()
+            places = jax.tree.map(lambda s: s.sharding, shapes)
             frozen = jax.device_put(jax.tree.map(np.asarray, frozen), places)
             step_fn, flops, peak = compiling.result()
         logging.info(

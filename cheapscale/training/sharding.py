@@ -60,6 +60,15 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def placed(shapes: PyTree, mesh: Mesh) -> PyTree:
+    """ShapeDtypeStructs with the shardings that `infer_sharding` gives them."""
+    return jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p),
+        shapes,
+        infer_sharding(shapes, mesh),
+    )
+
+
 def infer_sharding(tree: PyTree, mesh: Mesh, min_size: int = MIN_SHARDED) -> PyTree:
     """A NamedSharding for each leaf (arrays or ShapeDtypeStructs): large leaves are split along
     their largest axis that `fsdp` divides, everything else is replicated.
