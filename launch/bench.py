@@ -1,13 +1,17 @@
-"""Our U-Net against `diffusers.UNet2DModel` on CPU: a training step, one-step sampling, a profile.
+"""Ours against other people's on CPU, with a profile; and what the large statistics cost.
 
     OMP_WAIT_POLICY=passive python -m launch.bench --workdir=runs/bench \\
         --record=notebooks/results/bench_cpu.json
+    OMP_WAIT_POLICY=passive python -m launch.bench --what=features --what=statistics \\
+        --workdir=runs/bench --record=notebooks/results/bench_features.json
 
-Both sides are the same function: the residual blocks, their widths, group norms and attention are
-mapped onto each other, our weights are copied into theirs, and the record holds how far the two
-outputs are apart. A training step is EDM's denoising loss, its gradient, Adam and the weights'
-moving average; one-step sampling is one forward pass. The sides take turns, call by call, so that
-whatever else the machine does falls on both; a ratio is their seconds over ours in the same round.
+    unet        a training step and one-step sampling against diffusers.UNet2DModel
+    features    Inception-v3 features of a set and its Frechet distance, against torch-fidelity
+    statistics  moments, Frechet distance, precision and recall of sets of 50,000: seconds, memory
+
+Both sides of a comparison are the same function with the same weights, and the record holds how far
+their outputs are apart. They take turns, call by call, so that whatever else the machine does falls
+on both; a ratio is their seconds over ours in the same round.
 
 Seconds are wall clock. A second set counts CPU seconds of all threads; where these are no more than
 the wall's on several cores, other work had the rest of the machine. Waiting OpenMP threads spin by
@@ -15,38 +19,28 @@ default, which makes PyTorch many times slower on such a machine: hence OMP_WAIT
 gives the steadier figures.
 """
 
-import copy
 import glob
+import importlib
 import json
 import os
 import pathlib
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
 
-from cheapscale.evaluation.cost import param_count
-from cheapscale.models.unet import unet
-from cheapscale.stages.networks import complete, make_denoiser, make_generator
-from cheapscale.stages.pretrain import denoising_loss
 from cheapscale.training.loop import provenance
-from cheapscale.training.optim import make_optimiser
-from cheapscale.training.stage import denoise_step, noise_bins
-from cheapscale.training.state import Optimiser, create_state
 from configs.models import preset
+from launch import bench_statistics
 from launch.command import execute
 from launch.memory import keep_memory
-
-PyTree = Any
 
 
 class Size(NamedTuple):
@@ -64,58 +58,7 @@ SIZES = {
     ),
     "tiny16": Size(preset("tiny16", groups=8), 32),
 }  # fmt: skip
-DIFFUSION = dict(process="edm", P_mean=-1.2, P_std=1.2, sigma_data=0.5, sigma_max=80.0)
-RATE, DECAY = 1e-4, 0.999
 SETTINGS = ("XLA_FLAGS", "OMP_WAIT_POLICY", "GLIBC_TUNABLES")  # environment that changes seconds
-FORMATS = ("contiguous", "channels_last")  # PyTorch's default layout, and ours
-
-
-def random_weights(model: dict, seed: int = 0) -> PyTree:
-    """Weights of order one for every tensor: a fresh network has zeros where it ends a block."""
-    rng, shape = np.random.default_rng(seed), (1, model["resolution"], model["resolution"], 3)
-    shapes = jax.eval_shape(unet(**model).init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(1))
-
-    def draw(path, leaf):
-        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 100
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes["params"])
-
-
-def our_step(model: dict) -> tuple[Callable, Optimiser]:
-    """Pretraining's step, (state, frozen, batch, key) -> (state, metrics), and its optimiser."""
-    optimiser = Optimiser(make_optimiser("adam", RATE))
-    loss = partial(
-        denoising_loss, bind=make_denoiser(model, DIFFUSION), diffusion=DIFFUSION, null_label=0,
-        label_dropout=0.0,
-    )  # fmt: skip
-    return partial(denoise_step, loss_fn=loss, optimiser=optimiser, ema_decay=DECAY), optimiser
-
-
-def our_calls(model: dict, params: PyTree, images: np.ndarray) -> tuple[dict, dict, Any]:
-    """({use: call to time}, {use: FLOPs}, the compiled training step)."""
-    step, optimiser = our_step(model)
-    params = {"net": jax.tree.map(jnp.copy, params)}  # the step takes its state for good
-    state = create_state(params, {"net": noise_bins()}, {"net": optimiser}, ["net"])
-    batch = {"image": jnp.asarray(images), "label": jnp.zeros(len(images), jnp.int32)}
-    key = jax.random.key(0)
-    train = jax.jit(step, donate_argnums=0).lower(state, {}, batch, key).compile()
-    z = DIFFUSION["sigma_max"] * batch["image"]
-    weights = jax.tree.map(jnp.copy, params["net"])
-    generate = jax.jit(make_generator(model, DIFFUSION)).lower(weights, z, batch["label"]).compile()
-
-    def train_once():
-        nonlocal state
-        state, metrics = train(state, {}, batch, key)
-        jax.block_until_ready((state, metrics))
-
-    calls = {
-        "training": train_once,
-        "sampling": lambda: jax.block_until_ready(generate(weights, z, batch["label"])),
-    }
-    flops = {"training": train, "sampling": generate}
-    return calls, {use: c.cost_analysis()["flops"] for use, c in flops.items()}, train
 
 
 def alternate(calls: dict[str, Callable], rounds: int) -> dict:
@@ -144,27 +87,17 @@ def summary(seconds: dict) -> dict:
     return out
 
 
-# The first pattern found in "<shape> <path of the operation>" names the class of a compiled
-# operation. A fusion carries the path of its last operation.
-CLASSES = (
-    ("convolution: gradient of the kernel", r"^\w+\[\d+,3,3,\d+\].*transpose\(jvp.*/conv_general"),
-    ("convolution: gradient of the input", r"transpose\(jvp.*/conv_general"),
-    ("convolution: forward", r"/conv_general"),
-    ("normalisation", r"/norm\d?/"),
-    ("attention and dense", r"attend|/dot_general|/qkv/|/proj/|/skip/|/affine/|/map_"),
-    ("changes of layout", r" $"),
-    ("activations, resizing, sums", r"UNet"),
-    ("loss, optimiser, EMA", r""),
-)
+def profile(compiled, call: Callable, classes: tuple, calls: int = 3) -> dict:
+    """Milliseconds of a compiled program by class of operation, of the quickest of a few traces.
 
-
-def profile(compiled, call: Callable, calls: int = 3) -> dict:
-    """Milliseconds of the compiled step by class of operation, of the quickest of a few traces."""
+    classes: (name, pattern) pairs; the first pattern found in "<shape> <path of the operation>"
+    names the class. A fusion carries the path of its last operation.
+    """
     instruction = r"%?([\w.\-]+) = (\S+) [^\n]*?(?:op_name=\"([^\"]*)\"[^\n]*)?\n"
     kinds = {}
     for name, shape, path in re.findall(instruction, compiled.as_text()):
         text = f"{shape} {path}"
-        kinds[name] = next(kind for kind, pattern in CLASSES if re.search(pattern, text))
+        kinds[name] = next(kind for kind, pattern in classes if re.search(pattern, text))
     traces = []
     for _ in range(calls):
         total = Counter()
@@ -173,7 +106,7 @@ def profile(compiled, call: Callable, calls: int = 3) -> dict:
                 total[kinds[event.name]] += event.duration_ns / 1e6
         traces.append(total)
     quickest = min(traces, key=Counter.total)
-    return {kind: round(quickest[kind], 2) for kind, _ in CLASSES}
+    return {kind: round(quickest[kind], 2) for kind, _ in classes}
 
 
 def traced(call: Callable) -> list:
@@ -188,123 +121,171 @@ def traced(call: Callable) -> list:
     return [event for plane in trace.planes for line in plane.lines for event in line.events]
 
 
-def counterpart(cores: int):
-    """The module of their side, its threads set. Raises ValueError where it cannot be imported."""
+def counterpart(name: str, needs: str):
+    """The module of a comparison, PyTorch given one thread a core. Raises ValueError where it
+    cannot be imported."""
     try:
-        from launch import bench_diffusers
+        module = importlib.import_module(f"launch.{name}")
     except ImportError as error:
-        raise ValueError(
-            f"the comparison needs diffusers and torch ({error}): pip install diffusers torch"
-        ) from None
-    bench_diffusers.torch.set_num_threads(cores)
-    return bench_diffusers
+        raise ValueError(f"the comparison needs {needs} ({error}): pip install {needs}") from None
+    module.torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return module
 
 
-def compare(size: Size, rounds: int, theirs) -> dict:
-    """Everything the record says about one size; `theirs` is the module of their side."""
-    model = complete(size.model)
-    params, net = random_weights(model), theirs.network(model)
-    theirs.copy_weights(params, model, net)
-    shape = (size.batch, model["resolution"], model["resolution"], 3)
-    images = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
-    apart = theirs.difference(model, params, net, images[:2])
-    calls, flops, compiled = our_calls(model, params, images)
-    sides, counts = {"ours": calls}, {"ours": flops}
-    for layout in FORMATS:
-        sides[layout], counts["theirs"] = theirs.calls(
-            copy.deepcopy(net), images, layout, DIFFUSION, RATE, DECAY
-        )
-    uses = {}
-    for use in ("sampling", "training"):
-        seconds = alternate({side: calls[use] for side, calls in sides.items()}, rounds)
-        uses[use] = summary(seconds) | {"flops": {side: int(n[use]) for side, n in counts.items()}}
+class Figures(NamedTuple):
+    """What one part of the benchmark found: for the record, as text, for the closing line; and
+    the versions of what it compared with."""
+
+    record: dict
+    text: str
+    summary: dict
+    versions: dict
+
+
+def against_diffusers(sizes: dict[str, Size], rounds: int) -> Figures:
+    """The U-Net, at every size."""
+    pair, found = counterpart("bench_diffusers", "diffusers torch"), {}
+    for name, size in sizes.items():
+        facts, calls, flops, compiled = pair.prepare(size.model, size.batch)
+        uses = {use: summary(alternate(calls[use], rounds)) for use in calls}
+        found[name] = facts | {
+            "uses": {use: row | {"flops": flops[use]} for use, row in uses.items()},
+            "profile_ms": profile(compiled, calls["training"]["ours"], pair.CLASSES),
+        }
+    text = "\n".join(table(name, row) for name, row in found.items())
+    record = {"differences": pair.DIFFERENCES, "sizes": found}
+    return Figures(
+        record, text, {"theirs_over_ours": {n: ratios(f) for n, f in found.items()}}, pair.VERSIONS
+    )
+
+
+def against_torch_fidelity(size: dict, rounds: int) -> Figures:
+    """Inception's features and the Frechet distance; size: arguments of bench_features.prepare."""
+    pair = counterpart("bench_features", "torch-fidelity torch torchvision")
+    facts, calls, program = pair.prepare(**size)
+    seconds = {use: alternate(calls[use], rounds) for use in calls}
+    seconds["both"] = total(*seconds.values())
+    uses = {use: summary(clocks) for use, clocks in seconds.items()}
+    for row in uses["both"].values():
+        row["images_per_second"] = round(size["num"] / row["wall_seconds"], 2)
+    found = facts | {"uses": uses, "profile_ms": profile(*program, pair.CLASSES)}
+    return Figures(
+        {"features": found},
+        table("features", found),
+        {"features_theirs_over_ours": ratios(found)},
+        pair.VERSIONS,
+    )
+
+
+def large_statistics(rows: int, dimension: int = 2048) -> Figures:
+    """Moments, Frechet distance, precision and recall of sets of `rows` features."""
+    found = bench_statistics.measure(rows, dimension)
+    return Figures({"statistics": found}, bench_statistics.table(found), {"statistics": found}, {})
+
+
+def total(*parts: dict) -> dict:
+    """Seconds by side and clock, added up over the parts round by round."""
     return {
-        "model": model,
-        "batch": size.batch,
-        "parameters": {
-            "ours": param_count(params),
-            "theirs": sum(p.numel() for p in net.parameters()),
-        },
-        "output_difference": float(f"{apart:.2g}"),
-        "uses": uses,
-        "profile_ms": profile(compiled, sides["ours"]["training"]),
+        side: {
+            clock: [sum(turn) for turn in zip(*(p[side][clock] for p in parts))] for clock in row
+        }
+        for side, row in parts[0].items()
     }
 
 
-def table(sizes: dict) -> str:
-    """The figures as text."""
+def ratios(figures: dict) -> dict:
+    """Their seconds over ours by use, PyTorch in its default layout."""
+    return {use: row["contiguous"]["wall_ratio"] for use, row in figures["uses"].items()}
+
+
+def table(name: str, figures: dict) -> str:
+    """One comparison as text."""
     lines = []
-    for name, figures in sizes.items():
-        for use, sides in figures["uses"].items():
-            ours = sides["ours"]
-            lines.append(f"{name:>10} {use:<10} ours {1e3 * ours['wall_seconds']:9.1f} ms")
-            for layout in FORMATS:
-                row = sides[layout]
+    for use, sides in figures["uses"].items():
+        lines.append(f"{name:>10} {use:<10} ours {1e3 * sides['ours']['wall_seconds']:9.1f} ms")
+        for side, row in sides.items():
+            if "wall_ratio" in row:
                 lines.append(
-                    f"{layout:>33} {1e3 * row['wall_seconds']:9.1f} ms  "
+                    f"{side:>33} {1e3 * row['wall_seconds']:9.1f} ms  "
                     f"theirs / ours: {row['wall_ratio']:.2f} (CPU seconds: {row['cpu_ratio']:.2f})"
                 )
-        total = sum(figures["profile_ms"].values())
-        lines += [
-            f"{kind:>40} {value:9.1f} ms {100 * value / total:5.1f} %"
-            for kind, value in figures["profile_ms"].items()
-        ]
+    whole = sum(figures["profile_ms"].values())
+    lines += [
+        f"{kind:>40} {value:9.1f} ms {100 * value / whole:5.1f} %"
+        for kind, value in figures["profile_ms"].items()
+    ]
     return "\n".join(lines)
 
 
-def run(sizes: dict[str, Size], rounds: int, workdir: str, record: str = "") -> dict:
-    """Measure every size, write the record, and return the ratios for the closing line."""
+def run(
+    parts: dict[str, Callable[[], Figures]], rounds: int, workdir: str, record: str = ""
+) -> dict:
+    """Measure every part, write the record, and return the figures for the closing line."""
     if rounds < 1:
         raise ValueError(f"--rounds={rounds} measures nothing: give 1 or more")
     began, load, cores = time.monotonic(), os.getloadavg()[0], len(os.sched_getaffinity(0))
-    theirs, figures = counterpart(cores), {}
-    for name, size in sizes.items():
+    found = []
+    for name, part in parts.items():
         logging.info("bench: %s, %d rounds on %d cores", name, rounds, cores)
-        figures[name] = compare(size, rounds, theirs)
-    content = {
-        "provenance": provenance() | theirs.VERSIONS,
+        found.append(part())
+        print(found[-1].text, flush=True)
+    content = {"provenance": provenance()}
+    for figures in found:
+        content["provenance"] |= figures.versions
+    content |= {
         "cores": cores,
         "load_before": round(load, 2),
         "rounds": rounds,
         "settings": {name: os.environ.get(name, "") for name in SETTINGS}
         | {"memory": "freed memory stays in the process (launch/memory.py), for both sides"},
-        "differences": theirs.DIFFERENCES,
-        "sizes": figures,
-        "seconds": round(time.monotonic() - began, 1),
     }
-    print(table(figures), flush=True)
+    for figures in found:
+        content |= figures.record
+    content["seconds"] = round(time.monotonic() - began, 1)
     path = pathlib.Path(record or pathlib.Path(workdir) / "record.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text()) if path.exists() else {}
     runs |= {f"{cores}_cores": content}  # a record holds one run for each number of cores
     path.write_text(json.dumps(runs, indent=1) + "\n")
-    ratios = {
-        name: {use: row["contiguous"]["wall_ratio"] for use, row in figure["uses"].items()}
-        for name, figure in figures.items()
-    }
-    return {"record": str(path), "seconds": content["seconds"], "theirs_over_ours": ratios}
+    closing = {"record": str(path), "seconds": content["seconds"]}
+    for figures in found:
+        closing |= figures.summary
+    return closing
 
 
 def main(argv) -> None:
     del argv
     options = flags.FLAGS
-    if options.cores:  # before either library starts its threads
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+    allowed = sorted(os.sched_getaffinity(0))
+    if 0 < options.cores < len(allowed):
+        # Anew, because libraries count the cores, and start their threads, when they are loaded.
+        os.sched_setaffinity(0, allowed[: options.cores])
+        os.execv(sys.executable, sys.orig_argv)
     keep_memory()
     jax.config.update("jax_platforms", "cpu")  # also where there is an accelerator
-    chosen = {name: SIZES[name] for name in options.sizes}
-    execute(
-        "bench",
-        options.workdir,
-        lambda: run(chosen, options.rounds, options.workdir, options.record),
-    )
+    sizes = {name: SIZES[name] for name in options.sizes}
+    images = {"num": options.images, "batch": options.batch}
+    rounds = options.rounds
+    parts = {
+        "unet": lambda: against_diffusers(sizes, rounds),
+        "features": lambda: against_torch_fidelity(images, rounds),
+        "statistics": lambda: large_statistics(options.rows),
+    }
+    chosen = {name: part for name, part in parts.items() if name in options.what}
+    execute("bench", options.workdir, lambda: run(chosen, rounds, options.workdir, options.record))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Where the summary goes.")
     flags.DEFINE_string("record", "", "Where the record (.json) goes instead.")
+    flags.DEFINE_multi_enum(
+        "what", ["unet"], ["unet", "features", "statistics"], "What to measure."
+    )
     flags.DEFINE_integer("rounds", 10, "Turns of each side.")
     flags.DEFINE_integer("cores", 0, "Cores to use; 0 = all.")
-    flags.DEFINE_multi_enum("sizes", list(SIZES), list(SIZES), "What to measure.")
+    flags.DEFINE_multi_enum("sizes", list(SIZES), list(SIZES), "unet: which.")
+    flags.DEFINE_integer("images", 128, "features: images in the set.", lower_bound=2)
+    flags.DEFINE_integer("batch", 64, "features: images per call of the network.", lower_bound=1)
+    flags.DEFINE_integer("rows", 50_000, "statistics: features in each set.", lower_bound=6)
     flags.mark_flags_as_required(["workdir"])
     app.run(main)

@@ -1,13 +1,17 @@
-"""`diffusers.UNet2DModel` as the counterpart of our U-Net, for launch/bench.py.
+"""Our U-Net and `diffusers.UNet2DModel`, for launch/bench.py: one function in two libraries.
 
-One architecture in two libraries: the same residual blocks, widths, norms and attention, so that
-our weights can be copied tensor by tensor and the outputs compared. Needs torch and diffusers.
+The same residual blocks, widths, norms and attention, so that our weights can be copied tensor by
+tensor and the outputs compared. A training step is EDM's denoising loss, its gradient, Adam and
+the weights' moving average; one-step sampling is one forward pass. Needs torch and diffusers.
 """
 
+import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -15,11 +19,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cheapscale.diffusion.process import noise_feature
+from cheapscale.evaluation.cost import param_count
 from cheapscale.models.unet import plan, unet
+from cheapscale.stages.networks import complete, make_denoiser, make_generator
+from cheapscale.stages.pretrain import denoising_loss
+from cheapscale.training.optim import make_optimiser
+from cheapscale.training.stage import denoise_step, noise_bins
+from cheapscale.training.state import Optimiser, create_state
 
 PyTree = Any
 
 VERSIONS = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+
+DIFFUSION = dict(process="edm", P_mean=-1.2, P_std=1.2, sigma_data=0.5, sigma_max=80.0)
+RATE, DECAY = 1e-4, 0.999
+FORMATS = ("contiguous", "channels_last")  # PyTorch's default layout, and ours
 
 # What the two sides of the comparison do not share, for its record.
 DIFFERENCES = (
@@ -31,6 +45,98 @@ DIFFERENCES = (
     "FLOPs of ours are XLA's, without taps that fall into padding; of theirs, torch's count with "
     "them and without elementwise work",
 )
+
+# The first pattern found in "<shape> <path of the operation>" names the class of a compiled
+# operation. A fusion carries the path of its last operation.
+CLASSES = (
+    ("convolution: gradient of the kernel", r"^\w+\[\d+,3,3,\d+\].*transpose\(jvp.*/conv_general"),
+    ("convolution: gradient of the input", r"transpose\(jvp.*/conv_general"),
+    ("convolution: forward", r"/conv_general"),
+    ("normalisation", r"/norm\d?/"),
+    ("attention and dense", r"attend|/dot_general|/qkv/|/proj/|/skip/|/affine/|/map_"),
+    ("changes of layout", r" $"),
+    ("activations, resizing, sums", r"UNet"),
+    ("loss, optimiser, EMA", r""),
+)
+
+
+def prepare(model: dict, batch: int) -> tuple[dict, dict, dict, Any]:
+    """Both sides of one size, from fields of our U-Net and a batch size.
+
+    Returns what the record says of them; {use: {side: call}}; {use: {side: FLOPs}}; our compiled
+    training step.
+    """
+    model = complete(model)
+    params, net = random_weights(model), network(model)
+    copy_weights(params, model, net)
+    shape = (batch, model["resolution"], model["resolution"], 3)
+    images = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
+    apart = difference(model, params, net, images[:2])
+    ours, our_flops, compiled = our_calls(model, params, images)
+    sides = {"ours": ours}
+    for layout in FORMATS:
+        sides[layout], their_flops = their_calls(copy.deepcopy(net), images, layout)
+    facts = {
+        "model": model,
+        "batch": batch,
+        "parameters": {
+            "ours": param_count(params),
+            "theirs": sum(p.numel() for p in net.parameters()),
+        },
+        "output_difference": float(f"{apart:.2g}"),
+    }
+    uses = ("sampling", "training")
+    calls = {use: {side: calls[use] for side, calls in sides.items()} for use in uses}
+    flops = {use: {"ours": int(our_flops[use]), "theirs": int(their_flops[use])} for use in uses}
+    return facts, calls, flops, compiled
+
+
+def random_weights(model: dict, seed: int = 0) -> PyTree:
+    """Weights of order one for every tensor: a fresh network has zeros where it ends a block."""
+    rng, shape = np.random.default_rng(seed), (1, model["resolution"], model["resolution"], 3)
+    shapes = jax.eval_shape(unet(**model).init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(1))
+
+    def draw(path, leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 100
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(centre + rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes["params"])
+
+
+def our_step(model: dict) -> tuple[Callable, Optimiser]:
+    """Pretraining's step, (state, frozen, batch, key) -> (state, metrics), and its optimiser."""
+    optimiser = Optimiser(make_optimiser("adam", RATE))
+    loss = partial(
+        denoising_loss, bind=make_denoiser(model, DIFFUSION), diffusion=DIFFUSION, null_label=0,
+        label_dropout=0.0,
+    )  # fmt: skip
+    return partial(denoise_step, loss_fn=loss, optimiser=optimiser, ema_decay=DECAY), optimiser
+
+
+def our_calls(model: dict, params: PyTree, images: np.ndarray) -> tuple[dict, dict, Any]:
+    """({use: call to time}, {use: FLOPs}, the compiled training step)."""
+    step, optimiser = our_step(model)
+    params = {"net": jax.tree.map(jnp.copy, params)}  # the step takes its state for good
+    state = create_state(params, {"net": noise_bins()}, {"net": optimiser}, ["net"])
+    batch = {"image": jnp.asarray(images), "label": jnp.zeros(len(images), jnp.int32)}
+    key = jax.random.key(0)
+    train = jax.jit(step, donate_argnums=0).lower(state, {}, batch, key).compile()
+    z = DIFFUSION["sigma_max"] * batch["image"]
+    weights = jax.tree.map(jnp.copy, params["net"])
+    generate = jax.jit(make_generator(model, DIFFUSION)).lower(weights, z, batch["label"]).compile()
+
+    def train_once():
+        nonlocal state
+        state, metrics = train(state, {}, batch, key)
+        jax.block_until_ready((state, metrics))
+
+    calls = {
+        "training": train_once,
+        "sampling": lambda: jax.block_until_ready(generate(weights, z, batch["label"])),
+    }
+    flops = {"training": train, "sampling": generate}
+    return calls, {use: c.cost_analysis()["flops"] for use, c in flops.items()}, train
 
 
 def network(model: dict) -> torch.nn.Module:
@@ -106,25 +212,20 @@ def copy_weights(params: PyTree, model: dict, net: torch.nn.Module) -> None:
         raise ValueError(f"{len(left)} tensors of UNet2DModel have no counterpart in the model")
 
 
-def calls(
-    net: torch.nn.Module,
-    images: np.ndarray,
-    layout: str,
-    diffusion: dict,
-    rate: float,
-    decay: float,
+def their_calls(
+    net: torch.nn.Module, images: np.ndarray, layout: str
 ) -> tuple[dict[str, Callable], dict[str, int]]:
     """({use: call to time}, {use: FLOPs}) of UNet2DModel in one memory layout."""
     layout = getattr(torch, {"contiguous": "contiguous_format"}.get(layout, layout))
     net = net.to(memory_format=layout)
     x = torch.tensor(images.transpose(0, 3, 1, 2)).contiguous(memory_format=layout)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    optimiser = torch.optim.Adam(net.parameters(), lr=rate, fused=True)
-    sd, top = diffusion["sigma_data"], diffusion["sigma_max"]
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    optimiser = torch.optim.Adam(net.parameters(), lr=RATE, fused=True)
+    sd, top = DIFFUSION["sigma_data"], DIFFUSION["sigma_max"]
 
     def train_once():
         draw = torch.randn(len(x), 1, 1, 1)
-        sigma = torch.exp(diffusion["P_mean"] + diffusion["P_std"] * draw)
+        sigma = torch.exp(DIFFUSION["P_mean"] + DIFFUSION["P_std"] * draw)
         total = sigma**2 + sd**2
         noisy = x + sigma * torch.randn_like(x)
         F = net(noisy / total.sqrt(), 250 * sigma.log().flatten()).sample
