@@ -54,7 +54,7 @@ def write(
     by_stage = {run.folder: run for run in runs}
     pretrain, invert = by_stage["pretrain"], by_stage["invert"]
     growing = [run for run in runs if run.config.stage in ("distill", "grow")]
-    teacher = load_teacher(pretrain.workdir)
+    teacher = load_teacher(pretrain.workdir, dtype=invert.config.compute.dtype)
     top = growing[-1].config.data.resolution
 
     draw_data(folder / "data.png", growing, top)
@@ -111,15 +111,15 @@ def inversion(path: pathlib.Path, teacher: Loaded, run: Run, count: int = 128) -
     images = np.stack([item["image"] for item in items])
     labels = np.asarray([item["label"] for item in items], np.int32)
     nodes = run.config.invert.nodes
-    trip = round_trip(teacher, images, labels, nodes=nodes, clip=run.config.invert.clip)
-    pairs = np.concatenate([images[:COLUMNS], trip["images"][:COLUMNS]])
+    z, again = round_trip(teacher, nodes=nodes, clip=run.config.invert.clip)(images, labels)
+    pairs = np.concatenate([images[:COLUMNS], again[:COLUMNS]])
     save_png(path, image_grid(pairs, COLUMNS))
     sigma_max = teacher.meta["diffusion"]["sigma_max"]
     return {
-        "psnr": float(np.mean(psnr(images, trip["images"]))),
+        "psnr": float(np.mean(psnr(images, again))),
         "num": len(images),
         "nodes": nodes,
-        "rms_z_over_sigma_max": float(np.sqrt(np.mean(trip["z"] ** 2)) / sigma_max),
+        "rms_z_over_sigma_max": float(np.sqrt(np.mean(z**2)) / sigma_max),
     }
 
 

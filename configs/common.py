@@ -84,15 +84,18 @@ def base_config(stage: str, **fields) -> ConfigDict:
                 "nodes": 40,
                 "clip": False,
                 "cfg_scale": 1.0,
-                "dtype": "float32",
+                "dtype": "float32",  # of the latents as they are stored
                 "per_shard": 1024,
             }
         )
+        # precision of the network's calls; "" keeps the teacher's. The solver's is float32
+        config.compute = ConfigDict({"dtype": ""})
     if stage in ("distill", "grow"):
         config.optim = optimiser("radam", 8e-6)
         config.optim_discriminator = optimiser("radam", 2e-3)
         config.features = features()
-        config.discriminator = ConfigDict({"width": 16})
+        # class_table: file with a first class embedding [classes, any] (.npy, .npz of one array)
+        config.discriminator = ConfigDict({"width": 16, "class_table": ""})
         config[stage] = generator_loss(stage)
         # precision and recomputation of the generator; "" and () keep the teacher's
         config.compute = ConfigDict({"dtype": "", "remat": ()})
@@ -144,6 +147,7 @@ def features(names: tuple[str, ...] = ("classifier",), **changes) -> ConfigDict:
         "input_size": 0,  # images with a shorter side are enlarged to it; 0 = the network's own
         "classifier_steps": 0,  # updates of the small classifier; 0 = its default
         "metric_steps": 0,  # the same of the one that measures
+        "lpips_pooling": "avg",  # of distance=lpips: the published code's; "max" is LPIPS' own
     }
     return ConfigDict(fields | changes)
 
@@ -246,7 +250,7 @@ def image_config(
         steps, lr, config.batch_size = preset[stage]
         config.total_steps = steps
         config.optim.lr = lr
-        config.eval_every = config.save_every = max(steps // 4, 1)
+        config.eval_every = config.save_every = min(max(steps // 4, 1), 5000)
     if stage == "grow":
         reached = config.data.resolution
         if reached not in preset["widths"]:

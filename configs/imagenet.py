@@ -13,8 +13,9 @@ files of DeiT-B distilled and EfficientNet-lite0 (timm's names, see the README).
         --config.features.paths.deit_base_distilled=FILE \\
         --config.features.paths.efficientnet_lite0=FILE
 
-The discriminator's class table has the published size (320) but starts at random, where the
-scripts start from EfficientNet-lite0's. No guidance, no label dropout, no EDM augmentation (section 1.3). Where the paper's text and its
+The discriminator's class table has the published size (320); the scripts start it from
+EfficientNet-lite0's, which `discriminator.class_table` takes as a file, else it starts at random.
+No guidance, no label dropout, no EDM augmentation (section 1.3). Where the paper's text and its
 scripts differ, the other choice is a switch: distance (feature | lpips), gan_loss (hinge |
 logistic), squared_norms, adaptive, separate_updates (the scripts' from 256 px on).
 """  # noqa: E501
@@ -24,7 +25,9 @@ from configs.models import GROWTH, preset
 
 # Generator updates: half of the published "iterations", which count both players (section 3.5).
 # The number for 128 px is not published; it is taken as that of 256 px.
+# Images with a side below the resolution are enlarged, as the published preparation does.
 COMMON = {
+    "options": {"allow_upscale": True},
     "pretrain": (600_000, 1e-4, 4096),
     "distill": (210_000, 8e-6, 256),
     "grow": (120_000, 8e-6, 256),
@@ -58,6 +61,9 @@ def get_config(arg: str = ""):
     if config.stage == "invert":
         config.invert.clip = True  # as the published command does (section 2.1)
         config.invert.per_shard = 8192
+        # The network in half precision, the solver in single, as published. bfloat16 would cost
+        # several times Heun's own error where the data hardly vary.
+        config.compute.dtype = "float16"
     if config.stage in ("distill", "grow"):
         config.features.names = ("deit_base_distilled", "efficientnet_lite0")
         config.discriminator.embedding_dim = 320

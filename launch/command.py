@@ -1,6 +1,7 @@
 """What every command does around its work: logging, the compile cache, errors in one sentence."""
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from collections.abc import Callable
 import jax
 from absl import flags, logging
 
+from cheapscale.data.files import whole_or_nothing
 from cheapscale.training.logging import finish
 from cheapscale.training.loop import Diverged, Preempted
 from launch.memory import keep_memory
@@ -43,3 +45,16 @@ def execute(name: str, workdir: str, body: Callable[[], dict], *, keep: bool = T
         sys.exit(PREEMPTED)
     except (ValueError, FileNotFoundError, OSError, Diverged) as error:
         sys.exit(f"error: {error}")
+
+
+def named_file(entry: str) -> tuple[str, str | None]:
+    """(name, path) of "NAME=FILE"; a bare name has the path None: the environment names it."""
+    name, _, path = entry.partition("=")
+    return name, path or None
+
+
+def write_record(path: str | None, figures: dict) -> None:
+    """Keep an experiment's figures as a file of its own, where one is asked for."""
+    if path:
+        with whole_or_nothing(path) as temporary:
+            temporary.write_text(json.dumps(figures, indent=1) + "\n")

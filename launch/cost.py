@@ -9,9 +9,6 @@
    the old ones, which they must equal.
 """
 
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +21,7 @@ from cheapscale.models.unet import plan, unet
 from cheapscale.training.loop import provenance
 from cheapscale.training.state import merge, split
 from configs.models import preset
-from launch.command import execute
+from launch.command import execute, write_record
 
 
 def shapes(net, resolution: int):
@@ -112,8 +109,7 @@ def run(record: str | None) -> dict:
             f"growth to {resolution:>3} px  parameters that train {row['trainable_share']:.3f}  "
             f"gradient FLOPs {row['flops_share']:.3f}"
         )
-    if record:
-        pathlib.Path(record).write_text(json.dumps(figures, indent=1) + "\n")
+    write_record(record, figures)
     return figures
 
 

@@ -10,7 +10,6 @@ generator's, and how far the centre of what stands out from the ground moved, in
 Running it again resumes stage by stage.
 """
 
-import json
 import pathlib
 
 import jax
@@ -22,7 +21,7 @@ from cheapscale.stages.run import run
 from cheapscale.stages.sampling import sample
 from cheapscale.training.checkpoint import load_network
 from cheapscale.training.loop import provenance
-from launch.command import execute
+from launch.command import execute, write_record
 from launch.pipeline import pipeline, stage_configs
 
 CONFIG = "configs/scenes.py"
@@ -106,8 +105,7 @@ def study(arg: str, seeds: list[int], workdir: str, num_samples: int, record: st
         place = pathlib.Path(workdir) / f"seed{seed}"
         figures["seeds"][str(seed)] = one_seed(f"{arg},seed={seed}", place, num_samples)
         figures["provenance"] = provenance()
-        if record:
-            pathlib.Path(record).write_text(json.dumps(figures, indent=1) + "\n")
+        write_record(record, figures)
     return figures
 
 

@@ -11,7 +11,7 @@
 are called fid, kid and is only where the published Inception weights made them.
 
 The job is cut into shards: running the same command again resumes. Out come evaluate.json,
-report.md (a Markdown row) and samples.png in the work directory; the last line is one JSON object.
+report.md (a Markdown row) and pictures in the work directory; the last line is one JSON object.
 """
 
 import pathlib
@@ -21,20 +21,21 @@ from absl import app, flags
 
 from cheapscale.data import sources
 from cheapscale.evaluation.pixels import from_uint8, to_uint8
+from cheapscale.evaluation.quality import choice
 from cheapscale.evaluation.statistics import load_images
 from cheapscale.models import features
 from cheapscale.models.features import clip as clip_network
 from cheapscale.models.features import tokenizer
-from cheapscale.stages import evaluate
+from cheapscale.stages import evaluate, image_sets
 from cheapscale.stages.data import class_mix, open_data
 from cheapscale.stages.sampler_cost import sampler_cost
-from cheapscale.stages.sampling import check_labels, sample
+from cheapscale.stages.sampling import check_labels, sampler
 from cheapscale.training import jobs
 from cheapscale.training.checkpoint import Loaded, load_network
 from cheapscale.training.classifier import fit_classifier
 from cheapscale.training.logging import image_grid, save_png
 from cheapscale.training.loop import provenance
-from launch.command import execute
+from launch.command import execute, named_file
 
 DEFAULT_METRICS = ("fd", "kid", "prdc", "memorisation", "floor")
 FLAGS = flags.FLAGS
@@ -69,12 +70,15 @@ def define_flags() -> None:
     flags.DEFINE_string("clip", None, "NAME=FILE of a CLIP network, for the metric 'clip'.")
     flags.DEFINE_list("vocabulary", [], "CLIP's bpe_simple_vocab file, or vocab.json,merges.txt.")
     flags.DEFINE_string("prompt", "a photo of a {}", "Text for 'clip'; {} is the class's name.")
+    flags.DEFINE_string("latents", None, "Generator: its latent store, for 'reconstruction'.")
+    flags.DEFINE_string("targets", None, "What --images should be, in order: for 'reconstruction'.")
+    flags.DEFINE_string("lpips", None, "vgg16_lpips=VGG.pth+LIN.pth, for 'reconstruction'.")
     flags.DEFINE_bool("insist", False, "Score also with a network that a loss used; names say so.")
     flags.DEFINE_bool("cost", True, "Measure seconds, FLOPs and memory of the sampler too.")
     flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
 
 
-def model_images(loaded: Loaded, source, resolution: int, num: int) -> evaluate.Images:
+def model_images(loaded: Loaded, source, resolution: int, num: int) -> image_sets.Images:
     """The model's samples, labels drawn with the class frequencies of `source`."""
     (model,) = loaded.meta["networks"].values()
     classes = model["num_classes"]
@@ -84,40 +88,60 @@ def model_images(loaded: Loaded, source, resolution: int, num: int) -> evaluate.
     else:
         labels = np.zeros(num, np.int32)
 
+    draw = sampler(
+        loaded,
+        seed=FLAGS.seed,
+        batch_size=FLAGS.batch_size,
+        steps=FLAGS.steps,
+        method=FLAGS.method,
+        cfg_scale=FLAGS.cfg_scale,
+    )
+
     def read(ids):
-        images, _ = sample(
-            loaded,
-            ids,
-            seed=FLAGS.seed,
-            labels=labels[ids],
-            batch_size=FLAGS.batch_size,
-            steps=FLAGS.steps,
-            method=FLAGS.method,
-            cfg_scale=FLAGS.cfg_scale,
-        )
+        images, _ = draw(ids, labels[ids])
         return to_uint8(images), labels[ids]
 
-    return evaluate.Images(num, resolution, read)
+    return image_sets.Images(num, resolution, read)
 
 
-def file_images(path: str, resolution: int, num: int) -> evaluate.Images:
-    """Images of a folder (all below it) or an .npz; labels where the file has them."""
+def file_images(path: str, resolution: int, num: int) -> image_sets.Images:
+    """At most `num` images, a fixed random choice in the order they stand in, of a folder (all
+    below it, by path) or an .npz; labels where the file has them."""
     place = pathlib.Path(path)
     if place.is_dir():
         source = sources.open_source(
             "folder", "all", resolution=resolution, data_dir=path, unlabelled=True
         )
-        return evaluate.chosen_images(source, num)
+        order = np.sort(choice(len(source), num))
+        return image_sets.chosen_images(source, order)
     if place.suffix != ".npz" or not place.is_file():
-        raise ValueError(f"--images={path} is neither a folder nor an .npz file")
+        raise ValueError(f"{path} is neither a folder nor an .npz file: name images that exist")
     with np.load(place) as stored:
         images = stored["images"] if "images" in stored else load_images(place)
         labels = stored["labels"] if "labels" in stored else np.zeros(len(images), np.int32)
     if resolution not in (0, images.shape[1]):
         raise ValueError(f"{path} holds {images.shape[1]} px images, not {resolution}")
-    return evaluate.Images(
-        min(num, len(images)), images.shape[1], lambda ids: (images[ids], labels[ids])
+    order = np.sort(choice(len(images), num))
+    return image_sets.Images(
+        len(order), images.shape[1], lambda ids: (images[order[ids]], labels[order[ids]])
     )
+
+
+def open_pairs(loaded: Loaded | None, real, train) -> image_sets.Pairs:
+    """What "reconstruction" compares: see the flags --targets and --latents."""
+    options = {"num": FLAGS.num, "batch_size": FLAGS.batch_size}
+    if loaded is None:
+        if not FLAGS.targets:
+            raise ValueError("reconstruction of --images compares with --targets=FOLDER_OR_NPZ")
+        images, targets = (
+            file_images(path, FLAGS.resolution, FLAGS.num) for path in (FLAGS.images, FLAGS.targets)
+        )
+        return image_sets.file_pairs(images, targets)
+    if "net" in loaded.meta["networks"]:
+        return image_sets.teacher_pairs(loaded, real, nodes=FLAGS.steps, **options)
+    if not FLAGS.latents:
+        raise ValueError("reconstruction by a generator needs its latent store: give --latents=DIR")
+    return image_sets.generator_pairs(loaded, train, FLAGS.latents, **options)
 
 
 def open_networks(
@@ -129,13 +153,13 @@ def open_networks(
     """
     networks = []
     for entry in entries:
-        name, _, path = entry.partition("=")
+        name, path = named_file(entry)
         if name == "classifier" and not path:
             if train is None:
                 raise ValueError("--network=classifier is fitted on training images: give --data")
             networks.append(fit_classifier(train, purpose="metric", steps=steps).network)
         else:
-            networks.append(features.load(name, path or None))
+            networks.append(features.load(name, path))
     if networks or train is None:
         return networks, []
     text = (
@@ -147,8 +171,7 @@ def open_networks(
 
 def open_clip(class_names: list[str]):
     """(network, text features of one prompt for each class), as the flags say."""
-    name, _, path = FLAGS.clip.partition("=")
-    network = features.load(name, path or None)
+    network = features.load(*named_file(FLAGS.clip))
     files = FLAGS.vocabulary
     words = tokenizer.load_tokenizer(files[0] if len(files) == 1 else tuple(files) or None)
     prompts = [FLAGS.prompt.format(text) for text in class_names] or [FLAGS.prompt.format("")]
@@ -181,7 +204,6 @@ def run() -> dict:
         train_split = trained["split"]
     real, train = open_split(FLAGS.split), open_split(train_split)
     own = loaded.meta["config"].get("features", {}) if loaded else {}
-    networks, warnings = open_networks(FLAGS.network, train, own.get("metric_steps") or None)
     metrics = tuple(FLAGS.metrics) or tuple(
         m for m in DEFAULT_METRICS if train is not None or m not in ("memorisation", "floor")
     ) + (("composition",) if name == "scenes" else ())
@@ -199,6 +221,10 @@ def run() -> dict:
         generated = model_images(loaded, train or real, resolution, FLAGS.num)
     else:
         generated = file_images(FLAGS.images, resolution, FLAGS.num)
+    pairs = open_pairs(loaded, real, train) if "reconstruction" in metrics else None
+    networks, warnings = [], []
+    if set(metrics) & {*evaluate.FEATURE_METRICS, *evaluate.VIEW_METRICS}:
+        networks, warnings = open_networks(FLAGS.network, train, own.get("metric_steps") or None)
     job = evaluate.evaluation_job(
         generated,
         networks,
@@ -210,12 +236,14 @@ def run() -> dict:
         references=FLAGS.reference,
         used_in_loss=loaded.meta.get("frozen_networks", {}) if loaded else {},
         clip=open_clip(list(real.class_names)) if FLAGS.clip else None,
+        pairs=pairs,
+        lpips=features.load(*named_file(FLAGS.lpips)) if FLAGS.lpips else None,
     )
     subject = {"model": FLAGS.model, "checkpoint_step": loaded.step, "ema": FLAGS.ema,
                "seed": FLAGS.seed} if loaded else {"images": FLAGS.images}  # fmt: skip
-    sampler = {}
+    solver = {}
     if loaded and "net" in loaded.meta["networks"]:
-        sampler = {"steps": FLAGS.steps, "method": FLAGS.method, "cfg_scale": FLAGS.cfg_scale}
+        solver = {"steps": FLAGS.steps, "method": FLAGS.method, "cfg_scale": FLAGS.cfg_scale}
     against = {
         "data": name,
         "split": FLAGS.split,
@@ -223,24 +251,26 @@ def run() -> dict:
         "num_reference": FLAGS.num_reference,
         "references": list(FLAGS.reference),
     }
-    identity = subject | sampler | against | settings._asdict()
+    identity = subject | solver | against | settings._asdict()
+    identity |= {"latents": FLAGS.latents, "targets": FLAGS.targets, "lpips": FLAGS.lpips}
     identity |= {"num": generated.num, "weights": {n.name: n.sha256 for n in networks}}
     summary = jobs.run(job, FLAGS.workdir, identity, name="evaluate")
     if not summary.get("num"):  # another process reports
         return summary
     summary["warnings"] = warnings + summary["warnings"]
-    summary |= subject | sampler | against | {"resize": FLAGS.resize, "provenance": provenance()}
+    summary |= subject | solver | against | {"resize": FLAGS.resize, "provenance": provenance()}
     if loaded and FLAGS.cost:
         summary["cost"] = sampler_cost(
-            loaded, batch_size=min(FLAGS.batch_size, FLAGS.num), **(sampler or {})
+            loaded, batch_size=min(FLAGS.batch_size, FLAGS.num), **solver
         )
-    first = sorted((pathlib.Path(FLAGS.workdir) / "shards").glob("generated-*.npz"))[0]
-    with np.load(first) as stored:
-        save_png(
-            pathlib.Path(FLAGS.workdir) / "samples.png", image_grid(from_uint8(stored["preview"]))
-        )
+    workdir = pathlib.Path(FLAGS.workdir)
+    for kind, picture in (("generated", "samples"), ("pairs", "reconstructions")):
+        first = workdir / "shards" / f"{kind}-{0:07d}.npz"
+        if first.exists():
+            with np.load(first) as stored:
+                save_png(workdir / f"{picture}.png", image_grid(from_uint8(stored["preview"])))
     text = row(summary)
-    (pathlib.Path(FLAGS.workdir) / "report.md").write_text(text + "\n")
+    (workdir / "report.md").write_text(text + "\n")
     print(text)
     for warning in summary["warnings"]:
         print(f"note: {warning}")

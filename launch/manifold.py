@@ -8,7 +8,6 @@ The record holds the configuration, where it was measured, and every figure by s
 (the first seed's samples, one row for each teacher) is written beside it with the suffix .png.
 """
 
-import json
 import pathlib
 import time
 
@@ -18,7 +17,7 @@ from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
 from cheapscale.training.loop import provenance
-from launch.command import execute
+from launch.command import execute, write_record
 from launch.manifold_experiment import experiment
 
 
@@ -103,8 +102,7 @@ def run(config, workdir: str, record: str) -> dict:
     }
     print(table(figures), flush=True)
     path = pathlib.Path(record or pathlib.Path(workdir) / "record.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(summary, indent=1) + "\n")
+    write_record(path, summary)
     draw(pictures, tuple(config.radii)).save(path.with_suffix(".png"))
     logging.info("record and picture: %s, %s", path, path.with_suffix(".png"))
     return {

@@ -8,7 +8,6 @@ Pictures: data, teacher, round_trip, one_step (one column is one z at every reso
 """
 
 import importlib.util
-import json
 import pathlib
 import time
 
@@ -19,7 +18,7 @@ from cheapscale import report
 from cheapscale.models import features
 from cheapscale.stages.run import run
 from cheapscale.training.logging import duration
-from launch.command import execute
+from launch.command import execute, named_file, write_record
 
 
 def load_module(path: str):
@@ -56,14 +55,8 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
 
 
 def load_measures(named_files: list[str]) -> list[features.FeatureNetwork]:
-    """Networks of "name=FILE" strings. Raises ValueError on a bad one, before anything runs."""
-    networks = []
-    for entry in named_files:
-        name, separator, path = entry.partition("=")
-        if not separator:
-            raise ValueError(f"--measure {entry!r} names no file: write NAME=FILE")
-        networks.append(features.load(name, path))
-    return networks
+    """Networks of "NAME=FILE" strings. Raises ValueError on a bad one, before anything runs."""
+    return [features.load(*named_file(entry)) for entry in named_files]
 
 
 def pipeline(
@@ -96,8 +89,7 @@ def main(argv) -> None:
 
     def body() -> dict:
         figures = pipeline(FLAGS.config, FLAGS.arg, FLAGS.workdir, FLAGS.num_samples, FLAGS.measure)
-        if FLAGS.record:
-            pathlib.Path(FLAGS.record).write_text(json.dumps(figures, indent=1) + "\n")
+        write_record(FLAGS.record, figures)
         return figures
 
     execute("pipeline", FLAGS.workdir, body)

@@ -16,14 +16,11 @@ time and run again. rms(z) / sigma_max below 1 measures how far the teacher is f
 reported, never normalised away.
 """
 
-import contextlib
 import json
 import math
 import os
 import pathlib
-import socket
 import struct
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +28,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from cheapscale.data.augment import flip as mirror
+from cheapscale.data.files import whole_or_nothing
 from cheapscale.data.random_access import Source
 from cheapscale.data.resize import RESIZE_ID
 
@@ -68,8 +66,7 @@ class LatentWriter:
     def begin(self) -> None:
         """Write the manifest where there is none yet; `write_shard` does it too."""
         if not self._is_begun():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _whole_or_nothing(self.folder / "manifest.json") as temporary:
+            with whole_or_nothing(self.folder / "manifest.json") as temporary:
                 temporary.write_text(json.dumps(self.manifest, indent=1) + "\n")
 
     def _is_begun(self) -> bool:
@@ -139,10 +136,10 @@ class LatentWriter:
         path = _shard_path(self.folder, shard)
         try:
             # The statistics first: a shard that exists has them.
-            with _whole_or_nothing(path.with_suffix(".json")) as temporary:
+            with whole_or_nothing(path.with_suffix(".json")) as temporary:
                 kept = {"mean_squares": classes, "cost": dict(cost or {})}
                 temporary.write_text(json.dumps(kept) + "\n")
-            with _whole_or_nothing(path) as temporary:
+            with whole_or_nothing(path) as temporary:
                 writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
                 for n, label, value in zip(records, labels.tolist(), values):
                     writer.write(HEADER.pack(*id_and_flip(n), label) + value.tobytes())
@@ -395,26 +392,3 @@ def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], prefix: st
             yield from _differences(value, other, f"{prefix}{key}.")
         elif key not in found or other != value:
             yield f"{prefix}{key}: stored {other!r}, wanted {value!r}"
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(path: pathlib.Path):
-    """Write to the yielded path; it takes its name once it is on the disk, or disappears."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    try:
-        yield temporary
-        for target in (temporary, path.parent):
-            if target == path.parent:
-                os.replace(temporary, path)
-            descriptor = os.open(target, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    finally:
-        temporary.unlink(missing_ok=True)
-    for stale in path.parent.glob(f"{path.name}.*.tmp"):
-        # left by a writer that was killed; another process may be writing a younger one
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - stale.stat().st_mtime > 3600:
-                stale.unlink()

@@ -1,36 +1,37 @@
-"""LPIPS between pairs of images, for reconstructions (Zhang et al. 2018, arXiv 1801.03924)."""
+"""How near reconstructions are to their images, pair by pair: PSNR, SSIM and LPIPS.
+
+LPIPS is Zhang et al. 2018 (arXiv 1801.03924); the other two need no network (see pixels.py).
+"""
 
 import functools
+from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.evaluation.pixels import check_images, float_pair
+from cheapscale.evaluation.pixels import WINDOW, check_images, psnr, ssim
 from cheapscale.models.distances import lpips_distance
 from cheapscale.models.features.network import FeatureNetwork
+from cheapscale.training.sharding import in_batches
 
 
-def lpips(
-    network: FeatureNetwork,
-    x: jax.Array | np.ndarray,
-    y: jax.Array | np.ndarray,
-    *,
-    batch_size: int = 64,
-) -> np.ndarray:
-    """LPIPS of each pair with a network loaded as "vgg16_lpips".
+def reconstruction(network: FeatureNetwork | None = None, *, batch_size: int = 64) -> Callable:
+    """measure(images, targets) -> {"psnr", "ssim", "lpips"} of each pair, float64 [n].
 
-    x, y: [n, h, w, 3] in [-1, 1]. Returns float64 [n].
+    images, targets: float32 [n, h, w, 3] in [-1, 1]. network: one loaded as "vgg16_lpips"; LPIPS is
+    left out without it, and SSIM where images are smaller than its window of 11 pixels. Many calls
+    of one `measure` compile once.
     """
-    apply = lpips_distance(network).apply
-    x, y = float_pair(check_images(np.asarray(x)), check_images(np.asarray(y)), "lpips")
-    size, found = min(batch_size, len(x)), []
-    compiled = jax.jit(functools.partial(apply, key=None))  # lpips draws nothing
-    for start in range(0, len(x), size):
-        pair = [v[start : start + size].astype(np.float32) for v in (x, y)]
-        count = len(pair[0])
-        # the last batch is filled up, so that there is one compilation
-        fill = np.zeros((size - count, *x.shape[1:]), np.float32)
-        pair = [jnp.asarray(np.concatenate([v, fill])) for v in pair]
-        found.append(np.asarray(compiled(network.params, *pair), np.float64)[:count])
-    return np.concatenate(found)
+    # LPIPS draws nothing, so it needs no key
+    lpips = functools.partial(lpips_distance(network).apply, key=None) if network else None
+
+    def measure(images: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+        found = {"psnr": psnr(check_images(images), check_images(targets, "targets"))}
+        if min(images.shape[1:3]) >= WINDOW:
+            found["ssim"] = ssim(images, targets)
+        if lpips:
+            pairs = (np.asarray(v, np.float32) for v in (images, targets))
+            distance = in_batches(lpips, network.params, *pairs, batch_size=batch_size)
+            found["lpips"] = distance.astype(np.float64)
+        return found
+
+    return measure

@@ -18,9 +18,11 @@ import numpy as np
 from cheapscale.evaluation.coverage import precision_recall
 from cheapscale.evaluation.fid import frechet_distance, kernel_distance
 from cheapscale.evaluation.memorisation import nearest_features, nearest_pixels
-from cheapscale.evaluation.pixels import check_images, from_uint8, to_uint8
+from cheapscale.evaluation.pixels import check_images, to_uint8
+from cheapscale.evaluation.resize import MODES
 from cheapscale.evaluation.resize import resize as resized
 from cheapscale.models.features.network import FeatureNetwork
+from cheapscale.training.sharding import in_batches
 
 
 class Reference(NamedTuple):
@@ -60,7 +62,20 @@ def embed(
     batch_size: int = 250,
     resize: str = "network",
 ) -> np.ndarray:
-    """Pooled features, float32 [n, d], of uint8 images [n, R, R, 3].
+    """Pooled features, float32 [n, d], of uint8 images [n, R, R, 3]; see `outputs`."""
+    return outputs(network, images, batch_size=batch_size, resize=resize)["features"]
+
+
+def outputs(
+    network: FeatureNetwork,
+    images: np.ndarray,
+    *,
+    batch_size: int = 250,
+    resize: str = "network",
+    logits: bool = False,
+) -> dict[str, np.ndarray]:
+    """{"features" [n, d], and with `logits` "logits" [n, classes]}, float32, of uint8 images
+    [n, R, R, 3], split over the devices.
 
     resize: "network" leaves it to the network to bring images to its input size, "clean" and "tf1"
     (evaluation.resize) do it here.
@@ -70,22 +85,23 @@ def embed(
     if images.dtype != np.uint8:
         raise ValueError(f"embed takes uint8 images, got {images.dtype}: apply pixels.to_uint8")
     check_images(images)
+    if resize != "network":
+        check_resize(network, resize)
+        images = resized(images, network.input_size, resize)
+    keys = ("features", "logits") if logits else ("features",)
+    run = _program(network.outputs, keys, network.name)
+    return in_batches(run, network.params, images, batch_size=batch_size)
+
+
+def check_resize(network: FeatureNetwork, resize: str) -> None:
+    """Refuse to resize for a network that takes images of any size, or in an unknown way."""
+    if resize != "network" and resize not in MODES:
+        raise ValueError(f"resize is {resize!r}: choose network, {' or '.join(MODES)}")
     if resize != "network" and not network.input_size:
         raise ValueError(
             f"{network.name} takes images of any size, so there is none to resize to: use "
             "resize='network'"
         )
-    features = []
-    size = min(batch_size, len(images))
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        missing = size - len(batch)
-        padded = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), np.uint8)])
-        if resize != "network":
-            padded = resized(padded, network.input_size, resize)
-        out = _features(network.outputs, network.params, jnp.asarray(from_uint8(padded)))
-        features.append(np.asarray(out, np.float32)[: len(batch)])
-    return np.concatenate(features)
 
 
 def reference(
@@ -231,6 +247,15 @@ def _gather(images):
     return np.concatenate([to_uint8(check_images(np.asarray(batch))) for batch in batches])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _features(outputs, params, x):
-    return outputs(params, x)["features"]
+@functools.lru_cache(maxsize=32)
+def _program(apply, keys, name):
+    """(params, images in levels) -> the outputs `keys`: one function, compiled once."""
+
+    def run(params, x):
+        out = apply(params, x.astype(jnp.float32) / 127.5 - 1.0)
+        missing = [key for key in keys if key not in out]
+        if missing:
+            raise ValueError(f"{name} has no {missing[0]}: leave out 'score'")
+        return {key: out[key].astype(jnp.float32) for key in keys}
+
+    return run

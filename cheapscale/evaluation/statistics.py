@@ -13,12 +13,12 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
+from cheapscale.data.files import whole_or_nothing
 from cheapscale.evaluation.fid import Gaussian, Moments, check_features, moments
 
 VERSION = 1  # of the file and of everything that changes the numbers but not the identity
@@ -90,8 +90,7 @@ def save_statistics(path: str | pathlib.Path, features: np.ndarray, identity: Id
             f"{len(features)} features were computed for statistics of {identity.num} images"
         )
     found = moments(features)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+    with whole_or_nothing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             identity=json.dumps([VERSION, identity._asdict()]),
@@ -99,7 +98,6 @@ def save_statistics(path: str | pathlib.Path, features: np.ndarray, identity: Id
             scatter=found.scatter,
             features=np.asarray(features, np.float32),
         )
-    os.replace(file.name, path)
 
 
 def load_statistics(
@@ -147,11 +145,14 @@ def check_match(
     sha256: str | None = None,
     dimension: int | None = None,
     variant: str | None = None,
+    resolution: int | None = None,
+    resize: str | None = None,
 ) -> None:
-    """Refuses statistics of another network, other weights, another dimension, or of patches where
-    whole images are compared, by name.
+    """Refuses statistics of another network, other weights, another dimension, of patches where
+    whole images are compared, or of images of another size or resized in another way, by name.
 
-    variant: the first word of the identity's, "" for whole images.
+    variant: the first word of the identity's, "" for whole images. A published file says nothing
+    of images and weights: there the network and its dimension are all that can be checked.
     """
     own = statistics.identity
     name = own.network if own else FOREIGN_NETWORK
@@ -182,6 +183,12 @@ def check_match(
             f"{statistics.path} holds statistics of {kind or 'whole'} images but the features are "
             f"of {variant or 'whole'} ones: compute a reference of the same"
         )
+    for what, asked in (("resolution", resolution), ("resize", resize)):
+        if own and asked is not None and asked != getattr(own, what):
+            raise ValueError(
+                f"{statistics.path} is of {what} {getattr(own, what)!r} but the images are of "
+                f"{asked!r}: compute a reference of the same"
+            )
 
 
 def load_images(path: str | pathlib.Path) -> np.ndarray:

@@ -138,7 +138,8 @@ class UNet(nn.Module):
                 conv = layers.Conv(block.out_channels, init, padding=side, name=block.name)
                 h = aux = (h + layers.filter_stride2(conv(aux), block.taps)) * 0.5**0.5
             else:
-                h = Head(block, name=block.name)(h)
+                # in the input's precision: a step of bfloat16 near 1 is half a grey level
+                h = Head(block, name=block.name)(h.astype(x.dtype))
             if block.name in inject:
                 h = h + _fitting(inject[block.name], h, block.name)
             if block.push:

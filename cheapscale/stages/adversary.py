@@ -5,10 +5,12 @@ the run's summary: evaluation refuses to score a model with a network that train
 fitted before the weights are loaded: `make_judges` itself needs only the networks' shapes.
 """
 
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from cheapscale.models import features
 from cheapscale.models.discriminator import projected_discriminator
@@ -62,9 +64,24 @@ def load_features(
                 path.split("+"),
                 sha256=settings["sha256"].get(name) or None,
                 input_size=settings["input_size"] or None,
+                **({"pooling": settings["lpips_pooling"]} if name == "vgg16_lpips" else {}),
             )
         )
     return networks, unfitted
+
+
+def read_table(path: str) -> np.ndarray:
+    """float32 [classes, any] from an .npy file or an .npz of one array."""
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"discriminator.class_table: there is no file {path}")
+    stored = np.load(path)
+    if hasattr(stored, "files"):
+        if len(stored.files) != 1:
+            raise ValueError(f"{path} holds {stored.files}: give an .npz of one array")
+        stored = stored[stored.files[0]]
+    if stored.ndim != 2:
+        raise ValueError(f"{path} holds an array of shape {stored.shape}: give [classes, any]")
+    return np.asarray(stored, np.float32)
 
 
 def make_judges(
@@ -78,6 +95,11 @@ def make_judges(
         raise ValueError(f"distance {distance!r} is unknown: choose 'feature', 'lpips' or 'pixel'")
     backbones, unfitted = load_features(settings, source)
     networks = list(backbones)
+    discriminator = dict(discriminator)
+    table = discriminator.pop("class_table", "")
+    if table and not conditional:
+        raise ValueError(f"discriminator.class_table is {table}, but there are no classes")
+    embedding = read_table(table) if table else None
     if distance == "lpips":
         networks += load_features(settings | {"names": ("vgg16_lpips",)}, source)[0]
 
@@ -86,6 +108,7 @@ def make_judges(
             networks[: len(backbones)],
             resolution=source.resolution,
             num_classes=source.num_classes if conditional else 0,
+            embedding=embedding,
             **discriminator,
         )
         if distance == "feature":

@@ -1,6 +1,7 @@
 """Evaluation as a job: images of a model, a folder or a file, embedded shard by shard and scored.
 
-    for each set of images (generated; real ones whose statistics are not cached; training ones)
+    for each set of images (generated; real ones whose statistics are not cached; training ones;
+                            reconstructions with what they should be)
         for each shard of it
             images <- sampled or read
             for each network and view (whole, crops, base resolution)
@@ -11,20 +12,26 @@ Images are looked at once for all metrics. Image i depends on the seed and i alo
 written whole, so that a run may be stopped, resumed, or split over processes at will.
 """
 
-import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.evaluation import alignment, patches, resize
+from cheapscale.data.files import whole_or_nothing
+from cheapscale.evaluation import alignment, patches
 from cheapscale.evaluation import scenes as composition
 from cheapscale.evaluation.naming import metric_name
+from cheapscale.evaluation.perceptual import reconstruction
 from cheapscale.evaluation.pixels import check_images, to_uint8
-from cheapscale.evaluation.quality import checked_name, choice, unseen_by_classifier
+from cheapscale.evaluation.quality import (
+    check_resize,
+    checked_name,
+    choice,
+    outputs,
+    unseen_by_classifier,
+)
 from cheapscale.evaluation.scores import scores
 from cheapscale.evaluation.statistics import (
     Identity,
@@ -35,22 +42,12 @@ from cheapscale.evaluation.statistics import (
     reference_statistics,
 )
 from cheapscale.models.features import FeatureNetwork
-from cheapscale.stages.sampling import in_batches
+from cheapscale.stages.image_sets import Images, Pairs, chosen_images
 from cheapscale.training.stage import Job
-
-PyTree = Any
 
 FEATURE_METRICS = ("fd", "kid", "score", "prdc", "memorisation", "floor")
 VIEW_METRICS = ("patch", "base")  # the distances once more, on crops and on reduced images
-METRICS = (*FEATURE_METRICS, *VIEW_METRICS, "composition", "clip")
-
-
-class Images(NamedTuple):
-    """A set of `num` images. read(ids [n]) -> (uint8 [n, R, R, 3], labels [n])."""
-
-    num: int
-    resolution: int
-    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+METRICS = (*FEATURE_METRICS, *VIEW_METRICS, "composition", "clip", "reconstruction")
 
 
 class Settings(NamedTuple):
@@ -78,7 +75,7 @@ class Part(NamedTuple):
     """One shard of one set: rows first ... last (excluded) of `images`."""
 
     name: str
-    images: Images
+    images: Images | Pairs
     views: tuple[str, ...]
     first: int
     last: int
@@ -97,6 +94,8 @@ def evaluation_job(
     references: Sequence[str] = (),
     used_in_loss: dict[str, str] | None = None,
     clip: tuple[FeatureNetwork, np.ndarray] | None = None,
+    pairs: Pairs | None = None,
+    lpips: FeatureNetwork | None = None,
 ) -> Job:
     """The job. Its summary holds the scores by name and "warnings".
 
@@ -107,11 +106,12 @@ def evaluation_job(
             it names.
         used_in_loss: {name: sha256} of the networks of the model's losses.
         clip: CLIP and the text features [classes, d] of its prompts, for "clip".
+        pairs, lpips: what "reconstruction" measures, and its VGG16 with heads; without, no LPIPS.
 
     Raises ValueError, before anything is sampled, on metrics that lack what they compare with.
     """
     workdir = pathlib.Path(workdir)
-    check_settings(settings, generated, networks, real, train, references, clip)
+    check_settings(settings, generated, networks, real, train, references, clip, pairs)
     names = {n.name: checked_name(n, used_in_loss or {}, insist=settings.insist) for n in networks}
     given = {}
     for path in references:
@@ -123,11 +123,28 @@ def evaluation_job(
                 f"{path} holds statistics of {owner}, but the networks are "
                 f"{', '.join(names) or 'none'}: add --network={owner}=FILE"
             )
-        check_match(statistics, sha256=chosen[0].sha256, variant="")
+        check_match(
+            statistics,
+            sha256=chosen[0].sha256,
+            variant="",
+            resolution=generated.resolution,
+            resize=resize_name(settings, chosen[0]),
+        )
+        needing = sorted({"kid", "prdc", "floor"} & set(settings.metrics))
+        if needing and statistics.features is None:
+            raise ValueError(
+                f"metrics {needing} need the features of real images and {path} holds moments "
+                "only: leave it out and compare with --data, or ask for fd"
+            )
         given[owner, ""] = statistics
 
-    reference_set = chosen_images(real, num_reference) if real is not None else None
-    train_set = chosen_images(train, num_train) if train is not None else None
+    # "reconstruction" alone looks at no other images
+    compares = set(settings.metrics) != {"reconstruction"}
+    reference_set = train_set = None
+    if compares and real is not None:
+        reference_set = chosen_images(real, choice(len(real), num_reference))
+    if compares and train is not None:
+        train_set = chosen_images(train, choice(len(train), num_train))
 
     def identity(source, images, network, view):
         return Identity(
@@ -137,7 +154,7 @@ def evaluation_job(
             num=images.num * (patches.CROPS if view == "patch" else 1),
             network=network.name,
             sha256=network.sha256,
-            resize=f"{settings.resize} {network.variant}".strip(),
+            resize=resize_name(settings, network),
             variant={
                 "": "",
                 "patch": f"patch {settings.patch} x {patches.CROPS} seed 0",
@@ -146,7 +163,12 @@ def evaluation_job(
         )
 
     wanted: dict[tuple, Identity] = {}  # (set, network, view) -> what its statistics must be of
-    sets = {"generated": (generated, settings.views())}
+    sets = {}
+    if compares:
+        sets["generated"] = (generated, settings.views())
+    if "reconstruction" in settings.metrics:
+        sets["pairs"] = (pairs, ())
+        measure = reconstruction(lpips, batch_size=settings.batch_size)
     if reference_set is not None:
         for network in networks:
             for view in settings.views():
@@ -163,7 +185,7 @@ def evaluation_job(
     parts = []
     for name, (images, views) in sets.items():
         cached = [cache_path(i).exists() for (owner, *_), i in wanted.items() if owner == name]
-        if name != "generated" and all(cached) and not composes(settings, name):
+        if name in ("real", "train") and all(cached) and not composes(settings, name):
             continue
         for first in range(0, images.num, settings.per_shard):
             last = min(first + settings.per_shard, images.num)
@@ -176,6 +198,12 @@ def evaluation_job(
         del context, mesh
         part = parts[shard]
         ids = np.arange(part.first, part.last)
+        if part.name == "pairs":
+            images, targets = part.images.read(ids)
+            shown = np.concatenate([targets[:8], images[:8]])
+            preview = {"preview": to_uint8(shown)} if part.first == 0 else {}
+            write_whole(place(part), preview | measure(images, targets))
+            return {"images": len(images)}
         images, labels = part.images.read(ids)
         check_images(images)
         found = {"ids": ids, "labels": labels}
@@ -184,7 +212,7 @@ def evaluation_job(
         for view in part.views:
             seen = look(images, ids, view, settings)
             for network in networks:
-                out = embed(network, seen, settings, logits="score" in settings.metrics)
+                out = look_through(network, seen, settings, logits="score" in settings.metrics)
                 found |= {f"{network.name}/{view}/{key}": value for key, value in out.items()}
         if composes(settings, part.name):
             verdicts = [
@@ -194,7 +222,7 @@ def evaluation_job(
             found |= {f"composition/{k}": np.asarray([v[k] for v in verdicts]) for k in verdicts[0]}
         if clip is not None and part.name == "generated":
             network, texts = clip
-            features = embed(network, images, settings, logits=False)["features"]
+            features = look_through(network, images, settings)["features"]
             found["clip"] = alignment.clip_scores(features, texts[labels])
         write_whole(place(part), found)
         return {"images": len(images)}
@@ -221,7 +249,7 @@ def evaluation_job(
             return {}
         result: dict = {"num": generated.num, "networks": {n.name: n.sha256 for n in networks}}
         warnings: list[str] = []
-        for network in networks:
+        for network in networks if "generated" in sets else ():
             for view in settings.views():
                 result |= score_view(network, view, names[network.name], warnings)
         for name in ("generated", "real"):
@@ -232,7 +260,16 @@ def evaluation_job(
                     f"{key.replace('/', '_')}{suffix}": float(read(name, key).mean())
                     for key in keys
                 }
-        if clip is not None:
+        if "pairs" in sets:
+            last = [part for part in parts if part.name == "pairs"][-1]
+            with np.load(place(last)) as stored:
+                kinds = [key for key in stored.files if key != "preview"]
+            values = {kind: read("pairs", kind) for kind in kinds}
+            result |= {f"reconstruction_{kind}": float(v.mean()) for kind, v in values.items()}
+            result["num_reconstructions"] = pairs.num
+            if "lpips" not in kinds:
+                warnings.append("no LPIPS of the reconstructions: give --lpips=vgg16_lpips=FILE")
+        if "clip" in settings.metrics:
             result[f"clip_score_{clip[0].name}"] = float(read("generated", "clip").mean())
         return result | {"warnings": warnings}
 
@@ -256,9 +293,10 @@ def evaluation_job(
             for key in ("num", "num_reference"):
                 found.pop(key, None)
             warnings.extend(found.pop("warnings"))
-        if view == "" and "memorisation" in metrics and reference is not None:
+        real_features = reference.features if reference is not None else None
+        if view == "" and "memorisation" in metrics and real_features is not None:
             real_scores = scores(
-                reference.features,
+                real_features,
                 metrics=["memorisation"],
                 train_features=training.features,
                 **shared,
@@ -283,7 +321,7 @@ def evaluation_job(
     )
 
 
-def check_settings(settings, generated, networks, real, train, references, clip) -> None:
+def check_settings(settings, generated, networks, real, train, references, clip, pairs) -> None:
     """Refuse metrics that are unknown or lack what they compare with."""
     unknown = sorted(set(settings.metrics) - set(METRICS))
     if unknown or not settings.metrics:
@@ -315,15 +353,12 @@ def check_settings(settings, generated, networks, real, train, references, clip)
         )
     if "clip" in asked and clip is None:
         raise ValueError("clip needs a CLIP network: give --clip and --vocabulary")
-    if settings.resize != "network" and settings.resize not in resize.MODES:
-        raise ValueError(
-            f"resize is {settings.resize!r}: choose network, {' or '.join(resize.MODES)}"
-        )
+    if "reconstruction" in asked and pairs is None:
+        raise ValueError("reconstruction needs images with what they should be: give pairs")
     for network in networks:
         if network.outputs is None:
             raise ValueError(f"{network.name} has no pooled features: measure with another network")
-        if settings.resize != "network" and not network.input_size:
-            raise ValueError(f"{network.name} takes any size: use resize=network")
+        check_resize(network, settings.resize)
     if "composition" in asked and real is not None and real.name != "scenes":
         raise ValueError(f"composition is known for scenes, not for {real.name}: leave it out")
 
@@ -340,18 +375,6 @@ def unseen_rows(network: FeatureNetwork, length: int, num: int) -> np.ndarray:
     return np.flatnonzero(unseen_by_classifier(ids)) if fitted_here else np.arange(len(ids))
 
 
-def chosen_images(source, num: int) -> Images:
-    """A fixed random choice of at most `num` images of a source."""
-    order = choice(len(source), num)
-
-    def read(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        items = [source[int(order[i])] for i in ids]
-        images = to_uint8(np.stack([item["image"] for item in items]))
-        return images, np.asarray([item["label"] for item in items], np.int32)
-
-    return Images(len(order), source.resolution, read)
-
-
 def look(images: np.ndarray, ids: np.ndarray, view: str, settings: Settings) -> np.ndarray:
     """Images as one view sees them: whole, as random crops, or reduced to the base resolution."""
     if view == "patch":
@@ -361,28 +384,21 @@ def look(images: np.ndarray, ids: np.ndarray, view: str, settings: Settings) -> 
     return images
 
 
-def embed(
-    network: FeatureNetwork, images: np.ndarray, settings: Settings, *, logits: bool
+def look_through(
+    network: FeatureNetwork, images: np.ndarray, settings: Settings, *, logits: bool = False
 ) -> dict[str, np.ndarray]:
-    """{"features" [n, d], and "logits"} of uint8 images, split over the devices."""
-    if settings.resize != "network":
-        images = resize.resize(images, network.input_size, settings.resize)
-    keys = ("features", "logits") if logits else ("features",)
+    """`quality.outputs` with the settings' batch size and resizing."""
+    return outputs(
+        network, images, batch_size=settings.batch_size, resize=settings.resize, logits=logits
+    )
 
-    def run(params: PyTree, x: jax.Array) -> dict:
-        out = network.outputs(params, x.astype(jnp.float32) / 127.5 - 1.0)
-        missing = [key for key in keys if key not in out]
-        if missing:
-            raise ValueError(f"{network.name} has no {missing[0]}: leave out 'score'")
-        return {key: out[key].astype(jnp.float32) for key in keys}
 
-    return in_batches(run, network.params, images, batch_size=settings.batch_size)
+def resize_name(settings: Settings, network: FeatureNetwork) -> str:
+    """How images reach the network's input, as the identity of a statistic says it."""
+    return f"{settings.resize} {network.variant}".strip()
 
 
 def write_whole(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     """An .npz that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as file:
+    with whole_or_nothing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
-    part.replace(path)

@@ -22,11 +22,13 @@ import numpy as np
 from cheapscale.data import latents
 from cheapscale.data.augment import flip
 from cheapscale.data.resize import RESIZE_ID
+from cheapscale.evaluation.pixels import from_uint8, to_uint8
 from cheapscale.stages import data
 from cheapscale.stages.networks import check_guidance, fingerprint, load_teacher, make_denoiser
-from cheapscale.stages.sampling import in_batches, network_calls, teacher_map
+from cheapscale.stages.sampling import network_calls, teacher_map
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.footprint import traced_bytes, traced_flops, tree_bytes
+from cheapscale.training.sharding import in_batches
 from cheapscale.training.stage import Job
 
 PyTree = Any
@@ -34,7 +36,7 @@ PyTree = Any
 
 def build(config) -> Job:
     """The inversion job of one source and teacher. Raises ValueError where they do not fit."""
-    teacher = load_teacher(config.teacher)
+    teacher = load_teacher(config.teacher, dtype=config.compute.dtype)
     source = data.open_data(config.data)
     check_teacher(teacher, source)
     check_guidance(teacher.meta, config.invert.cfg_scale)
@@ -73,6 +75,10 @@ def build(config) -> Job:
         teacher.meta["diffusion"], config.invert.nodes, direction, cfg_scale=config.invert.cfg_scale
     )
 
+    def finished(z: np.ndarray) -> np.ndarray:
+        """Latents stay as they are; a teacher's samples are images of eight bits (section 2.2)."""
+        return z if direction == "invert" else from_uint8(to_uint8(z))
+
     def prepare() -> float:
         store.begin()
         return calls * flops_of_call(teacher, store.manifest["shape"])
@@ -92,7 +98,7 @@ def build(config) -> Job:
             "flops": flops_per_latent * len(records),
             "device_seconds": (time.monotonic() - began) * mesh.size,
         }
-        return store.write_shard(shard, z, np.asarray(labels, np.int32), cost)
+        return store.write_shard(shard, finished(z), np.asarray(labels, np.int32), cost)
 
     return Job(
         num_shards=store.num_shards,
@@ -183,6 +189,7 @@ def make_manifest(teacher: Loaded, source, **settings) -> dict:
     return {
         "teacher": fingerprint(teacher.params),
         "teacher_step": teacher.step,
+        "compute_dtype": teacher.meta["networks"]["net"]["dtype"],
         "sigma_min": diffusion["sigma_min"],
         "sigma_max": diffusion["sigma_max"],
         "rho": diffusion["rho"],
@@ -194,15 +201,10 @@ def make_manifest(teacher: Loaded, source, **settings) -> dict:
 
 
 def round_trip(
-    teacher: Loaded,
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    nodes: int,
-    clip: bool = False,
-    batch_size: int = 64,
-) -> dict:
-    """Invert and solve back on the same nodes, with no step to 0: {"z", "images"}."""
+    teacher: Loaded, *, nodes: int, clip: bool = False, batch_size: int = 64
+) -> Callable:
+    """trip(images [n, R, R, 3], labels [n]) -> (z, images again): inverted, and solved back on the
+    same nodes, with no step to 0."""
     settings = {"steps": nodes, "clip": clip}
     model, diffusion = teacher.meta["networks"]["net"], teacher.meta["diffusion"]
     there = teacher_map(model, diffusion, direction="invert", **settings)
@@ -212,5 +214,7 @@ def round_trip(
         z = there(params, x, label)
         return z, back(params, z, label)
 
-    z, again = in_batches(both, teacher.params, images, labels, batch_size=batch_size)
-    return {"z": z, "images": again}
+    def trip(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return in_batches(both, teacher.params, images, labels, batch_size=batch_size)
+
+    return trip

@@ -86,14 +86,19 @@ def make_generator(model: dict, diffusion: dict) -> Callable:
     return generate
 
 
-def load_teacher(workdir: str | pathlib.Path, **options) -> Loaded:
-    """The EMA weights of a pretraining run; ValueError where `workdir` is another stage's."""
+def load_teacher(workdir: str | pathlib.Path, *, dtype: str = "", **options) -> Loaded:
+    """The EMA weights of a pretraining run; ValueError where `workdir` is another stage's.
+
+    dtype: what the network computes in, in place of what it was trained in.
+    """
     loaded = load_network(workdir, **options)
     if "net" not in loaded.meta["networks"]:
         raise ValueError(
             f"{workdir} holds {list(loaded.meta['networks'])}, not a teacher: "
             "point config.teacher at the work directory of a pretrain run"
         )
+    if dtype:
+        loaded.meta["networks"]["net"] = complete(loaded.meta["networks"]["net"] | {"dtype": dtype})
     return loaded
 
 

@@ -17,9 +17,10 @@ from cheapscale.models.unet import unet
 from cheapscale.stages import data
 from cheapscale.stages.adversary import make_judges
 from cheapscale.stages.networks import complete, make_generator
-from cheapscale.stages.sampling import in_batches, prior
+from cheapscale.stages.sampling import prior
 from cheapscale.training.logging import image_grid
 from cheapscale.training.optim import make_optimiser
+from cheapscale.training.sharding import in_batches
 from cheapscale.training.stage import Stage, gan_step
 from cheapscale.training.state import Optimiser, TrainState, stream_key
 
@@ -146,6 +147,11 @@ def open_pairs(config, source, teacher: str, kind: str, proportion: float):
         raise ValueError(f"distill.pairs is {kind!r}: choose 'inverted' or 'teacher'")
     expect = {"teacher": teacher, "direction": directions[kind]}
     store = LatentStore.open(config.latents, expect=expect, in_memory=config.data.cache_latents)
+    if kind == "teacher" and proportion != 1.0:
+        raise ValueError(
+            f"data_proportion is {proportion}, which chooses among inverted pairs: with "
+            "distill.pairs='teacher' make fewer samples, or set it to 1"
+        )
     if kind == "teacher":
         return store, data.TeacherPairs(store)
     return store, PairSource(source, store, proportion, flips=config.data.flip)

@@ -21,9 +21,10 @@ from cheapscale.diffusion import denoiser, process
 from cheapscale.models.unet import unet
 from cheapscale.stages import data
 from cheapscale.stages.networks import check_process, complete, make_denoiser
-from cheapscale.stages.sampling import in_batches, prior, teacher_map
+from cheapscale.stages.sampling import prior, teacher_map
 from cheapscale.training.logging import image_grid
 from cheapscale.training.optim import make_optimiser
+from cheapscale.training.sharding import in_batches
 from cheapscale.training.stage import Stage, denoise_step, noise_bins
 from cheapscale.training.state import Optimiser, TrainState
 

@@ -4,7 +4,6 @@ Image i depends on (seed, i) alone: its noise is sigma_max * normal(fold_in(key,
 batch size or the number of devices.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,8 @@ import numpy as np
 
 from cheapscale.diffusion import guidance, process, solvers
 from cheapscale.stages.networks import check_guidance, make_denoiser, make_generator
-from cheapscale.training import sharding
 from cheapscale.training.checkpoint import Loaded
+from cheapscale.training.sharding import in_batches
 from cheapscale.training.state import stream_key
 
 PyTree = Any
@@ -96,58 +95,44 @@ def network_calls(
     return calls if cfg_scale in (0.0, 1.0) else 2 * calls
 
 
-def in_batches(fn: Callable, params: PyTree, *arrays: np.ndarray, batch_size: int) -> PyTree:
-    """fn(params, *rows) over all rows in equal padded batches, split over the devices of the mesh.
-
-    Returns fn's result (an array or a tree of them) in NumPy, all rows. One compilation, whatever
-    the number of rows.
-    """
-    mesh = jax.sharding.get_mesh()
-    mesh = mesh if mesh.axis_names else sharding.make_mesh(devices=jax.local_devices())
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch_size = max(1, math.ceil(min(batch_size, len(arrays[0])) / ways)) * ways
-    place = sharding.batch_sharding(mesh)
-    params = jax.device_put(params, sharding.replicated(mesh))
-    run = jax.jit(fn, out_shardings=place)
-    out = []
-    for start in range(0, len(arrays[0]), batch_size):
-        rows = [np.asarray(a[start : start + batch_size]) for a in arrays]
-        short = batch_size - len(rows[0])
-        if short:
-            rows = [np.concatenate([r, np.repeat(r[-1:], short, axis=0)]) for r in rows]
-        result = run(params, *(jax.device_put(r, place) for r in rows))
-        out.append(jax.tree.map(lambda a: a[: len(a) - short], sharding.fetch(result)))  # noqa: B023
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *out)
-
-
-def sample(
+def sampler(
     loaded: Loaded,
-    ids: np.ndarray,
     *,
     seed: int = 0,
-    labels: np.ndarray | None = None,
     batch_size: int = 64,
     steps: int = 40,
     method: str = "heun",
     cfg_scale: float = 1.0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(images [n,R,R,3] clamped to [-1, 1], labels [n]) from a teacher or a generator.
+) -> Callable:
+    """draw(ids, labels=None) -> (images [n,R,R,3] clamped to [-1, 1], labels [n]).
 
-    steps, method and cfg_scale belong to teachers; a generator takes one call.
+    From a teacher or a generator; steps, method and cfg_scale belong to teachers, a generator takes
+    one call. Many draws from one sampler compile once.
     """
     meta = loaded.meta
     (name, model), = meta["networks"].items()  # fmt: skip
-    ids = np.asarray(ids)
-    if labels is None:
-        labels = labels_for(seed, ids, model["num_classes"])
-    labels = np.asarray(labels, np.int32)
-    check_labels(labels, model["num_classes"])
     base = model["resolution"]
-    z = prior(seed, ids, (base, base, model["in_channels"]), meta["diffusion"]["sigma_max"])
     if name == "generator":
         run = make_generator(model, meta["diffusion"])
     else:
         check_guidance(meta, cfg_scale)
         run = teacher_map(model, meta["diffusion"], steps=steps, method=method, cfg_scale=cfg_scale)
-    images = in_batches(run, loaded.params, np.asarray(z), labels, batch_size=batch_size)
-    return np.clip(images, -1.0, 1.0), labels
+
+    def draw(ids: np.ndarray, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.asarray(ids)
+        if labels is None:
+            labels = labels_for(seed, ids, model["num_classes"])
+        labels = np.asarray(labels, np.int32)
+        check_labels(labels, model["num_classes"])
+        z = prior(seed, ids, (base, base, model["in_channels"]), meta["diffusion"]["sigma_max"])
+        images = in_batches(run, loaded.params, np.asarray(z), labels, batch_size=batch_size)
+        return np.clip(images, -1.0, 1.0), labels
+
+    return draw
+
+
+def sample(
+    loaded: Loaded, ids: np.ndarray, *, labels: np.ndarray | None = None, **options
+) -> tuple[np.ndarray, np.ndarray]:
+    """One draw of `sampler`, with its options."""
+    return sampler(loaded, **options)(ids, labels)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from cheapscale.data.files import whole_or_nothing
 from cheapscale.training.state import TrainState
 
 PyTree = Any
@@ -158,10 +159,8 @@ def claim_workdir(
                 "use a new work directory, or undo the change"
             )
     elif jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".tmp")
-        part.write_text(json.dumps(config, indent=2) + "\n")
-        part.replace(path)
+        with whole_or_nothing(path) as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_diverged(workdir: str | pathlib.Path, step: int, state: TrainState) -> pathlib.Path:

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ import numpy as np
 import optax
 from absl import logging
 
+from cheapscale.data.files import whole_or_nothing
 from cheapscale.models.features.classifier import Classifier
 from cheapscale.models.features.network import FeatureNetwork
 
@@ -317,14 +317,11 @@ def _flat(params):
 
 def _write(path, params, report):
     # weights first, report last: a report on disk means that the weights beside it are whole
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, save in (
-        (".npz", lambda f: np.savez(f, **_flat(params))),
-        (".json", lambda f: f.write(json.dumps(report, indent=1).encode())),
-    ):
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            save(file)
-        os.replace(file.name, path.with_name(path.name + suffix))
+    with whole_or_nothing(path.with_name(path.name + ".npz")) as temporary:
+        with temporary.open("wb") as file:
+            np.savez(file, **_flat(params))
+    with whole_or_nothing(path.with_name(path.name + ".json")) as temporary:
+        temporary.write_text(json.dumps(report, indent=1))
 
 
 def _read(path, spec):

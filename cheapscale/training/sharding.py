@@ -6,6 +6,7 @@ Explicit axes with sharded kernels.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -108,3 +109,27 @@ def fetch(tree: PyTree) -> PyTree:
         return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(whole, tree)
+
+
+def in_batches(fn: Callable, params: PyTree, *arrays: np.ndarray, batch_size: int) -> PyTree:
+    """fn(params, *rows) over all rows in equal padded batches, split over the devices of the mesh.
+
+    Returns fn's result (an array or a tree of them) in NumPy, all rows. One compilation for
+    one `fn` and batch size, whatever the number of rows and of calls.
+    """
+    mesh = jax.sharding.get_mesh()
+    mesh = mesh if mesh.axis_names else make_mesh(devices=jax.local_devices())
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_size = max(1, math.ceil(min(batch_size, len(arrays[0])) / ways)) * ways
+    place = batch_sharding(mesh)
+    params = jax.device_put(params, replicated(mesh))
+    run = jax.jit(fn, out_shardings=place)
+    out = []
+    for start in range(0, len(arrays[0]), batch_size):
+        rows = [np.asarray(a[start : start + batch_size]) for a in arrays]
+        short = batch_size - len(rows[0])
+        if short:
+            rows = [np.concatenate([r, np.repeat(r[-1:], short, axis=0)]) for r in rows]
+        result = run(params, *(jax.device_put(r, place) for r in rows))
+        out.append(jax.tree.map(lambda a: a[: len(a) - short], fetch(result)))  # noqa: B023
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *out)

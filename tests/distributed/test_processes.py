@@ -17,8 +17,9 @@ import pytest
 from cheapscale.data.latents import LatentStore
 from cheapscale.stages import data, run
 from cheapscale.stages.invert import oriented
-from cheapscale.stages.sampling import in_batches, teacher_map
+from cheapscale.stages.sampling import teacher_map
 from cheapscale.training import checkpoint, loop
+from cheapscale.training.sharding import in_batches
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORKER = pathlib.Path(__file__).with_name("worker.py")

@@ -82,7 +82,9 @@ def test_lpips_of_many_images_is_that_of_each():
     u, v = (z.astype(np.float64) / np.linalg.norm(z, axis=3, keepdims=True) for z in (x, y))
     expected = ((u - v) ** 2 @ weights).mean((1, 2))
     for batch_size in (2, 64):
-        found = perceptual.lpips(network, x, y, batch_size=batch_size)
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        found = perceptual.reconstruction(network, batch_size=batch_size)(x, y)
+        np.testing.assert_allclose(found["lpips"], expected, rtol=1e-5)
     with pytest.raises(ValueError, match="needs linear heads"):
-        perceptual.lpips(network._replace(params={}), x, y)
+        perceptual.reconstruction(network._replace(params={}))
+    assert set(perceptual.reconstruction()(x, y)) == {"psnr", "ssim"}
+    assert set(perceptual.reconstruction()(x[:, :8], y[:, :8])) == {"psnr"}  # below SSIM's window

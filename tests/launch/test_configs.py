@@ -46,12 +46,25 @@ def test_the_papers_values_bind_imagenet():
     pretrain = file.get_config("stage=pretrain")
     assert pretrain.pretrain.label_dropout == 0 and pretrain.pretrain.augment == 0
     assert pretrain.model.num_classes == 1000 and pretrain.batch_size == 4096
+    assert pretrain.optim.name == "radam" and pretrain.optim.lr == 1e-4
+    assert pretrain.total_steps == 600_000 and pretrain.ema.decay == 0.9999
+    assert pretrain.model.dropout == 0.1
+    diffusion = pretrain.diffusion
+    assert (diffusion.sigma_min, diffusion.sigma_max, diffusion.rho) == (0.002, 80.0, 7.0)
+    assert (diffusion.P_mean, diffusion.P_std, diffusion.sigma_data) == (-1.2, 1.2, 0.5)
     invert = file.get_config("stage=invert")
     assert invert.invert.nodes == 40 and invert.invert.clip and invert.invert.cfg_scale == 1
+    assert invert.compute.dtype == "float16" and invert.invert.dtype == "float32"
+    steps = {"stage=distill": 210_000, "stage=grow,resolution=128": 120_000,
+             "stage=grow,resolution=256": 120_000, "stage=grow,resolution=512": 35_000}  # fmt: skip
+    assert {arg: file.get_config(arg).total_steps for arg in steps} == steps
     for arg in ("stage=distill", "stage=grow,resolution=128", "stage=grow,resolution=512"):
         config = file.get_config(arg)
         assert config.optim.name == "radam" and config.optim.lr == 8e-6
         assert config.optim_discriminator.lr == 2e-3 and config.ema.decay == 0.999
+        for optim in (config.optim, config.optim_discriminator):
+            assert (optim.name, optim.b1, optim.b2, optim.eps) == ("radam", 0.9, 0.999, 1e-8)
+        assert (config.discriminator.width, config.discriminator.embedding_dim) == (64, 320)
         assert config.batch_size == 256 and config.optim.clip_norm == 0
         assert config.features.names == ("deit_base_distilled", "efficientnet_lite0")
         loss = config[config.stage]
@@ -62,6 +75,12 @@ def test_the_papers_values_bind_imagenet():
         assert loss.distance == "feature" and loss.gan_loss == "hinge"
     assert file.get_config("stage=grow,resolution=512").grow.widths == (96,)
     assert file.get_config("stage=grow,resolution=256").grow.widths == (192,)
+    assert file.get_config("size=base32,stage=pretrain").model.resolution == 32
+    top = file.get_config("size=base32,stage=grow,jump,resolution=512")
+    assert len(top.grow.widths) == 4
+    for size in ("size=base64", "size=base32"):  # small photographs are enlarged
+        for arg in file.stages(size):
+            assert file.get_config(f"{size},{arg}").data.options.allow_upscale
 
 
 def test_words_that_no_file_knows_are_refused_with_those_it_knows():

@@ -8,8 +8,11 @@ from PIL import Image
 from cheapscale.data.sources import SceneSource
 from cheapscale.evaluation.fid import frechet_distance, kernel_distance
 from cheapscale.evaluation.pixels import from_uint8, to_uint8
+from cheapscale.evaluation.quality import choice
+from cheapscale.evaluation.statistics import Identity, save_statistics
 from cheapscale.models.features import FeatureNetwork
-from cheapscale.stages.evaluate import Images, Settings, chosen_images, evaluation_job
+from cheapscale.stages.evaluate import Settings, evaluation_job
+from cheapscale.stages.image_sets import Images, Pairs, chosen_images, file_pairs
 from cheapscale.training import jobs
 from launch.evaluate import file_images
 
@@ -79,7 +82,7 @@ def test_scores_are_those_of_all_images_at_once(tmp_path, real, train):
     def features(images):
         return np.asarray(pooled(2).outputs(1.0, from_uint8(images))["features"], np.float64)
 
-    reals, trains = (chosen_images(s, 1000) for s in (real, train))
+    reals, trains = (chosen_images(s, choice(len(s), 1000)) for s in (real, train))
     a = features(generated.images.read(np.arange(40))[0])
     b = features(reals.read(np.arange(60))[0])
     assert found["fd_blocks"] == pytest.approx(frechet_distance(a, b), rel=1e-4)
@@ -128,7 +131,7 @@ def test_statistics_of_real_images_are_computed_once(tmp_path, real, train):
 
 
 def test_reals_against_themselves_score_zero_and_compose(tmp_path, real):
-    same = chosen_images(SceneSource("test", 64, size=12), 12)
+    same = chosen_images(SceneSource("test", 64, size=12), np.arange(12))
     source = SceneSource("test", 64, size=12)
     settings = Settings(("fd", "composition"), batch_size=8)
     job = evaluation_job(same, [pooled(2)], settings, tmp_path / "a", real=source)
@@ -148,8 +151,9 @@ def test_reals_against_themselves_score_zero_and_compose(tmp_path, real):
         ({"metrics": ("base",), "base": 5}, {}, "base is 5"),
         ({"metrics": ("clip",)}, {}, "needs a CLIP network"),
         ({"metrics": ("fd",), "resize": "pil"}, {}, "resize is 'pil'"),
-        ({"metrics": ("fd",), "resize": "clean"}, {}, "takes any size"),
+        ({"metrics": ("fd",), "resize": "clean"}, {}, "takes images of any size"),
         ({"metrics": ("fd",)}, {"networks": []}, "give --network"),
+        ({"metrics": ("reconstruction",)}, {}, "give pairs"),
     ],
 )
 def test_metrics_without_what_they_need_are_refused(
@@ -170,6 +174,64 @@ def test_a_network_of_the_loss_is_refused_or_named(tmp_path, real):
     job = evaluation_job(Noisy().images, [pooled(2)], insist, tmp_path, real=real, **used)
     found = jobs.run(job, tmp_path, {}, name="evaluate")
     assert "fd_blocks(used in the loss)" in found
+
+
+def test_reconstructions_are_compared_pair_by_pair(tmp_path):
+    """Noise of a known size has a known PSNR; nothing else is looked at."""
+    targets = chosen_images(SceneSource("train", 16, size=20), np.arange(20))
+    clean = from_uint8(targets.read(np.arange(20))[0])
+    noise = np.random.default_rng(0).normal(0, 0.1, clean.shape)
+    pairs = Pairs(20, 16, lambda ids: ((clean + noise)[ids], clean[ids]))
+    job = evaluation_job(
+        Noisy().images, [], Settings(("reconstruction",), per_shard=7), tmp_path, pairs=pairs
+    )
+    assert job.num_shards == 3
+    found = jobs.run(job, tmp_path, {}, name="evaluate")
+    expected = 10 * np.log10(4 / (noise**2).mean((1, 2, 3))).mean()
+    assert found["reconstruction_psnr"] == pytest.approx(expected, rel=1e-6)
+    assert 0 < found["reconstruction_ssim"] < 1
+    assert any("no LPIPS" in warning for warning in found["warnings"])
+
+
+def test_files_are_paired_in_their_order(tmp_path):
+    images, _ = Noisy(5).images.read(np.arange(5))
+    np.savez(tmp_path / "a.npz", images=images)
+    for i, image in enumerate(images):
+        (tmp_path / "b").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "b" / f"{i}.png")
+    pairs = file_pairs(*(file_images(str(tmp_path / name), 16, 5) for name in ("a.npz", "b")))
+    np.testing.assert_array_equal(*pairs.read(np.array([3, 0, 4])))
+    with pytest.raises(ValueError, match="5 images of 16 px but 4 targets of 16"):
+        file_pairs(pairs, file_images(str(tmp_path / "a.npz"), 16, 4))
+
+
+def statistics_file(path, *, features=True, **changes):
+    """Reference statistics of 30 random features of `pooled(2)`, perhaps their moments alone."""
+    of = dict(data="x", split="test", resolution=16, num=30, network="blocks", sha256="b")
+    identity = Identity(**of | changes)
+    values = np.random.default_rng(0).normal(size=(30, 12)).astype(np.float32)
+    save_statistics(path, values, identity)
+    if not features:
+        np.savez(path, mu=values.mean(0), sigma=np.cov(values.T))
+    return [str(path)]
+
+
+def test_a_reference_made_in_another_way_is_refused(tmp_path, real):
+    def job(path, metrics=("fd",), network="blocks"):
+        networks = [pooled(2)._replace(name=network)]
+        return evaluation_job(
+            Noisy().images, networks, Settings(metrics), tmp_path, real=real, references=path
+        )
+
+    job(statistics_file(tmp_path / "same.npz"))
+    with pytest.raises(ValueError, match="of resolution 32 but the images are of 16"):
+        job(statistics_file(tmp_path / "size.npz", resolution=32))
+    with pytest.raises(ValueError, match="of resize 'clean' but the images are of 'network'"):
+        job(statistics_file(tmp_path / "clean.npz", resize="clean"))
+    published = statistics_file(tmp_path / "published.npz", features=False)
+    job(published, network="inception_v3")
+    with pytest.raises(ValueError, match="holds moments only"):
+        job(published, ("fd", "kid", "prdc"), network="inception_v3")
 
 
 def test_another_resolution_is_refused(tmp_path):

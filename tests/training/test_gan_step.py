@@ -111,40 +111,51 @@ def test_adaptive_lambda_multiplies_the_constant_factor(key):
 
 
 def test_fakes_are_fresh_prior_noise_and_reconstruction_uses_only_inverted_latents(key):
-    """Spec section 12.6: G is the identity, so what each judge sees is what it was fed."""
+    """Spec sections 12.6, 12.7 and 12.12: G is the identity, so what each judge sees is what it was
+    fed. Pairs have label 1, real images label 2; each pass counts the spectral state up by one."""
     seen = {}
 
     def generate(params, z, label):
         return z * params["scale"]
 
     def discriminate(params, s, frozen, x, label, key):
-        seen.setdefault("judged", []).append(x)
-        return x * params["psi"], s
+        seen.setdefault("judged", []).append((primal(x), primal(label), primal(s["passes"]), key))
+        return x * params["psi"], {"passes": s["passes"] + 1}
 
     def distance(frozen, x, y, key):
-        seen["reconstructed"] = x
+        seen["reconstructed"], seen["key"] = x, key
         return ((x - y) ** 2).mean(-1)
 
     optimisers = {n: Optimiser(optax.sgd(0.0)) for n in ("generator", "discriminator")}
     params = {"generator": {"scale": jnp.ones(())}, "discriminator": {"psi": jnp.ones(())}}
-    state = create_state(params, {"discriminator": {}}, optimisers, ["generator"])
-    z = jnp.full((4096, 1), 7.0)
-    labels = jnp.zeros(4096, jnp.int32)
-    real = jnp.full((4096, 1), -3.0)
+    extra = {"discriminator": {"passes": jnp.zeros(())}}
+    state = create_state(params, extra, optimisers, ["generator"])
+    z = jnp.full((65536, 1), 7.0)
+    labels = jnp.ones(65536, jnp.int32)
+    real = jnp.full((65536, 1), -3.0)
     batch = {
         "pair": {"image": z, "z": z, "label": labels},
-        "real": {"image": real, "label": labels},
+        "real": {"image": real, "label": labels + 1},
     }
     with jax.disable_jit():
-        gan_step(
+        new, _ = gan_step(
             state, {}, batch, key, generate=generate, discriminate=discriminate, distance=distance,
             optimisers=optimisers, sigma_max=80.0, ema_decay=0.9, adversarial_weight=1.0,
         )  # fmt: skip
-    on_real, fake_d, fake_g = (primal(x) for x in seen["judged"])
+    (on_real, fake_d, fake_g), given, passes, keys = zip(*seen["judged"])
     np.testing.assert_array_equal(on_real, real)
     for fake in (fake_d, fake_g):  # prior std is exactly 80 (section 12.7), up to sampling error
-        assert abs(fake.std() / 80 - 1) < 0.05 and abs(fake.mean()) < 5
+        assert abs(fake.std() / 80 - 1) < 0.01 and abs(fake.mean()) < 1.5
     assert not np.array_equal(fake_d, fake_g)
+    # D judges fakes under the labels of its real images, G is judged under those of its pairs
+    for label, expected in zip(given, (2, 2, 1)):
+        np.testing.assert_array_equal(label, expected * labels)
+    # real and fake are two passes, each with the state that the last one left
+    np.testing.assert_array_equal(passes, [0, 1, 2])
+    np.testing.assert_array_equal(new.extra["discriminator"]["passes"], 3)
+    # real and fake are augmented alike; the generator's fake and L_rec by draws of their own
+    drawn = [jax.random.key_data(key).tolist() for key in (*keys, seen["key"])]
+    assert drawn[0] == drawn[1] and len(set(map(tuple, drawn))) == 3
     np.testing.assert_array_equal(primal(seen["reconstructed"]), z)
 
 
