@@ -5,6 +5,7 @@ tensor parallelism; 1 until a network uses it). Axis types are Auto: linen layer
 Explicit axes with sharded kernels.
 """
 
+import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -111,9 +112,34 @@ def fetch(tree: PyTree) -> PyTree:
     return jax.tree.map(whole, tree)
 
 
-def in_batches(fn: Callable, params: PyTree, *arrays: np.ndarray, batch_size: int) -> PyTree:
+def agreed(value: np.ndarray) -> np.ndarray:
+    """Process 0's `value` on every process, whatever shape and dtype the others have.
+
+    All processes have to call it, in the same order as everything else they do together.
+    """
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    # As bytes: a broadcast on the devices would cut 64-bit numbers to 32, and wants equal shapes.
+    packed = io.BytesIO()
+    np.save(packed, value, allow_pickle=False)
+    mine = np.frombuffer(packed.getvalue(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
+    first = multihost_utils.broadcast_one_to_all(np.resize(mine, length))
+    return np.load(io.BytesIO(first.tobytes()), allow_pickle=False)
+
+
+def in_batches(
+    fn: Callable,
+    params: PyTree,
+    *arrays: np.ndarray,
+    batch_size: int,
+    prepare: Callable | None = None,
+) -> PyTree:
     """fn(params, *rows) over all rows in equal padded batches, split over the devices of the mesh.
 
+    prepare(rows) -> rows, in NumPy, a batch at a time: what would take much memory for all rows.
     Returns fn's result (an array or a tree of them) in NumPy, all rows. One compilation for
     one `fn` and batch size, whatever the number of rows and of calls.
     """
@@ -127,6 +153,7 @@ def in_batches(fn: Callable, params: PyTree, *arrays: np.ndarray, batch_size: in
     out = []
     for start in range(0, len(arrays[0]), batch_size):
         rows = [np.asarray(a[start : start + batch_size]) for a in arrays]
+        rows = [prepare(r) for r in rows] if prepare else rows
         short = batch_size - len(rows[0])
         if short:
             rows = [np.concatenate([r, np.repeat(r[-1:], short, axis=0)]) for r in rows]
