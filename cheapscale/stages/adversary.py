@@ -61,7 +61,7 @@ def load_features(
         networks.append(
             features.load(
                 name,
-                path.split("+"),
+                path,
                 sha256=settings["sha256"].get(name) or None,
                 input_size=settings["input_size"] or None,
                 **({"pooling": settings["lpips_pooling"]} if name == "vgg16_lpips" else {}),

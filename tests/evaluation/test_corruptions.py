@@ -4,8 +4,18 @@ import numpy as np
 import pytest
 
 from cheapscale.data.resize import area_mean
-from cheapscale.evaluation.corruptions import FALLS, RISES, blurred, judge, noised, of_classes
-from cheapscale.evaluation.fid import frechet_distance
+from cheapscale.evaluation.corruptions import (
+    FALLS,
+    MUST,
+    RISES,
+    blurred,
+    judge,
+    noised,
+    of_classes,
+)
+from cheapscale.evaluation.coverage import prdc
+from cheapscale.evaluation.fid import classifier_score, frechet_distance, kernel_distance
+from cheapscale.evaluation.memorisation import nearest_features
 
 GREY = np.full((20, 16, 16, 3), 128, np.uint8)
 
@@ -77,29 +87,75 @@ def test_dropped_modes_keep_their_number_and_the_others_classes():
         of_classes(labels, [4, 3], 900, np.random.default_rng(1))
 
 
-def test_a_frechet_distance_orders_every_corruption():
-    """Linear features of pixels: their mean and covariance are what the corruptions change."""
-    rng = np.random.default_rng(0)
-    projection = rng.normal(size=(16 * 16 * 3, 12)) / 30
-    labels = np.repeat(np.arange(4), 400)
-    colour = np.array([[60, -60, 0], [-60, 60, 0], [0, -60, 60], [60, 60, -60]])[labels]
-    images = (pictures(1600, 4) + colour[:, None, None]).clip(0, 255).astype(np.uint8)
-    order = rng.permutation(1600)
-    real, others = order[:800], order[800:1200]
+@pytest.fixture(scope="module")
+def read():
+    """{corruption: {metric: its values, of real images first}} of one invented data set.
 
-    def distance(made):
-        look = lambda x: x.reshape(len(x), -1) @ projection  # noqa: E731
-        return frechet_distance(look(made.astype(float)), look(images[real].astype(float)))
+    Four classes, each a pattern with detail at 2, 4 and 8 px and an image its pattern with noise.
+    Features are linear in the pixels: the classes are four far clusters, which a blur draws to one
+    point and noise blows up. Logits are the cosines with the four patterns, which both lower.
+    """
+    rng, made = np.random.default_rng(0), 150
+    patterns = sum(
+        rng.choice([-30, 30], (4, s, s, 3)).repeat(8 // s, 1).repeat(8 // s, 2) for s in (2, 4, 8)
+    )
+    projection = rng.normal(size=(8 * 8 * 3, 24)) / 400
+
+    def like(labels):
+        noise = rng.normal(0, 12, (len(labels), 8, 8, 3))
+        return np.rint(128 + patterns[labels] + noise).clip(0, 255).astype(np.uint8)
+
+    labels = np.arange(8 * made) % 4
+    known, pool = like(labels[:made]), like(labels)
+    real, reference = pool[:made], (known.reshape(made, -1) - 128.0) @ projection
+
+    def values(images):
+        pixels, flat = images.reshape(len(images), -1) - 128.0, patterns.reshape(4, -1)
+        lengths = (np.linalg.norm(x, axis=1) for x in (pixels, flat))
+        cosine = pixels @ flat.T / np.multiply.outer(*lengths)
+        features = pixels @ projection
+        return prdc(reference, features, ks=(3,))[3]._asdict() | {
+            "fd": frechet_distance(features, reference),
+            "kid": kernel_distance(features, reference),
+            "score": classifier_score(6 * cosine),
+            "memorisation": nearest_features(features, reference).distance.mean(),
+        }
+
+    def copied(num):
+        return np.concatenate([known[:num], real[num:]])
 
     chains = {
-        "blur": [blurred(images[others], r) for r in (8, 4, 2)],
-        "noise": [noised(images[others], s, rng) for s in (0.2, 0.4, 0.8)],
-        "modes": [images[of_classes(labels, range(k), 400, rng)] for k in (3, 2, 1)],
+        "blur": [blurred(real, through) for through in (4, 2)],
+        "noise": [noised(real, sigma, rng) for sigma in (0.2, 0.4, 0.8)],
+        "modes": [pool[of_classes(labels, range(kept), made, rng)] for kept in (3, 2, 1)],
+        "copies": [copied(num) for num in (15, 75, 150)],
     }
-    floor = distance(images[others])
-    for name, chain in chains.items():
-        values = [floor] + [distance(made) for made in chain]
-        assert judge(np.array(values)[:, None], RISES) == (True, True, 1), (name, values)
+    found = {}
+    for corruption, chain in chains.items():
+        rows = [values(images) for images in (real, *chain)]
+        found[corruption] = {metric: [row[metric] for row in rows] for metric in rows[0]}
+    return found
+
+
+NOTICES = {
+    "fd": ("blur", "noise", "modes"),
+    "kid": ("blur", "noise", "modes"),
+    "score": ("blur", "noise", "modes"),
+    "precision": ("blur", "noise"),
+    "density": ("blur", "noise"),
+    "recall": ("modes",),
+    "coverage": ("blur", "noise", "modes"),
+    "memorisation": ("copies",),
+}
+
+
+@pytest.mark.parametrize("metric", NOTICES)
+def test_each_metric_goes_the_way_that_it_must(metric, read):
+    assert set(MUST[metric]) == set(NOTICES[metric]) and set(MUST) == set(NOTICES)
+    for corruption, direction in MUST[metric].items():
+        values = np.array(read[corruption][metric])[:, None]
+        assert judge(values, direction) == (True, True, 1), (corruption, values)
+        assert judge(values, -direction) == (False, False, 0)
 
 
 def test_the_verdict_says_what_is_out_of_order():

@@ -1,5 +1,7 @@
 """Compiled cost against what a matrix product is known to cost."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -40,5 +42,21 @@ def test_parameters_are_counted_from_shapes_too():
     assert cost.param_count(tree) == 17
 
 
-def test_latency_is_positive():
-    assert cost.latency(lambda x: x + 1, jnp.ones(3), repeats=2) > 0
+def test_latency_is_the_median_wait_for_the_result_without_the_first(monkeypatch):
+    """On a clock that moves only while a result is waited for."""
+    now, waits, traced, seen = [0.0], iter([100.0, 9.0, 1.0, 2.0]), [], []
+
+    def wait(result):
+        now[0] += next(waits)
+        seen.append(float(result))
+        return result
+
+    def work(x):
+        traced.append(x)
+        return jnp.sum(x) + 1
+
+    monkeypatch.setattr(cost.jax, "block_until_ready", wait)
+    monkeypatch.setattr(cost, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    assert cost.latency(work, jnp.ones(3), repeats=3) == 2
+    assert seen == [4.0] * 4 and next(waits, None) is None
+    assert len(traced) == 1  # compiled once, in the call that does not count

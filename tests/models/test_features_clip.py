@@ -130,13 +130,37 @@ def test_image_tower_agrees_with_torch_fidelity(openai):
     close(jax.jit(network.outputs)(network.params, x)["features"], expected)
 
 
-def test_wrong_sizes_are_refused(openai):
-    with pytest.raises(ValueError, match=r"shape \(128, 24\)|shape \(128, 32\)|\(768, any\)"):
-        features.load("clip_vitb32", openai[1])
+OTHERS = {  # the size that was asked for, and what is said of the file's
+    "width": (IMAGE._replace(width=192), TEXT, r"'visual.proj' has shape \(128, 32\) .*\(192, any"),
+    "patch": (IMAGE._replace(patch=6), TEXT, r"'visual.conv1.weight' .*8\) where .*128, 3, 6, 6\)"),
+    "side": (IMAGE._replace(side=4), TEXT, r"'visual.positional_.*\(10, 128\) .* \(17, 128\)"),
+    "depth": (IMAGE._replace(depth=8), TEXT, "4 blocks visual.transformer.resblocks.<n> .* has 8:"),
+    "text": (IMAGE, TEXT._replace(width=128), r"'token_emb.*\(50, 64\) where .* \(any, 128\)"),
+    "text depth": (IMAGE, TEXT._replace(depth=8), "4 blocks transformer.resblocks.<n> .* has 8:"),
+}
+
+
+@pytest.mark.parametrize("image, text, said", OTHERS.values(), ids=OTHERS)
+def test_a_file_of_another_size_is_refused(image, text, said, openai):
+    with pytest.raises(ValueError, match=said):
+        clip.build(read_weights(openai[1]), "clip_vitb32", image, text)
+
+
+def test_the_published_sizes_belong_to_the_names(reference, openai):
+    for path, said in (
+        (openai[1], r"'visual.proj' has shape \(128, 32\) where this network has \(768, any\)"),
+        (reference[1], r"'visual_projection.weight' has shape \(32, 128\) .* has \(any, 768\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            features.load("clip_vitb32", path)
+
+
+def test_images_and_texts_without_positions_are_refused(openai):
     network = loaded(openai[1])
-    with pytest.raises(ValueError, match="images of 32x32 and has positions for 24x24"):
+    said = "images of 32x32 and has positions for 24x24 only: measure with --resize=clean, or"
+    with pytest.raises(ValueError, match=said):
         network.outputs(network.params, np.zeros((1, 32, 32, 3), np.float32))
     with pytest.raises(ValueError, match="tokens of length 10: CLIP has 9"):
         clip.text_features(network.params, np.zeros((1, 10), np.int32))
-    with pytest.raises(ValueError, match="input_size=48 of clip_vitb32"):
+    with pytest.raises(ValueError, match="input_size=48 of clip_vitb32: .*--resize=clean"):
         clip.build(read_weights(openai[1]), "clip_vitb32", IMAGE, TEXT, input_size=48)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from cheapscale.evaluation.resize import clean
 from cheapscale.models import features
 from cheapscale.models.features import dinov2, resampling
 from cheapscale.models.features.weights import read_weights
@@ -57,6 +58,15 @@ def test_transformers_names_and_positions(torchvision, tmp_path):
         close(outputs(network.params, x)["features"], expected[:, 0])
     maps = jax.eval_shape(network.apply, network.params, x)
     assert [m.shape for m in maps] == [(2, 3, 6, WIDTH)] * 4
+    # No whole number of patches is refused, and both remedies that the message names help.
+    square = np.zeros((1, 55, 55, 3), np.float32)
+    said = "dinov2_vits14 sees images of 55x55, not a multiple of its 14-px patches: "
+    with pytest.raises(ValueError, match=said + "measure with --resize=clean, or set input_size"):
+        network.outputs(network.params, square)
+    larger = reduced(tmp_path / "model.safetensors", input_size=56)
+    for remedied, seen in ((network, clean(square, network.input_size)), (larger, square)):
+        found = jax.eval_shape(remedied.outputs, network.params, seen)
+        assert found["features"].shape == (1, WIDTH)
 
 
 def test_hub_names(torchvision, tmp_path):

@@ -1,6 +1,7 @@
 """Feature networks on random weights against the same mathematics written with PyTorch."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +168,7 @@ def deit_shapes(width, depth, patch, grid):
             shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
         for name in ("norm1", "norm2"):
             shapes[f"blocks.{i}.{name}.weight"] = shapes[f"blocks.{i}.{name}.bias"] = (width,)
-    return shapes
+    return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
 
 
 def torch_deit(weights, reassembly, x, depth, width, size):
@@ -252,6 +253,8 @@ def efficientnet_shapes():
             for n, c in enumerate(norms, start=1):
                 norm(f"{p}bn{n}", c)
             width = out
+    shapes["conv_head.weight"] = (20, width, 1, 1)
+    norm("bn2", 20)
     return shapes
 
 
@@ -340,6 +343,46 @@ def test_vgg_and_lpips(pooling, tmp_path):
     ours = lpips_distance(network)
     frozen = ours.init_frozen(jax.random.key(0))
     np.testing.assert_allclose(jax.jit(ours.apply)(frozen, x, y, None), distance, rtol=1e-4)
+
+
+def test_lpips_of_torch_fidelity_at_native_size(torchvision, tmp_path, monkeypatch):
+    """Sides that no pooling divides evenly, nothing enlarged, VGG16 as wide as it is published."""
+    fidelity = pytest.importorskip(
+        "torch_fidelity.sample_similarity_lpips", reason="install torch-fidelity (extra: test)"
+    )
+    generator = torch.Generator().manual_seed(0)
+    vgg = torchvision.models.vgg
+    layers = vgg.make_layers(vgg.cfgs["D"]).eval()
+    for value in layers.state_dict().values():
+        gain = (2 / value[0].numel()) ** 0.5 if value.ndim == 4 else 0.1
+        value.normal_(0, gain, generator=generator)
+    heads = {
+        f"lin{k}.model.1.weight": torch.rand(1, c, 1, 1, generator=generator)
+        for k, c in enumerate((64, 128, 256, 512, 512))
+    }
+    # what theirs would download
+    monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: heads)
+    monkeypatch.setattr(
+        fidelity, "torchvision_load_pretrained_vgg16", lambda: SimpleNamespace(features=layers)
+    )
+    theirs = fidelity.SampleSimilarityLPIPS("random")
+    torch.save({f"features.{k}": v for k, v in layers.state_dict().items()}, tmp_path / "vgg.pth")
+    torch.save(heads, tmp_path / "heads.pth")
+    files = f"{tmp_path / 'vgg.pth'}+{tmp_path / 'heads.pth'}"
+    network = features.load("vgg16_lpips", files, input_size=0)
+    assert network.input_size == 0
+    pairs = np.random.default_rng(0).integers(0, 256, (2, 3, 37, 45, 3), dtype=np.uint8)
+    pairs[1, 2] = pairs[0, 2]
+    expected = theirs(*(torch.tensor(side).permute(0, 3, 1, 2) for side in pairs)).numpy()
+    distance = lpips_distance(network)
+    x, y = (side.astype(np.float32) / 127.5 - 1 for side in pairs)
+    found = jax.jit(distance.apply)(network.params, x, y, None)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+    assert found[2] == 0 < min(found[:2])
+    maps = jax.eval_shape(network.apply, network.params, x)
+    assert [m.shape[1:3] for m in maps] == [(37, 45), (18, 22), (9, 11), (4, 5), (2, 2)]
+    narrow = loaded("vgg16_lpips", vgg_weights(), tmp_path)  # the size by default
+    assert jax.eval_shape(narrow.apply, narrow.params, x)[0].shape == (3, 224, 224, 4)
 
 
 def test_vgg_heads_of_their_own_file(shared, tmp_path):

@@ -30,14 +30,23 @@ def saved(model, path):
 
 
 def close(found, expected, tolerance=1e-5):
-    expected = expected.detach().permute(0, 2, 3, 1).numpy()
+    expected = expected.detach()
+    expected = (expected.permute(0, 2, 3, 1) if expected.ndim == 4 else expected).numpy()
+    assert found.shape == expected.shape
     assert np.linalg.norm(found - expected) < tolerance * np.linalg.norm(expected)
+
+
+def without_head(model, path):
+    """The file of a model from which the classifier was taken off."""
+    model.reset_classifier(0)
+    torch.save(model.state_dict(), path)
+    return path
 
 
 def test_deit_tokens(timm, tmp_path):
     theirs = saved(
         timm.models.deit.VisionTransformerDistilled(
-            img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=2
+            img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=2, num_classes=7
         ),
         tmp_path / "deit.pth",
     )
@@ -51,10 +60,42 @@ def test_deit_tokens(timm, tmp_path):
         )
     for found, value in zip(jax.jit(deit.hidden)(network.params["vit"], x), expected, strict=True):
         close(found, value)
+    with torch.no_grad():
+        seen = theirs.forward_features(torch.tensor(pixels).permute(0, 3, 1, 2))
+        pooled = theirs.forward_head(seen, pre_logits=True)
+        logits = theirs.forward_head(seen)
+    outputs = jax.jit(network.outputs)(network.params, x)
+    assert set(outputs) == {"features", "logits"}
+    close(outputs["features"], pooled)
+    close(outputs["logits"], logits)
+    # the re-assembly that is drawn at random has no part in what measures
+    redrawn = jax.jit(network.outputs)(network.draw(jax.random.key(3)), x)
+    jax.tree.map(np.testing.assert_array_equal, redrawn, outputs)
+    assert "HIGHEST" in str(jax.make_jaxpr(network.outputs)(network.params, x))
+    # smaller images are enlarged here too
+    small = jax.eval_shape(network.outputs, network.params, x[:, :9, :9])
+    assert small["features"].shape == pooled.shape
+    bare = features.load(
+        "deit_base_distilled", without_head(theirs, tmp_path / "bare.pth"), input_size=32
+    )
+    outputs = jax.jit(bare.outputs)(bare.params, x)
+    assert set(outputs) == {"features"}
+    close(outputs["features"], pooled)
 
 
-def test_efficientnet_lite0_maps(timm, tmp_path):
-    theirs = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+def test_deit_refuses_half_a_head(timm, tmp_path):
+    theirs = timm.models.deit.VisionTransformerDistilled(
+        img_size=16, patch_size=8, embed_dim=64, depth=4, num_heads=1, num_classes=7
+    )
+    state = theirs.state_dict()
+    del state["head_dist.bias"]
+    torch.save(state, tmp_path / "half.pth")
+    with pytest.raises(ValueError, match=r"half\.pth has no weight 'head_dist\.bias'"):
+        features.load("deit_base_distilled", tmp_path / "half.pth")
+
+
+def test_efficientnet_lite0_maps_and_outputs(timm, tmp_path):
+    theirs = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=7)
     saved(theirs, tmp_path / "lite0.pth")
     network = features.load("efficientnet_lite0", tmp_path / "lite0.pth", input_size=64)
     x = np.random.default_rng(8).uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32)
@@ -62,8 +103,20 @@ def test_efficientnet_lite0_maps(timm, tmp_path):
     for stage in theirs.blocks:
         stage.register_forward_hook(lambda module, inputs, output: stages.append(output))
     with torch.no_grad():
-        theirs(torch.tensor(x).permute(0, 3, 1, 2))
-    found = jax.jit(network.apply)(network.params, x)
+        seen = theirs.forward_features(torch.tensor(x).permute(0, 3, 1, 2))
+        pooled = theirs.forward_head(seen, pre_logits=True)
+        logits = theirs.forward_head(seen)
+
+    def both(params, x):  # one program
+        return network.apply(params, x), network.outputs(params, x)
+
+    found, outputs = jax.jit(both)(network.params, x)
+    assert set(outputs) == {"features", "logits"} and pooled.shape == (2, 1280)
+    close(outputs["features"], pooled)
+    close(outputs["logits"], logits)
+    assert "HIGHEST" in str(jax.make_jaxpr(network.outputs)(network.params, x))
     assert [m.shape[3] for m in found] == [24, 40, 112, 320]
     for ours, stage in zip(found, (1, 2, 4, 6)):
         close(ours, stages[stage])
+    bare = features.load("efficientnet_lite0", without_head(theirs, tmp_path / "bare.pth"))
+    assert set(jax.eval_shape(bare.outputs, bare.params, x)) == {"features"}

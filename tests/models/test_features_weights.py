@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pathlib
 import sys
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from cheapscale.models import features
 from cheapscale.models.features.classifier import Classifier
 from cheapscale.models.features.loading import BUILDERS
-from cheapscale.models.features.weights import read_weights
+from cheapscale.models.features.weights import default_paths, read_weights
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -83,6 +84,25 @@ def test_the_environment_names_files_where_no_path_is_given(tmp_path, monkeypatc
     monkeypatch.setenv("CHEAPSCALE_WEIGHTS_VGG16_LPIPS", "+".join(names))
     with pytest.raises(ValueError, match=r"one.npz \+ .*two.npz has no weight 'features.0.weight'"):
         features.load("vgg16_lpips")
+
+
+def test_a_string_names_several_files_wherever_it_comes_from(tmp_path, monkeypatch):
+    names = [str(tmp_path / name) for name in ("one.npz", "two.npz")]
+    np.savez(names[0], a=ARRAYS["a"])
+    np.savez(names[1], c=ARRAYS["c"])
+    monkeypatch.setenv("CHEAPSCALE_WEIGHTS_X", "+".join(names))
+    for path in ("+".join(names), names, tuple(map(pathlib.Path, names)), default_paths("x")):
+        read = read_weights(path)
+        assert set(read.arrays) == {"a", "c"} and read.path == " + ".join(names)
+    # a file whose own name has a "+" is one file, even beside files of its parts' names
+    monkeypatch.chdir(tmp_path)
+    np.savez("one.npz+two.npz", b=ARRAYS["a"])
+    monkeypatch.setenv("CHEAPSCALE_WEIGHTS_X", "one.npz+two.npz")
+    for path in ("one.npz+two.npz", default_paths("x")):
+        assert set(read_weights(path).arrays) == {"b"}
+    for path, missing in (("one.npz+gone.npz", r"gone\.npz"), ("no+such.npz", r"no\+such\.npz")):
+        with pytest.raises(ValueError, match=f"no weight file at {missing}: download it"):
+            read_weights(path)
 
 
 def test_hash_is_reported_and_checked_and_files_merge(tmp_path):

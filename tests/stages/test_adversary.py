@@ -82,3 +82,27 @@ def test_the_loss_s_lpips_pools_as_the_config_says(monkeypatch, pooling):
     assert settings["lpips_pooling"] == "avg"
     adversary.load_features(settings | {"lpips_pooling": pooling}, None)
     assert asked == {"vgg16_lpips": pooling, "mobilenet_v2": None}
+
+
+def test_the_weights_of_a_loss_may_lie_in_several_files(tmp_path):
+    """VGG16 and LPIPS' heads, as config.features.paths names them: joined by "+"."""
+    layers = zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), [3] + 12 * [4], strict=True)
+    weights = {}
+    for number, inputs in layers:
+        weights[f"features.{number}.weight"] = np.ones((4, inputs, 3, 3), np.float32)
+        weights[f"features.{number}.bias"] = np.ones(4, np.float32)
+    for name in ("vgg.npz", "vgg+16.npz"):
+        np.savez(tmp_path / name, **weights)
+    heads = {f"lin{k}.model.1.weight": np.ones((1, 4, 1, 1), np.float32) for k in range(5)}
+    np.savez(tmp_path / "heads.npz", **heads)
+    settings = feature_settings(("vgg16_lpips",)).to_dict()
+
+    def load(path):
+        (found,), unfitted = adversary.load_features(
+            settings | {"paths": {"vgg16_lpips": str(path)}}, None
+        )
+        assert not unfitted
+        return found.params
+
+    assert len(load(f"{tmp_path / 'vgg.npz'}+{tmp_path / 'heads.npz'}")["lin"]) == 5
+    assert "lin" not in load(tmp_path / "vgg+16.npz")  # a "+" in a file's own name

@@ -75,7 +75,10 @@ def build(
     """
     size, grid = image.patch * image.side, (image.side, image.side)
     if input_size not in (None, size):
-        raise ValueError(f"input_size={input_size} of {name}: its positions are for {size} px")
+        raise ValueError(
+            f"input_size={input_size} of {name}: its positions are for {size} px, so leave it out "
+            "and measure larger images with --resize=clean"
+        )
     read = _read_transformers if "visual_projection.weight" in weights.arrays else _read_openai
     params = read(weights, image, text)
     params = jax.tree.map(jnp.asarray, params)
@@ -85,7 +88,7 @@ def build(
         if x.shape[1:3] != (size, size):
             raise ValueError(
                 f"{name} sees images of {x.shape[1]}x{x.shape[2]} and has positions for "
-                f"{size}x{size} only: resize them first"
+                f"{size}x{size} only: measure with --resize=clean, or resize them first"
             )
         x = standardised(x, MEAN, DEVIATION)
         x = vit.patch_tokens(params["patch"], x).reshape(len(x), -1, image.width)

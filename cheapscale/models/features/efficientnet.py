@@ -1,11 +1,12 @@
 """EfficientNet-lite0 (timm's "tf_efficientnet_lite0") as a frozen feature network.
 
 Stem 3x3 stride 2, then seven stages of blocks: one depthwise-separable, six of inverted residuals;
-relu6, no squeeze-and-excitation, batch norm (eps 1e-3) folded into the convolutions. Parameter
-names are timm's: conv_stem, bn1, blocks.<stage>.<block>.{conv_pw, conv_dw, conv_pwl, bn1, bn2,
-bn3}. Widths, kernel sizes and the number of blocks are read off the file. Pixels enter as [-1, 1]
-(mean and deviation 0.5 of [0, 1]). The maps are those of the projected discriminator: after
-stages 1, 2, 4 and 6, at strides 4, 8, 16, 32 (24, 40, 112, 320 channels).
+a 1x1 convolution to 1280 channels, global average, a linear classifier. relu6, no
+squeeze-and-excitation, batch norm (eps 1e-3) folded into the convolutions. Parameter names are
+timm's: conv_stem, bn1, blocks.<stage>.<block>.{conv_pw, conv_dw, conv_pwl, bn1, bn2, bn3},
+conv_head, bn2, classifier. Widths, kernel sizes and the number of blocks are read off the file.
+Pixels enter as [-1, 1] (mean and deviation 0.5 of [0, 1]). The maps are those of the projected
+discriminator: after stages 1, 2, 4 and 6, at strides 4, 8, 16, 32 (24, 40, 112, 320 channels).
 """
 
 from typing import Any
@@ -25,7 +26,8 @@ BN_EPS = 1e-3
 
 
 def build(weights: Weights, input_size: int = 224) -> FeatureNetwork:
-    """The network from timm's weights."""
+    """The network from timm's weights; outputs "features" [b, 1280] and, where the file has the
+    classifier, "logits" [b, classes]."""
     params = {"stem": folded(weights, "conv_stem", "bn1", (-1, 3, 3, 3), BN_EPS)}
     width = params["stem"]["bias"].shape[0]
     for stage in range(len(STAGE_STRIDES)):
@@ -34,12 +36,29 @@ def build(weights: Weights, input_size: int = 224) -> FeatureNetwork:
         for i in range(count):
             block, width = _block(weights, f"blocks.{stage}.{i}.", width, separable=stage == 0)
             params[f"stage{stage}"].append(block)
+    params["head"] = folded(weights, "conv_head", "bn2", (-1, width, 1, 1), BN_EPS)
+    width = params["head"]["bias"].shape[0]
+    if "classifier.weight" in weights.arrays:
+        kernel = weights.take("classifier.weight", -1, width).T
+        bias = weights.take("classifier.bias", kernel.shape[1])
+        params["logits"] = {"kernel": kernel, "bias": bias}
 
     def apply(params, x):
         return _maps(params, enlarge(x, input_size))
 
+    def outputs(params, x):
+        last = apply(params, x)[-1]
+        last = relu6(_add_bias(conv(last, params["head"]["kernel"]), params["head"]))
+        features = jnp.mean(last, axis=(1, 2))
+        if "logits" not in params:
+            return {"features": features}
+        logits = features @ params["logits"]["kernel"] + params["logits"]["bias"][None, :]
+        return {"features": features, "logits": logits}
+
     params = jax.tree.map(jnp.asarray, params)
-    return FeatureNetwork("efficientnet_lite0", apply, params, weights.sha256, input_size)
+    return FeatureNetwork(
+        "efficientnet_lite0", apply, params, weights.sha256, input_size, outputs=outputs
+    )
 
 
 def _maps(params: PyTree, x: jax.Array) -> tuple[jax.Array, ...]:

@@ -47,12 +47,13 @@ def load(
 
     Args:
       name: one of `BUILDERS`, or "classifier" (the .npz that training/classifier.py writes).
-      path: .npz, .safetensors or a PyTorch file; a sequence of files is merged (VGG16 and the
-        LPIPS heads). By default what the environment variable CHEAPSCALE_WEIGHTS_<NAME> names,
-        for example CHEAPSCALE_WEIGHTS_INCEPTION_V3, several files joined by "+".
+      path: .npz, .safetensors or a PyTorch file; several are merged (VGG16 and the LPIPS heads),
+        as a sequence or as one string, joined by "+". By default what the environment variable
+        CHEAPSCALE_WEIGHTS_<NAME> names, for example CHEAPSCALE_WEIGHTS_INCEPTION_V3.
       sha256: refuse a file with another hash (hashes joined by "+" for several files).
       input_size: images with a shorter side are enlarged to it; by default the network's own (299
-        for Inception, which resizes every image to it; 224, CIFAR's 32, 16 for the classifier).
+        for Inception, which resizes every image to it; 224, CIFAR's 32, 16 for the classifier). 0
+        enlarges none, where the network takes images of any size.
       options: "pooling" of vgg16_lpips, "seed" of deit_base_distilled's random re-assembly,
         "inputs" of inception_v3, "position_offset" of DINOv2.
 

@@ -104,7 +104,7 @@ def check_patches(name: str, x: jax.Array, patch: int) -> None:
     if x.shape[1] % patch or x.shape[2] % patch:
         raise ValueError(
             f"{name} sees images of {x.shape[1]}x{x.shape[2]}, not a multiple of its {patch}-px "
-            "patches: resize them to one, or set input_size to a larger multiple"
+            "patches: measure with --resize=clean, or set input_size to a larger multiple"
         )
 
 

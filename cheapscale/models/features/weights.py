@@ -47,7 +47,7 @@ class Weights(NamedTuple):
         return np.asarray(array, np.float32)
 
 
-def default_paths(name: str) -> list[str]:
+def default_paths(name: str) -> list[pathlib.Path]:
     """The files of network `name` in the environment, CHEAPSCALE_WEIGHTS_<NAME>, several joined
     by "+"; raises ValueError where it is not set."""
     variable = PREFIX + name.upper()
@@ -55,16 +55,32 @@ def default_paths(name: str) -> list[str]:
         raise ValueError(
             f"no weight file is given for {name!r}: pass its path, or set {variable} to it"
         )
-    return os.environ[variable].split("+")
+    return named_files(os.environ[variable])
+
+
+def named_files(
+    path: str | pathlib.Path | Sequence[str | pathlib.Path],
+) -> list[pathlib.Path]:
+    """The files that `path` names: one, a sequence, or a string of several joined by "+".
+
+    A "+" in the name of a file that exists is part of the name.
+    """
+    if not isinstance(path, str):
+        return [path] if isinstance(path, pathlib.Path) else [pathlib.Path(one) for one in path]
+    parts = [pathlib.Path(part) for part in path.split("+")]
+    # One that is there is enough: what is refused then is the missing one, by its own name.
+    joined = not pathlib.Path(path).is_file() and any(part.is_file() for part in parts)
+    return parts if joined else [pathlib.Path(path)]
 
 
 def read_weights(
     path: str | pathlib.Path | Sequence[str | pathlib.Path], sha256: str | None = None
 ) -> Weights:
-    """Read one weight file, or several whose names are merged, checking the hash where given."""
-    paths = [path] if isinstance(path, str | pathlib.Path) else list(path)
+    """Read one weight file, or several (see `named_files`) whose names are merged, checking the
+    hash where given."""
+    paths = named_files(path)
     arrays, hashes = {}, []
-    for one in map(pathlib.Path, paths):
+    for one in paths:
         if not one.is_file():
             raise ValueError(f"no weight file at {one}: download it, then give its path")
         hashes.append(hashlib.sha256(one.read_bytes()).hexdigest())
@@ -74,7 +90,7 @@ def read_weights(
             f"{shown} has SHA-256 {found} but {sha256} was asked for: it is another version or "
             "is damaged"
         )
-    for one in map(pathlib.Path, paths):
+    for one in paths:
         arrays |= _read(one)
     return Weights(arrays, shown, found)
 
