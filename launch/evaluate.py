@@ -20,16 +20,23 @@ import numpy as np
 from absl import app, flags
 
 from cheapscale.data import sources
-from cheapscale.evaluation.pixels import from_uint8, to_uint8
+from cheapscale.evaluation.pixels import from_uint8
 from cheapscale.evaluation.quality import choice
-from cheapscale.evaluation.statistics import load_images
 from cheapscale.models import features
 from cheapscale.models.features import clip as clip_network
 from cheapscale.models.features import tokenizer
 from cheapscale.stages import evaluate, image_sets
 from cheapscale.stages.data import class_mix, open_data
+from cheapscale.stages.evaluate_settings import (
+    FEATURE_METRICS,
+    METRICS,
+    VIEW_METRICS,
+    Clip,
+    Inputs,
+    Settings,
+)
 from cheapscale.stages.sampler_cost import sampler_cost
-from cheapscale.stages.sampling import check_labels, sampler
+from cheapscale.stages.sampling import check_labels
 from cheapscale.training import jobs
 from cheapscale.training.checkpoint import Loaded, load_network
 from cheapscale.training.classifier import fit_classifier
@@ -38,6 +45,8 @@ from cheapscale.training.loop import provenance
 from launch.command import execute, named_file
 
 DEFAULT_METRICS = ("fd", "kid", "prdc", "memorisation", "floor")
+COST = ("nfe", "parameters", "flops_per_image", "seconds_per_image", "peak_bytes",
+        "training_flops", "training_device_seconds")  # fmt: skip
 FLAGS = flags.FLAGS
 
 
@@ -51,10 +60,14 @@ def define_flags() -> None:
     flags.DEFINE_string("split", "test", "Its split of held-out images.")
     flags.DEFINE_string("train_split", "train", "Its split of training images; '' for none.")
     flags.DEFINE_integer("resolution", 0, "Of --images (default: the model's own).")
-    flags.DEFINE_list("metrics", [], f"Some of {', '.join(evaluate.METRICS)}.")
+    flags.DEFINE_list("metrics", [], f"Some of {', '.join(METRICS)}.")
     flags.DEFINE_integer("num", 50_000, "Images to generate, or at most to read.", lower_bound=2)
     flags.DEFINE_integer("num_reference", 50_000, "At most so many real images.", lower_bound=2)
+    flags.DEFINE_integer(
+        "num_train", 50_000, "At most so many training images, for memorisation and floor."
+    )
     flags.DEFINE_multi_string("network", [], "NAME or NAME=FILE of a feature network.")
+    flags.DEFINE_multi_string("sha256", [], "NAME=HASH that the file of network NAME must have.")
     flags.DEFINE_multi_string("reference", [], "Statistics (.npz) to use in place of real images.")
     flags.DEFINE_enum("resize", "network", ["network", "clean", "tf1"], "To the network's input.")
     flags.DEFINE_integer("batch_size", 64, "Images per call.", lower_bound=1)
@@ -78,53 +91,44 @@ def define_flags() -> None:
     flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
 
 
-def model_images(loaded: Loaded, source, resolution: int, num: int) -> image_sets.Images:
+def model_images(loaded: Loaded, source, resolution: int) -> image_sets.Images:
     """The model's samples, labels drawn with the class frequencies of `source`."""
     (model,) = loaded.meta["networks"].values()
-    classes = model["num_classes"]
-    if classes:
-        labels = class_mix(source, num)
-        check_labels(labels, classes)
-    else:
-        labels = np.zeros(num, np.int32)
-
-    draw = sampler(
+    labels = None
+    if model["num_classes"]:
+        labels = class_mix(source, FLAGS.num)
+        check_labels(labels, model["num_classes"])
+    return image_sets.sampled_images(
         loaded,
+        resolution,
+        labels,
+        FLAGS.num,
         seed=FLAGS.seed,
         batch_size=FLAGS.batch_size,
-        steps=FLAGS.steps,
-        method=FLAGS.method,
-        cfg_scale=FLAGS.cfg_scale,
+        **(solver_flags() if "net" in loaded.meta["networks"] else {}),
     )
 
-    def read(ids):
-        images, _ = draw(ids, labels[ids])
-        return to_uint8(images), labels[ids]
 
-    return image_sets.Images(num, resolution, read)
+def solver_flags() -> dict:
+    """How a teacher is sampled."""
+    return {"steps": FLAGS.steps, "method": FLAGS.method, "cfg_scale": FLAGS.cfg_scale}
 
 
 def file_images(path: str, resolution: int, num: int) -> image_sets.Images:
     """At most `num` images, a fixed random choice in the order they stand in, of a folder (all
-    below it, by path) or an .npz; labels where the file has them."""
+    below it, by path, without labels) or an .npz; resolution 0 takes what the .npz holds."""
     place = pathlib.Path(path)
     if place.is_dir():
         source = sources.open_source(
             "folder", "all", resolution=resolution, data_dir=path, unlabelled=True
         )
-        order = np.sort(choice(len(source), num))
-        return image_sets.chosen_images(source, order)
+        return image_sets.chosen_images(source, np.sort(choice(len(source), num)))
     if place.suffix != ".npz" or not place.is_file():
         raise ValueError(f"{path} is neither a folder nor an .npz file: name images that exist")
-    with np.load(place) as stored:
-        images = stored["images"] if "images" in stored else load_images(place)
-        labels = stored["labels"] if "labels" in stored else np.zeros(len(images), np.int32)
-    if resolution not in (0, images.shape[1]):
-        raise ValueError(f"{path} holds {images.shape[1]} px images, not {resolution}")
-    order = np.sort(choice(len(images), num))
-    return image_sets.Images(
-        len(order), images.shape[1], lambda ids: (images[order[ids]], labels[order[ids]])
-    )
+    images = image_sets.npz_images(place, num)
+    if resolution not in (0, images.resolution):
+        raise ValueError(f"{path} holds {images.resolution} px images, not {resolution}")
+    return images
 
 
 def open_pairs(loaded: Loaded | None, real, train) -> image_sets.Pairs:
@@ -144,6 +148,13 @@ def open_pairs(loaded: Loaded | None, real, train) -> image_sets.Pairs:
     return image_sets.generator_pairs(loaded, train, FLAGS.latents, **options)
 
 
+def open_network(entry: str, **options) -> features.FeatureNetwork:
+    """The network of "NAME=FILE", its file's hash checked where --sha256 gives one."""
+    name, path = named_file(entry)
+    wanted = dict(named_file(pair) for pair in FLAGS.sha256)
+    return features.load(name, path, sha256=wanted.get(name), **options)
+
+
 def open_networks(
     entries: list[str], train, steps: int | None
 ) -> tuple[list[features.FeatureNetwork], list[str]]:
@@ -153,13 +164,12 @@ def open_networks(
     """
     networks = []
     for entry in entries:
-        name, path = named_file(entry)
-        if name == "classifier" and not path:
-            if train is None:
-                raise ValueError("--network=classifier is fitted on training images: give --data")
-            networks.append(fit_classifier(train, purpose="metric", steps=steps).network)
-        else:
-            networks.append(features.load(name, path))
+        if entry != "classifier":
+            networks.append(open_network(entry))
+            continue
+        if train is None:
+            raise ValueError("--network=classifier is fitted on training images: give --data")
+        networks.append(fit_classifier(train, purpose="metric", steps=steps).network)
     if networks or train is None:
         return networks, []
     text = (
@@ -169,13 +179,49 @@ def open_networks(
     return [fit_classifier(train, purpose="metric", steps=steps).network], [text]
 
 
-def open_clip(class_names: list[str]):
-    """(network, text features of one prompt for each class), as the flags say."""
-    network = features.load(*named_file(FLAGS.clip))
+def open_clip(class_names: list[str]) -> Clip:
+    """CLIP and one prompt for each class, as the flags say."""
+    network = open_network(FLAGS.clip)
     files = FLAGS.vocabulary
     words = tokenizer.load_tokenizer(files[0] if len(files) == 1 else tuple(files) or None)
-    prompts = [FLAGS.prompt.format(text) for text in class_names] or [FLAGS.prompt.format("")]
-    return network, np.asarray(clip_network.text_features(network.params, words(prompts)))
+    prompts = [FLAGS.prompt.format(name) for name in class_names]
+    tokens = words(prompts or [FLAGS.prompt])
+    return Clip(
+        network,
+        lambda texts: np.asarray(clip_network.text_features(network.params, words(list(texts)))),
+        prompts,
+        image_sets.digest(prompts, np.asarray(tokens).tolist()),
+    )
+
+
+# Flags that say nothing about the other kind of subject: silence would hide a misunderstanding.
+ONLY_FOR = {
+    "a teacher": ("steps", "method", "cfg_scale"),
+    "a generator": ("latents",),
+    "--model": ("ema", "step", "seed"),
+    "--images": ("resolution", "targets"),
+    "the metric 'clip'": ("clip", "vocabulary", "prompt"),
+    "the metric 'reconstruction'": ("latents", "targets", "lpips"),
+    "the metric 'patch'": ("patch",),
+}
+
+
+def check_flags(loaded: Loaded | None, metrics: tuple[str, ...]) -> None:
+    """Refuse flags that this evaluation would ignore."""
+    networks = loaded.meta["networks"] if loaded else {}
+    applies = {
+        "a teacher": "net" in networks,
+        "a generator": "generator" in networks,
+        "--model": loaded is not None,
+        "--images": loaded is None,
+        "the metric 'clip'": "clip" in metrics,
+        "the metric 'reconstruction'": "reconstruction" in metrics,
+        "the metric 'patch'": "patch" in metrics,
+    }
+    for subject, names in ONLY_FOR.items():
+        for name in names if not applies[subject] else ():
+            if FLAGS[name].present:
+                raise ValueError(f"--{name} is for {subject} only: leave it out")
 
 
 def run() -> dict:
@@ -190,8 +236,8 @@ def run() -> dict:
         resolution = model["resolution"] * 2 ** len(model["growth"])
     else:
         resolution = FLAGS.resolution
-        if name and not resolution:
-            raise ValueError("--images needs --resolution to open the data set at the same size")
+        if (name or pathlib.Path(FLAGS.images).is_dir()) and not resolution:
+            raise ValueError("--images needs --resolution: a folder or a data set is opened at it")
 
     own_data = trained if name == trained.get("name") else {"split": "", "options": {}}
     data = own_data | {"name": name, "data_dir": FLAGS.data_dir or trained.get("data_dir", "")}
@@ -203,67 +249,71 @@ def run() -> dict:
     if loaded and name == trained.get("name") and not FLAGS["train_split"].present:
         train_split = trained["split"]
     real, train = open_split(FLAGS.split), open_split(train_split)
-    own = loaded.meta["config"].get("features", {}) if loaded else {}
+    if loaded:
+        generated = model_images(loaded, train or real, resolution)
+    else:
+        generated = file_images(FLAGS.images, resolution, FLAGS.num)
+    known = generated.labelled or generated.captions is not None
     metrics = tuple(FLAGS.metrics) or tuple(
         m for m in DEFAULT_METRICS if train is not None or m not in ("memorisation", "floor")
-    ) + (("composition",) if name == "scenes" else ())
-    settings = evaluate.Settings(
+    ) + (("composition",) if name == "scenes" and known else ())
+    check_flags(loaded, metrics)
+    settings = Settings(
         metrics=metrics,
         batch_size=FLAGS.batch_size,
         per_shard=FLAGS.per_shard,
         resize=FLAGS.resize,
         patch=FLAGS.patch,
         base=FLAGS.base or (model["resolution"] if loaded else 0),
-        prompt=FLAGS.prompt,
+        num_reference=FLAGS.num_reference,
+        num_train=FLAGS.num_train,
         insist=FLAGS.insist,
     )
-    if loaded:
-        generated = model_images(loaded, train or real, resolution, FLAGS.num)
-    else:
-        generated = file_images(FLAGS.images, resolution, FLAGS.num)
-    pairs = open_pairs(loaded, real, train) if "reconstruction" in metrics else None
     networks, warnings = [], []
-    if set(metrics) & {*evaluate.FEATURE_METRICS, *evaluate.VIEW_METRICS}:
+    if set(metrics) & {*FEATURE_METRICS, *VIEW_METRICS}:
+        own = loaded.meta["config"].get("features", {}) if loaded else {}
         networks, warnings = open_networks(FLAGS.network, train, own.get("metric_steps") or None)
-    job = evaluate.evaluation_job(
+    inputs = Inputs(
         generated,
         networks,
-        settings,
-        FLAGS.workdir,
-        real=real,
-        train=train,
-        num_reference=FLAGS.num_reference,
+        real,
+        train,
         references=FLAGS.reference,
         used_in_loss=loaded.meta.get("frozen_networks", {}) if loaded else {},
-        clip=open_clip(list(real.class_names)) if FLAGS.clip else None,
-        pairs=pairs,
-        lpips=features.load(*named_file(FLAGS.lpips)) if FLAGS.lpips else None,
+        clip=open_clip(list(real.class_names) if real else []) if FLAGS.clip else None,
+        pairs=open_pairs(loaded, real, train) if "reconstruction" in metrics else None,
+        # the published LPIPS looks at images as large as they are
+        lpips=open_network(FLAGS.lpips, input_size=0) if FLAGS.lpips else None,
     )
-    subject = {"model": FLAGS.model, "checkpoint_step": loaded.step, "ema": FLAGS.ema,
-               "seed": FLAGS.seed} if loaded else {"images": FLAGS.images}  # fmt: skip
-    solver = {}
-    if loaded and "net" in loaded.meta["networks"]:
-        solver = {"steps": FLAGS.steps, "method": FLAGS.method, "cfg_scale": FLAGS.cfg_scale}
-    against = {
+    job = evaluate.evaluation_job(inputs, settings, FLAGS.workdir)
+    summary = jobs.run(job, FLAGS.workdir, evaluate.identity(inputs, settings), name="evaluate")
+    if "num" not in summary:  # another process reports
+        return summary
+    summary["warnings"] = warnings + summary["warnings"]
+    if loaded:
+        summary |= {"model": FLAGS.model, "checkpoint_step": loaded.step, "ema": FLAGS.ema,
+                    "seed": FLAGS.seed}  # fmt: skip
+        summary |= solver_flags() if "net" in loaded.meta["networks"] else {}
+    else:
+        summary["images"] = FLAGS.images
+    summary |= {
         "data": name,
         "split": FLAGS.split,
         "resolution": generated.resolution,
-        "num_reference": FLAGS.num_reference,
         "references": list(FLAGS.reference),
+        "resize": FLAGS.resize,
+        "provenance": provenance(),
     }
-    identity = subject | solver | against | settings._asdict()
-    identity |= {"latents": FLAGS.latents, "targets": FLAGS.targets, "lpips": FLAGS.lpips}
-    identity |= {"num": generated.num, "weights": {n.name: n.sha256 for n in networks}}
-    summary = jobs.run(job, FLAGS.workdir, identity, name="evaluate")
-    if not summary.get("num"):  # another process reports
-        return summary
-    summary["warnings"] = warnings + summary["warnings"]
-    summary |= subject | solver | against | {"resize": FLAGS.resize, "provenance": provenance()}
     if loaded and FLAGS.cost:
-        summary["cost"] = sampler_cost(
-            loaded, batch_size=min(FLAGS.batch_size, FLAGS.num), **solver
-        )
-    workdir = pathlib.Path(FLAGS.workdir)
+        solver = solver_flags() if "net" in loaded.meta["networks"] else {}
+        batch_size = min(FLAGS.batch_size, FLAGS.num)
+        summary["cost"] = sampler_cost(loaded, batch_size=batch_size, **solver)
+    show(pathlib.Path(FLAGS.workdir), summary)
+    return summary
+
+
+def show(workdir: pathlib.Path, summary: dict) -> None:
+    """Pictures and the Markdown row, in the work directory and on stdout."""
     for kind, picture in (("generated", "samples"), ("pairs", "reconstructions")):
         first = workdir / "shards" / f"{kind}-{0:07d}.npz"
         if first.exists():
@@ -274,7 +324,6 @@ def run() -> dict:
     print(text)
     for warning in summary["warnings"]:
         print(f"note: {warning}")
-    return summary
 
 
 def row(summary: dict) -> str:
@@ -286,7 +335,7 @@ def row(summary: dict) -> str:
         if isinstance(value, float) and key not in skipped:
             cells[key] = f"{value:.4g}"
     cost = summary.get("cost", {})
-    for key in ("nfe", "parameters", "flops_per_image", "seconds_per_image", "training_flops"):
+    for key in COST:
         if key in cost:
             cells[key] = f"{cost[key]:.4g}"
     head = "| " + " | ".join(cells) + " |"

@@ -20,6 +20,8 @@ import numpy as np
 
 from cheapscale.evaluation.fid import check_features
 
+KS = (3, 5)  # neighbours
+
 
 class PrecisionRecall(NamedTuple):
     precision: float
@@ -34,7 +36,7 @@ class Coverage(NamedTuple):
 
 
 def prdc(
-    real: np.ndarray, fake: np.ndarray, *, ks: Sequence[int] = (3, 5), tile: int = 2048
+    real: np.ndarray, fake: np.ndarray, *, ks: Sequence[int] = KS, tile: int = 2048
 ) -> dict[int, Coverage]:
     """{k: Coverage} of `fake` [m, d] against `real` [n, d] features.
 

@@ -5,7 +5,8 @@
 
 Everything else carries its network always: precision_mobilenetv2, recall_dinov2 ... Variants of
 the distances come before and after: pfid (patches), fid_b (at the base resolution). A mark in
-brackets behind a network's name, as "(rotation)" or "(used in the loss)", stays.
+brackets behind a network's name, as "(rotation)" or "(used in the loss)", stays; images that were
+resized in another way than the network's own have theirs, "(clean)" or "(tf1)".
 """
 
 # pt_inception-2015-12-05-6726825d.pth: TensorFlow's weights as pytorch-fid, clean-fid and
@@ -39,6 +40,12 @@ def metric_name(kind: str, network: str, sha256: str = "", *, variant: str = "")
     if kind in PUBLISHED and is_published(base, sha256):
         name = PUBLISHED[kind]
     return "p" * (variant == "patch") + name + "_b" * (variant == "base") + mark
+
+
+def suffixed(name: str, suffix: str) -> str:
+    """A name with a suffix ahead of its mark in brackets: fd_blocks_floor(used in the loss)."""
+    head, bracket, mark = name.partition("(")
+    return head + suffix + bracket + mark
 
 
 def is_published(network: str, sha256: str) -> bool:

@@ -13,22 +13,33 @@ from cheapscale.models.distances import lpips_distance
 from cheapscale.models.features.network import FeatureNetwork
 from cheapscale.training.sharding import in_batches
 
+LPIPS_SIDE = 16  # VGG16 halves images four times
+
 
 def reconstruction(network: FeatureNetwork | None = None, *, batch_size: int = 64) -> Callable:
     """measure(images, targets) -> {"psnr", "ssim", "lpips"} of each pair, float64 [n].
 
-    images, targets: float32 [n, h, w, 3] in [-1, 1]. network: one loaded as "vgg16_lpips"; LPIPS is
-    left out without it, and SSIM where images are smaller than its window of 11 pixels. Many calls
-    of one `measure` compile once.
+    images, targets: float32 [n, h, w, 3] in [-1, 1]. network: one loaded as "vgg16_lpips", with
+    input_size=0 for the published LPIPS, which looks at images as large as they are; LPIPS is left
+    out without it. Images below 16 px have no LPIPS, and below SSIM's window of 11 no SSIM. Many
+    calls of one `measure` compile once.
     """
     # LPIPS draws nothing, so it needs no key
     lpips = functools.partial(lpips_distance(network).apply, key=None) if network else None
 
-    def measure(images: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
-        found = {"psnr": psnr(check_images(images), check_images(targets, "targets"))}
+    def by_pixels(images: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+        found = {"psnr": psnr(images, targets)}
         if min(images.shape[1:3]) >= WINDOW:
             found["ssim"] = ssim(images, targets)
-        if lpips:
+        return found
+
+    def measure(images: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+        check_images(images)
+        check_images(targets, "targets")
+        batches = (slice(i, i + batch_size) for i in range(0, len(images), batch_size))
+        parts = [by_pixels(images[rows], targets[rows]) for rows in batches]
+        found = {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
+        if lpips and min(images.shape[1:3]) >= LPIPS_SIDE:
             pairs = (np.asarray(v, np.float32) for v in (images, targets))
             distance = in_batches(lpips, network.params, *pairs, batch_size=batch_size)
             found["lpips"] = distance.astype(np.float64)

@@ -100,6 +100,7 @@ def _window(x):
     weights /= weights.sum()
     for axis in (1, 2):
         reach = x.shape[axis] - WINDOW + 1
-        parts = (w * x.take(range(i, i + reach), axis) for i, w in enumerate(weights))
-        x = functools.reduce(np.add, parts)
+        views = (np.moveaxis(x, axis, 0)[i : i + reach] for i in range(WINDOW))
+        parts = (w * view for w, view in zip(weights, views))
+        x = np.moveaxis(functools.reduce(np.add, parts), 0, axis)
     return x

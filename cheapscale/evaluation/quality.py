@@ -85,12 +85,13 @@ def outputs(
     if images.dtype != np.uint8:
         raise ValueError(f"embed takes uint8 images, got {images.dtype}: apply pixels.to_uint8")
     check_images(images)
+    check_resize(network, resize)
+    prepare = None
     if resize != "network":
-        check_resize(network, resize)
-        images = resized(images, network.input_size, resize)
+        prepare = functools.partial(resized, size=network.input_size, mode=resize)
     keys = ("features", "logits") if logits else ("features",)
     run = _program(network.outputs, keys, network.name)
-    return in_batches(run, network.params, images, batch_size=batch_size)
+    return in_batches(run, network.params, images, batch_size=batch_size, prepare=prepare)
 
 
 def check_resize(network: FeatureNetwork, resize: str) -> None:

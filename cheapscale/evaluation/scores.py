@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cheapscale.evaluation.coverage import prdc
+from cheapscale.evaluation.coverage import KS, prdc
 from cheapscale.evaluation.fid import (
     check_features,
     classifier_splits,
@@ -19,7 +19,7 @@ from cheapscale.evaluation.fid import (
     moments,
 )
 from cheapscale.evaluation.memorisation import nearest_features
-from cheapscale.evaluation.naming import metric_name
+from cheapscale.evaluation.naming import metric_name, suffixed
 from cheapscale.evaluation.statistics import Statistics, check_match
 
 METRICS = ("fd", "kid", "score", "prdc", "memorisation")
@@ -36,8 +36,9 @@ def scores(
     metrics: Sequence[str] = ("fd", "kid", "prdc"),
     logits: np.ndarray | None = None,
     train_features: np.ndarray | None = None,
-    ks: Sequence[int] = (3, 5),
+    ks: Sequence[int] = KS,
     variant: str = "",
+    resize: str = "network",
 ) -> dict:
     """Metrics of generated features [n, d].
 
@@ -48,7 +49,8 @@ def scores(
             into the names.
         logits: [n, classes], for "score". train_features: [m, d], for "memorisation".
         ks: neighbours of precision, recall, density and coverage.
-        variant: "patch" or "base", into the names of the distances.
+        variant: "patch" or "base", into the names of the distances. resize: how the images were
+            brought to the network's input; "clean" and "tf1" go into the names.
 
     Returns:
         num, num_reference (None where a published file does not say), and by `naming`:
@@ -66,10 +68,10 @@ def scores(
         raise ValueError(f"{len(features)} sample is too few to measure: give at least 2")
     _check_inputs(features, reference, network, sha256, metrics, logits, train_features, variant)
 
+    shown = network if resize == "network" else f"{network}({resize})"
+
     def name(kind, suffix=""):
-        plain = metric_name(kind, network, sha256, variant=variant)
-        head, bracket, mark = plain.partition("(")
-        return head + suffix + bracket + mark
+        return suffixed(metric_name(kind, shown, sha256, variant=variant), suffix)
 
     result: dict = {"num": len(features)}
     warnings = []

@@ -183,26 +183,17 @@ def check_match(
             f"{statistics.path} holds statistics of {kind or 'whole'} images but the features are "
             f"of {variant or 'whole'} ones: compute a reference of the same"
         )
+    if own is None and resize is not None and not resize.startswith("network"):
+        raise ValueError(
+            f"{statistics.path} is a published file, of images that the network itself resized, "
+            f"but the images are resized by {resize.split()[0]!r}: use --resize=network"
+        )
     for what, asked in (("resolution", resolution), ("resize", resize)):
         if own and asked is not None and asked != getattr(own, what):
             raise ValueError(
                 f"{statistics.path} is of {what} {getattr(own, what)!r} but the images are of "
                 f"{asked!r}: compute a reference of the same"
             )
-
-
-def load_images(path: str | pathlib.Path) -> np.ndarray:
-    """The images arr_0 of an ADM reference batch or sample file: uint8 [n, h, w, 3]."""
-    with np.load(path) as stored:
-        if "arr_0" not in stored:
-            raise ValueError(f"{path} holds {', '.join(stored.files)} but no images arr_0")
-        images = stored["arr_0"]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(
-            f"{path}: arr_0 is {images.dtype} {images.shape}, not uint8 [n, h, w, 3]: it holds no "
-            "images"
-        )
-    return images
 
 
 def _own(path, stored):

@@ -14,7 +14,7 @@ written whole, so that a run may be stopped, resumed, or split over processes at
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,16 +22,10 @@ import numpy as np
 from cheapscale.data.files import whole_or_nothing
 from cheapscale.evaluation import alignment, patches
 from cheapscale.evaluation import scenes as composition
-from cheapscale.evaluation.naming import metric_name
+from cheapscale.evaluation.naming import suffixed
 from cheapscale.evaluation.perceptual import reconstruction
 from cheapscale.evaluation.pixels import check_images, to_uint8
-from cheapscale.evaluation.quality import (
-    check_resize,
-    checked_name,
-    choice,
-    outputs,
-    unseen_by_classifier,
-)
+from cheapscale.evaluation.quality import checked_name, choice, outputs, unseen_by_classifier
 from cheapscale.evaluation.scores import scores
 from cheapscale.evaluation.statistics import (
     Identity,
@@ -42,33 +36,12 @@ from cheapscale.evaluation.statistics import (
     reference_statistics,
 )
 from cheapscale.models.features import FeatureNetwork
+from cheapscale.stages.evaluate_settings import Inputs, Settings, asked_by, check, gives_logits
 from cheapscale.stages.image_sets import Images, Pairs, chosen_images
+from cheapscale.training.sharding import agreed
 from cheapscale.training.stage import Job
 
-FEATURE_METRICS = ("fd", "kid", "score", "prdc", "memorisation", "floor")
-VIEW_METRICS = ("patch", "base")  # the distances once more, on crops and on reduced images
-METRICS = (*FEATURE_METRICS, *VIEW_METRICS, "composition", "clip", "reconstruction")
-
-
-class Settings(NamedTuple):
-    """How to measure.
-
-    metrics: some of METRICS. resize: "network", "clean" or "tf1" (evaluation.resize). patch: side
-    of the crops. base: resolution of the view "base". prompt: text for "clip", with {} for the
-    class. insist: score even with a network that a loss used, and have the names say so.
-    """
-
-    metrics: tuple[str, ...]
-    batch_size: int = 250
-    per_shard: int = 1000
-    resize: str = "network"
-    patch: int = 0
-    base: int = 0
-    prompt: str = "a photo of a {}"
-    insist: bool = False
-
-    def views(self) -> tuple[str, ...]:
-        return ("", *(view for view in VIEW_METRICS if view in self.metrics))
+GENERATED, REAL, TRAIN, PAIRS = "generated", "real", "train", "pairs"
 
 
 class Part(NamedTuple):
@@ -81,54 +54,120 @@ class Part(NamedTuple):
     last: int
 
 
-def evaluation_job(
-    generated: Images,
-    networks: Sequence[FeatureNetwork],
-    settings: Settings,
-    workdir: str | pathlib.Path,
-    *,
-    real: Any = None,
-    train: Any = None,
-    num_reference: int = 50_000,
-    num_train: int = 10_000,
-    references: Sequence[str] = (),
-    used_in_loss: dict[str, str] | None = None,
-    clip: tuple[FeatureNetwork, np.ndarray] | None = None,
-    pairs: Pairs | None = None,
-    lpips: FeatureNetwork | None = None,
-) -> Job:
-    """The job. Its summary holds the scores by name and "warnings".
+class Plan(NamedTuple):
+    """An evaluation laid out.
 
-    Args:
-        real, train: sources (data.sources) to compare with, and for "memorisation" and "floor" the
-            training images; a fixed random choice of at most num_reference and num_train is read.
-        references: published or own .npz statistics to use in place of `real`, each of the network
-            it names.
-        used_in_loss: {name: sha256} of the networks of the model's losses.
-        clip: CLIP and the text features [classes, d] of its prompts, for "clip".
-        pairs, lpips: what "reconstruction" measures, and its VGG16 with heads; without, no LPIPS.
+    sets: {set: (images, views)}. names: {network: its name in metrics}. wanted: {(set, network,
+    view): what its statistics must be of}. given: {(network, view): published or own statistics
+    that stand for the real images}. with_logits: the networks that "score" is computed of.
+    """
+
+    inputs: Inputs
+    settings: Settings
+    workdir: pathlib.Path
+    sets: dict[str, tuple[Images | Pairs, tuple[str, ...]]]
+    names: dict[str, str]
+    wanted: dict[tuple[str, str, str], Identity]
+    given: dict[tuple[str, str], Statistics]
+    with_logits: tuple[str, ...]
+
+
+def evaluation_job(inputs: Inputs, settings: Settings, workdir: str | pathlib.Path) -> Job:
+    """The job. Its summary holds the scores by name and "warnings".
 
     Raises ValueError, before anything is sampled, on metrics that lack what they compare with.
     """
-    workdir = pathlib.Path(workdir)
-    check_settings(settings, generated, networks, real, train, references, clip, pairs)
-    names = {n.name: checked_name(n, used_in_loss or {}, insist=settings.insist) for n in networks}
+    check(inputs, settings)
+    layout = plan(inputs, settings, pathlib.Path(workdir))
+    parts = shards(layout)
+    measure = reconstruction(inputs.lpips, batch_size=settings.batch_size)
+
+    def run_shard(context: object, shard: int, mesh) -> dict:
+        del context, mesh
+        part = parts[shard]
+        found = compare_pairs(part, measure) if part.name == PAIRS else look_at(layout, part)
+        path = place(layout, part)
+        with whole_or_nothing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **found)
+        return {"images": part.last - part.first}
+
+    return Job(
+        num_shards=len(parts),
+        items_per_shard=settings.per_shard,
+        prepare=lambda: None,
+        done=lambda shard: place(layout, parts[shard]).is_file(),
+        run_shard=run_shard,
+        # one process reports
+        finish=lambda _: {} if jax.process_index() else conclude(layout, parts),
+    )
+
+
+def identity(inputs: Inputs, settings: Settings) -> dict:
+    """Everything that the numbers depend on, as plain values: what a work directory belongs to."""
+    networks = {n.name: f"{n.sha256} {n.variant} {n.input_size}" for n in inputs.networks}
+    return settings._asdict() | {
+        "generated": inputs.generated.fingerprint,
+        "num": inputs.generated.num,
+        "networks": networks,
+        "real": inputs.real is not None and inputs.real.fingerprint(),
+        "train": inputs.train is not None and inputs.train.fingerprint(),
+        "references": list(inputs.references),
+        "clip": inputs.clip and f"{inputs.clip.network.sha256} {inputs.clip.fingerprint}",
+        "pairs": inputs.pairs and inputs.pairs.fingerprint,
+        "lpips": inputs.lpips and inputs.lpips.sha256,
+    }
+
+
+def plan(inputs: Inputs, settings: Settings, workdir: pathlib.Path) -> Plan:
+    """Which images are looked at through what, and which statistics they make."""
+    measuring = [*inputs.networks, inputs.lpips, inputs.clip and inputs.clip.network]
+    names = {
+        network.name: checked_name(network, inputs.used_in_loss, insist=settings.insist)
+        for network in filter(None, measuring)
+    }
+    given = read_references(inputs, settings)
+    sets: dict[str, tuple[Images | Pairs, tuple[str, ...]]] = {}
+    wanted = {}
+    if set(settings.metrics) != {"reconstruction"}:
+        sets[GENERATED] = (inputs.generated, settings.views())
+        if inputs.real is not None:
+            ids = choice(len(inputs.real), settings.num_reference)
+            sets[REAL] = (chosen_images(inputs.real, ids), settings.views())
+        if inputs.train is not None:
+            ids = choice(len(inputs.train), settings.num_train)
+            sets[TRAIN] = (chosen_images(inputs.train, ids), ("",))
+        for name, source in ((REAL, inputs.real), (TRAIN, inputs.train)):
+            for network in inputs.networks if name in sets else ():
+                for view in sets[name][1]:
+                    if name == TRAIN or (network.name, view) not in given:
+                        key = (name, network.name, view)
+                        wanted[key] = statistic(source, sets[name][0], network, view, settings)
+    if "reconstruction" in settings.metrics:
+        sets[PAIRS] = (inputs.pairs, ())
+    with_logits = ()
+    if "score" in settings.metrics:
+        with_logits = tuple(n.name for n in inputs.networks if gives_logits(n))
+    return Plan(inputs, settings, workdir, sets, names, wanted, given, with_logits)
+
+
+def read_references(inputs: Inputs, settings: Settings) -> dict[tuple[str, str], Statistics]:
+    """{(network, ""): statistics} of the files given; refuses those of other networks or images."""
     given = {}
-    for path in references:
+    networks = {network.name: network for network in inputs.networks}
+    for path in inputs.references:
         statistics = load_statistics(path)
         owner = statistics.identity.network if statistics.identity else "inception_v3"
-        chosen = [n for n in networks if n.name == owner]
-        if not chosen:
+        if owner not in networks:
             raise ValueError(
                 f"{path} holds statistics of {owner}, but the networks are "
-                f"{', '.join(names) or 'none'}: add --network={owner}=FILE"
+                f"{', '.join(networks) or 'none'}: add --network={owner}=FILE"
             )
         check_match(
             statistics,
-            sha256=chosen[0].sha256,
+            sha256=networks[owner].sha256,
             variant="",
-            resolution=generated.resolution,
-            resize=resize_name(settings, chosen[0]),
+            resolution=inputs.generated.resolution,
+            resize=resize_name(settings, networks[owner]),
         )
         needing = sorted({"kid", "prdc", "floor"} & set(settings.metrics))
         if needing and statistics.features is None:
@@ -137,245 +176,104 @@ def evaluation_job(
                 "only: leave it out and compare with --data, or ask for fd"
             )
         given[owner, ""] = statistics
+    return given
 
-    # "reconstruction" alone looks at no other images
-    compares = set(settings.metrics) != {"reconstruction"}
-    reference_set = train_set = None
-    if compares and real is not None:
-        reference_set = chosen_images(real, choice(len(real), num_reference))
-    if compares and train is not None:
-        train_set = chosen_images(train, choice(len(train), num_train))
 
-    def identity(source, images, network, view):
-        return Identity(
-            data=source.fingerprint(),
-            split=source.split,
-            resolution=images.resolution,
-            num=images.num * (patches.CROPS if view == "patch" else 1),
-            network=network.name,
-            sha256=network.sha256,
-            resize=resize_name(settings, network),
-            variant={
-                "": "",
-                "patch": f"patch {settings.patch} x {patches.CROPS} seed 0",
-                "base": f"base {settings.base}",
-            }[view],
-        )
-
-    wanted: dict[tuple, Identity] = {}  # (set, network, view) -> what its statistics must be of
-    sets = {}
-    if compares:
-        sets["generated"] = (generated, settings.views())
-    if "reconstruction" in settings.metrics:
-        sets["pairs"] = (pairs, ())
-        measure = reconstruction(lpips, batch_size=settings.batch_size)
-    if reference_set is not None:
-        for network in networks:
-            for view in settings.views():
-                if (network.name, view) not in given:
-                    wanted["real", network.name, view] = identity(
-                        real, reference_set, network, view
-                    )
-        sets["real"] = (reference_set, settings.views())
-    if train_set is not None:
-        for network in networks:
-            wanted["train", network.name, ""] = identity(train, train_set, network, "")
-        sets["train"] = (train_set, ("",))
-
-    parts = []
-    for name, (images, views) in sets.items():
-        cached = [cache_path(i).exists() for (owner, *_), i in wanted.items() if owner == name]
-        if name in ("real", "train") and all(cached) and not composes(settings, name):
-            continue
-        for first in range(0, images.num, settings.per_shard):
-            last = min(first + settings.per_shard, images.num)
-            parts.append(Part(name, images, views, first, last))
-
-    def place(part: Part) -> pathlib.Path:
-        return workdir / "shards" / f"{part.name}-{part.first:07d}.npz"
-
-    def run_shard(context: Any, shard: int, mesh) -> dict:
-        del context, mesh
-        part = parts[shard]
-        ids = np.arange(part.first, part.last)
-        if part.name == "pairs":
-            images, targets = part.images.read(ids)
-            shown = np.concatenate([targets[:8], images[:8]])
-            preview = {"preview": to_uint8(shown)} if part.first == 0 else {}
-            write_whole(place(part), preview | measure(images, targets))
-            return {"images": len(images)}
-        images, labels = part.images.read(ids)
-        check_images(images)
-        found = {"ids": ids, "labels": labels}
-        if part.first == 0:
-            found["preview"] = images[:64]
-        for view in part.views:
-            seen = look(images, ids, view, settings)
-            for network in networks:
-                out = look_through(network, seen, settings, logits="score" in settings.metrics)
-                found |= {f"{network.name}/{view}/{key}": value for key, value in out.items()}
-        if composes(settings, part.name):
-            verdicts = [
-                composition.judge(composition.read(image), int(label))
-                for image, label in zip(images, labels)
-            ]
-            found |= {f"composition/{k}": np.asarray([v[k] for v in verdicts]) for k in verdicts[0]}
-        if clip is not None and part.name == "generated":
-            network, texts = clip
-            features = look_through(network, images, settings)["features"]
-            found["clip"] = alignment.clip_scores(features, texts[labels])
-        write_whole(place(part), found)
-        return {"images": len(images)}
-
-    def read(name: str, key: str) -> np.ndarray:
-        stored = []
-        for part in parts:
-            if part.name == name:
-                with np.load(place(part)) as file:
-                    stored.append(file[key])
-        return np.concatenate(stored)
-
-    def statistics_of(name: str, network: str, view: str) -> Statistics | None:
-        if name == "real" and (network, view) in given:
-            return given[network, view]
-        found = wanted.get((name, network, view))
-        if found is None:
-            return None
-        return reference_statistics(found, lambda: [read(name, f"{network}/{view}/features")])
-
-    def finish(context: Any) -> dict:
-        del context
-        if jax.process_index():
-            return {}
-        result: dict = {"num": generated.num, "networks": {n.name: n.sha256 for n in networks}}
-        warnings: list[str] = []
-        for network in networks if "generated" in sets else ():
-            for view in settings.views():
-                result |= score_view(network, view, names[network.name], warnings)
-        for name in ("generated", "real"):
-            if composes(settings, name) and name in sets:
-                keys = [k for k in np.load(place(parts[0])).files if k.startswith("composition/")]
-                suffix = "" if name == "generated" else "_real"
-                result |= {
-                    f"{key.replace('/', '_')}{suffix}": float(read(name, key).mean())
-                    for key in keys
-                }
-        if "pairs" in sets:
-            last = [part for part in parts if part.name == "pairs"][-1]
-            with np.load(place(last)) as stored:
-                kinds = [key for key in stored.files if key != "preview"]
-            values = {kind: read("pairs", kind) for kind in kinds}
-            result |= {f"reconstruction_{kind}": float(v.mean()) for kind, v in values.items()}
-            result["num_reconstructions"] = pairs.num
-            if "lpips" not in kinds:
-                warnings.append("no LPIPS of the reconstructions: give --lpips=vgg16_lpips=FILE")
-        if "clip" in settings.metrics:
-            result[f"clip_score_{clip[0].name}"] = float(read("generated", "clip").mean())
-        return result | {"warnings": warnings}
-
-    def score_view(network, view, name, warnings) -> dict:
-        features = read("generated", f"{network.name}/{view}/features")
-        kinds = ("fd", "kid") if view else ("fd", "kid", "score", "prdc", "memorisation")
-        metrics = [kind for kind in kinds if kind in settings.metrics or view]
-        reference = statistics_of("real", network.name, view)
-        training = statistics_of("train", network.name, "")
-        shared = {"network": name, "sha256": network.sha256, "variant": view}
-        found = {}
-        if metrics:
-            found = scores(
-                features,
-                reference,
-                metrics=metrics,
-                logits=read("generated", f"{network.name}//logits") if "score" in metrics else None,
-                train_features=training.features if "memorisation" in metrics else None,
-                **shared,
-            )
-            for key in ("num", "num_reference"):
-                found.pop(key, None)
-            warnings.extend(found.pop("warnings"))
-        real_features = reference.features if reference is not None else None
-        if view == "" and "memorisation" in metrics and real_features is not None:
-            real_scores = scores(
-                real_features,
-                metrics=["memorisation"],
-                train_features=training.features,
-                **shared,
-            )
-            found |= {f"{k}_real": v for k, v in real_scores.items() if k.startswith("memor")}
-        if view == "" and "floor" in settings.metrics:
-            # as many images on the left as were generated: a Frechet distance's bias depends on it
-            unseen = training.features[unseen_rows(network, len(train), train_set.num)]
-            floor = scores(unseen[: len(features)], reference, metrics=["fd", "kid"], **shared)
-            for kind in ("fd", "kid"):
-                key = metric_name(kind, name, network.sha256)
-                found[f"{key}_floor"] = floor[key]
-        return found
-
-    return Job(
-        num_shards=len(parts),
-        items_per_shard=settings.per_shard,
-        prepare=lambda: None,
-        done=lambda shard: place(parts[shard]).is_file(),
-        run_shard=run_shard,
-        finish=finish,
+def statistic(
+    source, images: Images, network: FeatureNetwork, view: str, settings: Settings
+) -> Identity:
+    """What the statistics of these images of `source` are known by."""
+    return Identity(
+        data=source.fingerprint(),
+        split=source.split,
+        resolution=images.resolution,
+        num=images.num * (patches.CROPS if view == "patch" else 1),
+        network=network.name,
+        sha256=network.sha256,
+        resize=resize_name(settings, network),
+        variant={
+            "": "",
+            "patch": f"patch {settings.patch} x {patches.CROPS} seed 0",
+            "base": f"base {settings.base}",
+        }[view],
     )
 
 
-def check_settings(settings, generated, networks, real, train, references, clip, pairs) -> None:
-    """Refuse metrics that are unknown or lack what they compare with."""
-    unknown = sorted(set(settings.metrics) - set(METRICS))
-    if unknown or not settings.metrics:
-        raise ValueError(f"unknown metrics {unknown}: choose some of {', '.join(METRICS)}")
-    if generated.num < 2:
-        raise ValueError(f"num is {generated.num}: a distribution needs at least 2 images")
-    asked = set(settings.metrics)
-    if asked & {*FEATURE_METRICS, *VIEW_METRICS} and not networks:
-        raise ValueError(f"metrics {sorted(asked)} need a feature network: give --network")
-    if asked & {"kid", "prdc", "floor", *VIEW_METRICS} and real is None:
-        raise ValueError(f"metrics {sorted(asked)} compare with real images: give --data")
-    if "fd" in asked and real is None and not references:
-        raise ValueError("fd compares with real images: give --data or --reference")
-    if asked & {"memorisation", "floor"} and train is None:
-        raise ValueError("memorisation and floor need training images: give --train_split")
-    if real is not None and real.resolution != generated.resolution:
-        raise ValueError(
-            f"the images are {generated.resolution} px, the real ones {real.resolution}: compare "
-            "at one resolution"
-        )
-    if "patch" in asked and not 1 <= settings.patch <= generated.resolution:
-        raise ValueError(
-            f"patch is {settings.patch}, the images are {generated.resolution} px: choose a side "
-            "between 1 and that"
-        )
-    if "base" in asked and (settings.base < 1 or generated.resolution % settings.base):
-        raise ValueError(
-            f"base is {settings.base}: it has to divide the images' {generated.resolution} px"
-        )
-    if "clip" in asked and clip is None:
-        raise ValueError("clip needs a CLIP network: give --clip and --vocabulary")
-    if "reconstruction" in asked and pairs is None:
-        raise ValueError("reconstruction needs images with what they should be: give pairs")
-    for network in networks:
-        if network.outputs is None:
-            raise ValueError(f"{network.name} has no pooled features: measure with another network")
-        check_resize(network, settings.resize)
-    if "composition" in asked and real is not None and real.name != "scenes":
-        raise ValueError(f"composition is known for scenes, not for {real.name}: leave it out")
+def resize_name(settings: Settings, network: FeatureNetwork) -> str:
+    """How images reach the network's input, as the identity of a statistic says it."""
+    return f"{settings.resize} {network.variant} {network.input_size or ''}".strip()
 
 
-def composes(settings: Settings, name: str) -> bool:
+def shards(layout: Plan) -> list[Part]:
+    """The work, the same list on every process: statistics that are cached need no images."""
+    cached = np.asarray([cache_path(identity).exists() for identity in layout.wanted.values()])
+    cached = dict(zip(layout.wanted, agreed(cached)))  # the caches of processes may differ
+    parts = []
+    for name, (images, views) in layout.sets.items():
+        known = [there for (owner, *_), there in cached.items() if owner == name]
+        if name in (REAL, TRAIN) and all(known) and not composes(layout, name):
+            continue
+        for first in range(0, images.num, layout.settings.per_shard):
+            last = min(first + layout.settings.per_shard, images.num)
+            parts.append(Part(name, images, views, first, last))
+    return parts
+
+
+def composes(layout: Plan, name: str) -> bool:
     """Whether the compositions of this set are read; of real images they are the ceiling."""
-    return "composition" in settings.metrics and name in ("generated", "real")
+    return "composition" in layout.settings.metrics and name in (GENERATED, REAL)
 
 
-def unseen_rows(network: FeatureNetwork, length: int, num: int) -> np.ndarray:
-    """Which rows of the chosen training images the network was not itself fitted on."""
-    ids = choice(length, num)
-    fitted_here = network.name.startswith("classifier")
-    return np.flatnonzero(unseen_by_classifier(ids)) if fitted_here else np.arange(len(ids))
+def place(layout: Plan, part: Part) -> pathlib.Path:
+    """Where a shard goes."""
+    return layout.workdir / "shards" / f"{part.name}-{part.first:07d}.npz"
 
 
-def look(images: np.ndarray, ids: np.ndarray, view: str, settings: Settings) -> np.ndarray:
+def compare_pairs(part: Part, measure) -> dict[str, np.ndarray]:
+    """One shard of reconstructions: every measure of each, and the first few with their targets."""
+    images, targets = part.images.read(np.arange(part.first, part.last))
+    found = measure(images, targets)
+    if part.first == 0:
+        found["preview"] = to_uint8(np.concatenate([targets[:8], images[:8]]))
+    return found
+
+
+def look_at(layout: Plan, part: Part) -> dict[str, np.ndarray]:
+    """One shard: "<network>/<view>/features" and "/logits", "composition/<part>", "clip"."""
+    inputs, settings = layout.inputs, layout.settings
+    ids = np.arange(part.first, part.last)
+    images, labels = part.images.read(ids)
+    check_images(images)
+    found = {"ids": ids, "labels": labels}
+    if part.first == 0:
+        found["preview"] = images[:64]
+    for view in part.views:
+        seen = see(images, ids, view, settings)
+        for network in inputs.networks:
+            logits = network.name in layout.with_logits and view == "" and part.name == GENERATED
+            out = outputs(
+                network,
+                seen,
+                batch_size=settings.batch_size,
+                resize=settings.resize,
+                logits=logits,
+            )
+            found |= {f"{network.name}/{view}/{key}": value for key, value in out.items()}
+    kind = asked_by(inputs)
+    if composes(layout, part.name):
+        asked = part.images.captions(ids) if kind == "caption" else labels
+        found |= compositions(images, asked)
+    if "clip" in settings.metrics and part.name == GENERATED:
+        clip = inputs.clip
+        texts = part.images.captions(ids) if kind == "caption" else None
+        texts = texts or [clip.prompts[label] for label in labels]
+        # CLIP resizes as it was published, whatever the others do
+        features = outputs(clip.network, images, batch_size=settings.batch_size)["features"]
+        found["clip"] = alignment.clip_scores(features, clip.texts(texts))
+    return found
+
+
+def see(images: np.ndarray, ids: np.ndarray, view: str, settings: Settings) -> np.ndarray:
     """Images as one view sees them: whole, as random crops, or reduced to the base resolution."""
     if view == "patch":
         return patches.random_crops(images, ids, settings.patch)
@@ -384,21 +282,143 @@ def look(images: np.ndarray, ids: np.ndarray, view: str, settings: Settings) -> 
     return images
 
 
-def look_through(
-    network: FeatureNetwork, images: np.ndarray, settings: Settings, *, logits: bool = False
-) -> dict[str, np.ndarray]:
-    """`quality.outputs` with the settings' batch size and resizing."""
-    return outputs(
-        network, images, batch_size=settings.batch_size, resize=settings.resize, logits=logits
+def compositions(images: np.ndarray, asked: Sequence) -> dict[str, np.ndarray]:
+    """{"composition/<part>": right or wrong, for each image} against its label or caption."""
+    verdicts = [
+        composition.judge(composition.read(image), wish if isinstance(wish, str) else int(wish))
+        for image, wish in zip(images, asked)
+    ]
+    return {f"composition/{k}": np.asarray([v[k] for v in verdicts]) for k in verdicts[0]}
+
+
+def read(layout: Plan, parts: list[Part], name: str, key: str) -> np.ndarray:
+    """One array of all shards of a set, in order."""
+    stored = []
+    for part in parts:
+        if part.name == name:
+            with np.load(place(layout, part)) as file:
+                stored.append(file[key])
+    return np.concatenate(stored)
+
+
+def keys(layout: Plan, parts: list[Part], name: str, prefix: str = "") -> list[str]:
+    """The arrays that every shard of a set holds."""
+    last = [part for part in parts if part.name == name][-1]  # the first has a preview as well
+    with np.load(place(layout, last)) as stored:
+        return [key for key in stored.files if key.startswith(prefix) and key != "preview"]
+
+
+def conclude(layout: Plan, parts: list[Part]) -> dict:
+    """The summary, from the shards and the cached statistics."""
+    inputs, settings = layout.inputs, layout.settings
+    result: dict = {
+        "num": inputs.generated.num,
+        "networks": {network.name: network.sha256 for network in inputs.networks},
+    }
+    for name, key in ((REAL, "num_reference"), (TRAIN, "num_train")):
+        if name in layout.sets:
+            result[key] = layout.sets[name][0].num
+    warnings: list[str] = []
+    for network in inputs.networks if GENERATED in layout.sets else ():
+        for view in settings.views():
+            found, more = score_view(layout, parts, network, view)
+            result |= found
+            warnings += more
+    for name, suffix in ((GENERATED, ""), (REAL, "_real")):
+        if composes(layout, name) and name in layout.sets:
+            for key in keys(layout, parts, name, "composition/"):
+                value = float(read(layout, parts, name, key).mean())
+                result[key.replace("/", "_") + suffix] = value
+    if PAIRS in layout.sets:
+        kinds = keys(layout, parts, PAIRS)
+        for kind in kinds:
+            name = f"reconstruction_{kind}"
+            if kind == "lpips":
+                name += f"_vgg16{mark(layout.names[inputs.lpips.name])}"
+            result[name] = float(read(layout, parts, PAIRS, kind).mean())
+        result["num_reconstructions"] = inputs.pairs.num
+        if "lpips" not in kinds:
+            warnings.append("no LPIPS of the reconstructions: give --lpips=vgg16_lpips=FILE")
+    if "clip" in settings.metrics:
+        score = float(read(layout, parts, GENERATED, "clip").mean())
+        result[f"clip_score_{layout.names[inputs.clip.network.name]}"] = score
+    return result | {"warnings": warnings}
+
+
+def mark(name: str) -> str:
+    """ "(used in the loss)" of a network's name in metrics, or ""."""
+    return "".join(name.partition("(")[1:])
+
+
+def score_view(
+    layout: Plan, parts: list[Part], network: FeatureNetwork, view: str
+) -> tuple[dict, list[str]]:
+    """(scores of the generated images in one network and view, warnings)."""
+    settings = layout.settings
+    features = read(layout, parts, GENERATED, f"{network.name}/{view}/features")
+    reference, training = (
+        statistics_of(layout, parts, name, network.name, view) for name in (REAL, TRAIN)
     )
+    shared = {
+        "network": layout.names[network.name],
+        "sha256": network.sha256,
+        "variant": view,
+        "resize": settings.resize,
+    }
+    if view:
+        found = scores(features, reference, metrics=("fd", "kid"), **shared)
+        return plain(found), found["warnings"]
+    metrics = [kind for kind in ("fd", "kid", "prdc", "memorisation") if kind in settings.metrics]
+    logits = None
+    if network.name in layout.with_logits:
+        metrics.append("score")
+        logits = read(layout, parts, GENERATED, f"{network.name}//logits")
+    result, warnings = {}, []
+    if metrics:
+        known = training.features if "memorisation" in metrics else None
+        found = scores(
+            features, reference, metrics=metrics, logits=logits, train_features=known, **shared
+        )
+        result, warnings = plain(found), found["warnings"]
+    if "memorisation" in metrics and reference is not None and reference.features is not None:
+        held_out = scores(
+            reference.features, metrics=["memorisation"], train_features=known, **shared
+        )
+        result |= {suffixed(key, "_real"): value for key, value in plain(held_out).items()}
+    if "floor" in settings.metrics:
+        # as many images on the left as were generated: a Frechet distance's bias depends on it
+        images, _ = layout.sets[TRAIN]
+        unseen = training.features[unseen_rows(network, len(layout.inputs.train), images.num)]
+        floor = scores(unseen[: len(features)], reference, metrics=["fd", "kid"], **shared)
+        result |= {suffixed(key, "_floor"): value for key, value in plain(floor).items()}
+        if len(unseen) < len(features):
+            warnings.append(
+                f"the floor in {network.name} is of {len(unseen)} training images, the score of "
+                f"{len(features)}: compare each after taking off its bias"
+            )
+    return result, warnings
 
 
-def resize_name(settings: Settings, network: FeatureNetwork) -> str:
-    """How images reach the network's input, as the identity of a statistic says it."""
-    return f"{settings.resize} {network.variant}".strip()
+def plain(found: dict) -> dict:
+    """The scores alone."""
+    return {k: v for k, v in found.items() if k not in ("num", "num_reference", "warnings")}
 
 
-def write_whole(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """An .npz that appears whole or not at all."""
-    with whole_or_nothing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+def statistics_of(
+    layout: Plan, parts: list[Part], name: str, network: str, view: str
+) -> Statistics | None:
+    """Of a set of real images: from a file that was given, the cache, or the shards."""
+    if name == REAL and (network, view) in layout.given:
+        return layout.given[network, view]
+    wanted = layout.wanted.get((name, network, view))
+    if wanted is None:
+        return None
+    key = f"{network}/{view}/features"
+    return reference_statistics(wanted, lambda: [read(layout, parts, name, key)])
+
+
+def unseen_rows(network: FeatureNetwork, length: int, num: int) -> np.ndarray:
+    """Which rows of the chosen training images the network was not itself fitted on."""
+    ids = choice(length, num)
+    fitted_here = network.name.startswith("classifier")
+    return np.flatnonzero(unseen_by_classifier(ids)) if fitted_here else np.arange(len(ids))

@@ -75,9 +75,6 @@ def test_published_files_of_both_kinds(tmp_path):
         assert fid.frechet_distance(FEATURES, found.moments) == pytest.approx(0, abs=1e-6)
         with pytest.raises(ValueError, match="statistics of inception_v3 but .* resnet56's"):
             load_statistics(path, network="resnet56")
-    np.testing.assert_array_equal(statistics.load_images(adm), images)
-    with pytest.raises(ValueError, match="no images arr_0"):
-        statistics.load_images(edm)
 
 
 def test_files_that_hold_no_statistics_are_refused(tmp_path):
@@ -92,9 +89,6 @@ def test_files_that_hold_no_statistics_are_refused(tmp_path):
     np.savez(tmp_path / "torn.npz", mu=np.zeros(3), sigma=np.zeros((4, 4)))
     with pytest.raises(ValueError, match="do not fit each other"):
         load_statistics(tmp_path / "torn.npz")
-    np.savez(tmp_path / "noise.npz", arr_0=np.zeros((3, 4)))
-    with pytest.raises(ValueError, match="it holds no images"):
-        statistics.load_images(tmp_path / "noise.npz")
 
 
 def test_incomplete_features_are_not_written(tmp_path):

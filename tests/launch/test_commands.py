@@ -12,9 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from cheapscale.data.latents import LatentStore
+from cheapscale.data.latents import LatentStore, PairSource
+from cheapscale.evaluation.pixels import to_uint8
+from cheapscale.evaluation.quality import choice
 from cheapscale.models.generator import trainable
 from cheapscale.models.unet import unet
+from cheapscale.stages.data import open_data
+from cheapscale.stages.networks import make_generator
 from cheapscale.training import checkpoint
 from cheapscale.training.stage import Job
 from cheapscale.training.state import split
@@ -165,7 +169,7 @@ def test_the_plan_of_distillation_fits_no_classifier_but_says_so(pipeline, copie
     generator = count(checkpoint.load_network(copied / "distill").params)
     assert plan["networks"]["generator"] == {"parameters": generator, "trainable": generator}
     (how,) = plan["fits_first"].values()
-    assert "loss_classifier" in plan["fits_first"] and how.startswith("3 updates of 128 images")
+    assert "loss_classifier_8px" in plan["fits_first"] and how.startswith("3 updates of 128 images")
     assert plan["memory"]["frozen"] > 0
     paid = flops_done(copied / "pretrain") + LatentStore.open(latents).cost()["flops"]
     trained = flops_done(copied / "distill") - paid
@@ -245,3 +249,38 @@ def test_evaluate_scores_a_checkpoint_and_its_cost(pipeline, tmp_path):
 
     shards = sorted((tmp_path / "a" / "shards").glob("generated-*.npz"))
     assert [len(np.load(path)["ids"]) for path in shards] == [16, 8]
+
+
+def test_evaluate_measures_reconstructions_of_models_and_of_files(pipeline, tmp_path):
+    workdir, _ = pipeline
+    lines, _, _ = command(
+        "launch.evaluate", f"--model={workdir / 'grow32'}", "--num=20", "--nocost",
+        "--metrics=reconstruction", f"--latents={workdir / 'latents'}",
+        f"--workdir={tmp_path / 'grown'}",
+    )  # fmt: skip
+    found = json.loads(lines[-1])
+    loaded = checkpoint.load_network(workdir / "grow32")
+    source = open_data(loaded.meta["config"]["data"])
+    pairs = PairSource(source, LatentStore.open(workdir / "latents"))
+    items = [pairs[int(i)] for i in choice(len(pairs), 20)]
+    z, targets = (np.stack([item[key] for item in items]) for key in ("z", "image"))
+    generate = make_generator(loaded.meta["networks"]["generator"], loaded.meta["diffusion"])
+    images = generate(loaded.params, z, np.asarray([item["label"] for item in items]))
+    squares = np.mean((np.clip(images, -1, 1) - targets) ** 2, axis=(1, 2, 3), dtype=np.float64)
+    expected = np.mean(10 * np.log10(4 / squares))
+    assert found["reconstruction_psnr"] == pytest.approx(expected, rel=1e-4)
+    assert (tmp_path / "grown" / "reconstructions.png").is_file()
+
+    for name, values in (("a", images), ("b", targets)):
+        np.savez(tmp_path / f"{name}.npz", images=to_uint8(np.asarray(values)))
+    lines, _, _ = command(
+        "launch.evaluate", f"--images={tmp_path / 'a.npz'}", f"--targets={tmp_path / 'b.npz'}",
+        "--metrics=reconstruction", f"--workdir={tmp_path / 'files'}",
+    )  # fmt: skip
+    # eight bits cost little where the images are far apart
+    assert json.loads(lines[-1])["reconstruction_psnr"] == pytest.approx(expected, rel=1e-2)
+    _, stderr, status = command(
+        "launch.evaluate", f"--images={tmp_path / 'a.npz'}", "--metrics=reconstruction",
+        "--steps=18", f"--workdir={tmp_path / 'x'}", check=False,
+    )  # fmt: skip
+    assert status == 1 and "error: --steps is for a teacher only: leave it out" in stderr

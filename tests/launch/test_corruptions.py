@@ -43,6 +43,9 @@ class Blobs:
     def __getitem__(self, i):
         return {"image": self.images[i], "label": np.int32(self.labels[i]), "id": i}
 
+    def caption(self, i):
+        return ""
+
     def fingerprint(self):
         return "blobs"
 

@@ -6,14 +6,24 @@ import pytest
 from PIL import Image
 
 from cheapscale.data.sources import SceneSource
-from cheapscale.evaluation.fid import frechet_distance, kernel_distance
+from cheapscale.evaluation.coverage import prdc
+from cheapscale.evaluation.fid import classifier_splits, frechet_distance, kernel_distance
 from cheapscale.evaluation.pixels import from_uint8, to_uint8
 from cheapscale.evaluation.quality import choice
 from cheapscale.evaluation.statistics import Identity, save_statistics
 from cheapscale.models.features import FeatureNetwork
-from cheapscale.stages.evaluate import Settings, evaluation_job
-from cheapscale.stages.image_sets import Images, Pairs, chosen_images, file_pairs
+from cheapscale.stages import evaluate, image_sets
+from cheapscale.stages.evaluate_settings import Inputs, Settings
+from cheapscale.stages.image_sets import (
+    Images,
+    Pairs,
+    chosen_images,
+    file_pairs,
+    npz_images,
+    sampled_images,
+)
 from cheapscale.training import jobs
+from cheapscale.training.checkpoint import Loaded
 from launch.evaluate import file_images
 
 
@@ -48,7 +58,7 @@ class Noisy:
 
     def __init__(self, num=40):
         self.source, self.seen = SceneSource("train", 16, size=num, seed=1), []
-        self.images = Images(num, 16, self.read)
+        self.images = Images(num, 16, self.read, f"noisy {num}")
 
     def one(self, i):
         noise = np.random.default_rng(i).normal(0, 0.1, (16, 16, 3))
@@ -59,16 +69,39 @@ class Noisy:
         return np.stack([self.one(int(i)) for i in ids]), np.zeros(len(ids), np.int32)
 
 
+def silent(name):
+    """A network without logits."""
+    full = pooled(2)
+    return full._replace(
+        name=name, outputs=lambda params, x: {"features": full.outputs(params, x)["features"]}
+    )
+
+
+def picky():
+    """A network of one size of images."""
+
+    def outputs(params, x):
+        if x.shape[1] != 8:
+            raise ValueError(f"picky takes 8 px, got {x.shape[1]}")
+        return {"features": x.mean((1, 2))}
+
+    return pooled(2)._replace(name="picky", outputs=outputs)
+
+
+UNLABELLED = Noisy().images._replace(labelled=False)
 ALL = ("fd", "kid", "score", "prdc", "memorisation", "floor", "patch", "base")
 
 
 def run(generated, workdir, real, train, networks=None, **settings):
-    settings = {"metrics": ALL, "patch": 8, "base": 4, "batch_size": 16} | settings
-    job = evaluation_job(
-        generated.images, networks or [pooled(2)], Settings(**settings), workdir,
-        real=real, train=train,
-    )  # fmt: skip
-    return jobs.run(job, workdir, {"per_shard": 0}, name="evaluate")
+    settings = Settings(**{"metrics": ALL, "patch": 8, "base": 4, "batch_size": 16} | settings)
+    inputs = Inputs(generated.images, networks or [pooled(2)], real, train)
+    return finished(inputs, settings, workdir)
+
+
+def finished(inputs, settings, workdir):
+    """The summary of a job run to its end, as launch/evaluate.py does."""
+    job = evaluate.evaluation_job(inputs, settings, workdir)
+    return jobs.run(job, workdir, evaluate.identity(inputs, settings), name="evaluate")
 
 
 def numbers(summary):
@@ -118,24 +151,20 @@ def test_a_second_run_reads_only_what_is_missing(tmp_path, real, train):
 
 def test_statistics_of_real_images_are_computed_once(tmp_path, real, train):
     run(Noisy(), tmp_path / "a", real, train)
-    job = evaluation_job(
-        Noisy().images, [pooled(2)], Settings(ALL, patch=8, base=4), tmp_path / "b",
-        real=real, train=train,
-    )  # fmt: skip
-    assert job.num_shards == 1  # the generated images
-    other = evaluation_job(
-        Noisy().images, [pooled(2)], Settings(ALL, patch=4, base=4), tmp_path / "c",
-        real=real, train=train,
-    )  # fmt: skip
-    assert other.num_shards == 2  # crops of another size
+    inputs = Inputs(Noisy().images, [pooled(2)], real, train)
+    shards = {
+        patch: evaluate.evaluation_job(inputs, Settings(ALL, patch=patch, base=4), tmp_path / "b")
+        for patch in (8, 4)
+    }
+    assert shards[8].num_shards == 1  # the generated images
+    assert shards[4].num_shards == 2  # crops of another size
 
 
 def test_reals_against_themselves_score_zero_and_compose(tmp_path, real):
     same = chosen_images(SceneSource("test", 64, size=12), np.arange(12))
     source = SceneSource("test", 64, size=12)
     settings = Settings(("fd", "composition"), batch_size=8)
-    job = evaluation_job(same, [pooled(2)], settings, tmp_path / "a", real=source)
-    found = jobs.run(job, tmp_path / "a", {}, name="evaluate")
+    found = finished(Inputs(same, [pooled(2)], source), settings, tmp_path / "a")
     assert found["fd_blocks"] == pytest.approx(0, abs=1e-6)
     assert found["composition_count"] == found["composition_count_real"] == 1
 
@@ -154,25 +183,29 @@ def test_reals_against_themselves_score_zero_and_compose(tmp_path, real):
         ({"metrics": ("fd",), "resize": "clean"}, {}, "takes images of any size"),
         ({"metrics": ("fd",)}, {"networks": []}, "give --network"),
         ({"metrics": ("reconstruction",)}, {}, "give pairs"),
+        ({"metrics": ("prdc",)}, {"generated": Noisy(5).images}, "there are 5 images"),
+        ({"metrics": ("score",)}, {"networks": [silent("a"), silent("b")]}, "a, b do not give"),
+        ({"metrics": ("fd",)}, {"networks": [silent("a"), silent("a")]}, "given twice"),
+        ({"metrics": ("fd",)}, {"networks": [picky()]}, "takes 8 px"),  # its own refusal
+        ({"metrics": ("composition",)}, {"generated": UNLABELLED}, "neither labels nor captions"),
     ],
 )
 def test_metrics_without_what_they_need_are_refused(
     tmp_path, real, train, settings, given, sentence
 ):
     given = {"real": real, "train": train, "networks": [pooled(2)]} | given
-    networks = given.pop("networks")
+    given = {"generated": Noisy().images} | given
     with pytest.raises(ValueError, match=sentence):
-        evaluation_job(Noisy().images, networks, Settings(**settings), tmp_path, **given)
+        evaluate.evaluation_job(Inputs(**given), Settings(**settings), tmp_path)
 
 
 def test_a_network_of_the_loss_is_refused_or_named(tmp_path, real):
     settings = Settings(("fd",), batch_size=16)
-    used = {"used_in_loss": {"other": "b"}}  # the same weights under another name
+    used = {"other": "b"}  # the same weights under another name
+    inputs = Inputs(Noisy().images, [pooled(2)], real, used_in_loss=used)
     with pytest.raises(ValueError, match="training loss"):
-        evaluation_job(Noisy().images, [pooled(2)], settings, tmp_path, real=real, **used)
-    insist = settings._replace(insist=True)
-    job = evaluation_job(Noisy().images, [pooled(2)], insist, tmp_path, real=real, **used)
-    found = jobs.run(job, tmp_path, {}, name="evaluate")
+        evaluate.evaluation_job(inputs, settings, tmp_path)
+    found = finished(inputs, settings._replace(insist=True), tmp_path)
     assert "fd_blocks(used in the loss)" in found
 
 
@@ -181,12 +214,10 @@ def test_reconstructions_are_compared_pair_by_pair(tmp_path):
     targets = chosen_images(SceneSource("train", 16, size=20), np.arange(20))
     clean = from_uint8(targets.read(np.arange(20))[0])
     noise = np.random.default_rng(0).normal(0, 0.1, clean.shape)
-    pairs = Pairs(20, 16, lambda ids: ((clean + noise)[ids], clean[ids]))
-    job = evaluation_job(
-        Noisy().images, [], Settings(("reconstruction",), per_shard=7), tmp_path, pairs=pairs
-    )
-    assert job.num_shards == 3
-    found = jobs.run(job, tmp_path, {}, name="evaluate")
+    pairs = Pairs(20, 16, lambda ids: ((clean + noise)[ids], clean[ids]), "noise")
+    inputs, settings = Inputs(Noisy().images, pairs=pairs), Settings(("reconstruction",), 4, 7)
+    assert evaluate.evaluation_job(inputs, settings, tmp_path).num_shards == 3
+    found = finished(inputs, settings, tmp_path)
     expected = 10 * np.log10(4 / (noise**2).mean((1, 2, 3))).mean()
     assert found["reconstruction_psnr"] == pytest.approx(expected, rel=1e-6)
     assert 0 < found["reconstruction_ssim"] < 1
@@ -218,10 +249,8 @@ def statistics_file(path, *, features=True, **changes):
 
 def test_a_reference_made_in_another_way_is_refused(tmp_path, real):
     def job(path, metrics=("fd",), network="blocks"):
-        networks = [pooled(2)._replace(name=network)]
-        return evaluation_job(
-            Noisy().images, networks, Settings(metrics), tmp_path, real=real, references=path
-        )
+        inputs = Inputs(Noisy().images, [pooled(2)._replace(name=network)], real, references=path)
+        return evaluate.evaluation_job(inputs, Settings(metrics), tmp_path)
 
     job(statistics_file(tmp_path / "same.npz"))
     with pytest.raises(ValueError, match="of resolution 32 but the images are of 16"):
@@ -232,14 +261,16 @@ def test_a_reference_made_in_another_way_is_refused(tmp_path, real):
     job(published, network="inception_v3")
     with pytest.raises(ValueError, match="holds moments only"):
         job(published, ("fd", "kid", "prdc"), network="inception_v3")
+    fixed = pooled(2)._replace(name="inception_v3", input_size=16)
+    inputs = Inputs(Noisy().images, [fixed], real, references=published)
+    with pytest.raises(ValueError, match="that the network itself resized"):
+        evaluate.evaluation_job(inputs, Settings(("fd",), resize="clean"), tmp_path)
 
 
 def test_another_resolution_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the images are 16 px, the real ones 32"):
-        evaluation_job(
-            Noisy().images, [pooled(2)], Settings(("fd",)), tmp_path,
-            real=SceneSource("test", 32, size=4),
-        )  # fmt: skip
+        inputs = Inputs(Noisy().images, [pooled(2)], SceneSource("test", 32, size=4))
+        evaluate.evaluation_job(inputs, Settings(("fd",)), tmp_path)
 
 
 def test_images_come_from_a_folder_or_a_file(tmp_path):
@@ -257,3 +288,106 @@ def test_images_come_from_a_folder_or_a_file(tmp_path):
         file_images(str(tmp_path / "none"), 16, 5)
     with pytest.raises(ValueError, match="holds 16 px images, not 32"):
         file_images(str(tmp_path / "own.npz"), 32, 5)
+
+
+def test_what_is_not_known_of_files_is_not_made_up(tmp_path):
+    """Labels and captions come with an .npz or not at all; a folder has none."""
+    source = SceneSource("test", 64, size=6)
+    images = np.stack([to_uint8(source[i]["image"]) for i in range(6)])
+    texts = np.asarray([source.caption(i) for i in range(6)])
+    np.savez(tmp_path / "plain.npz", images=images)
+    np.savez(tmp_path / "asked.npz", images=images, captions=texts)
+    assert not npz_images(tmp_path / "plain.npz", 6).labelled
+    asked = npz_images(tmp_path / "asked.npz", 6)
+    inputs, settings = Inputs(asked, real=source), Settings(("composition",))
+    found = finished(inputs, settings, tmp_path / "a")
+    # captions ask for colours and relations too, of the real images as well
+    assert found["composition_colour"] == found["composition_colour_real"] == 1
+    wrong = asked._replace(captions=lambda ids: [texts[(i + 1) % 6] for i in ids], fingerprint="w")
+    found = finished(inputs._replace(generated=wrong), settings, tmp_path / "b")
+    assert found["composition_all"] < 0.5 and found["composition_all_real"] == 1
+
+
+def test_images_that_are_not_numbers_are_refused_and_not_taken_for_black():
+    broken = Loaded({}, {"networks": {"generator": {}}}, 0, "")
+
+    def draw(ids, labels):
+        return np.full((len(ids), 16, 16, 3), np.nan, np.float32), labels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_sets, "sampler", lambda loaded: draw)
+        images = sampled_images(broken, 16, None, 4)
+    with pytest.raises(ValueError, match="image 0 of 4 samples holds a NaN"):
+        images.read(np.arange(4))
+
+
+def test_a_work_directory_belongs_to_what_was_measured(tmp_path, real, train):
+    """Another set of images, source, network or setting is another job."""
+    settings = Settings(("fd",), batch_size=16)
+    inputs = Inputs(Noisy().images, [pooled(2)], real, train)
+    finished(inputs, settings, tmp_path)
+    finished(inputs, settings._replace(batch_size=8), tmp_path)
+    for other in (
+        inputs._replace(generated=Noisy(39).images),
+        inputs._replace(generated=inputs.generated._replace(fingerprint="other")),
+        inputs._replace(networks=[pooled(2)._replace(sha256="c")]),
+        inputs._replace(networks=[pooled(2)._replace(variant="v")]),
+        inputs._replace(real=SceneSource("test", 16, size=60, seed=3)),
+        inputs._replace(train=SceneSource("train", 16, size=50, seed=3)),
+        inputs._replace(train=None),
+    ):
+        with pytest.raises(ValueError, match="started with another config"):
+            finished(other, settings, tmp_path)
+    with pytest.raises(ValueError, match="started with another config"):
+        finished(inputs, settings._replace(num_reference=50), tmp_path)
+
+
+def test_sets_differ_by_what_they_hold(tmp_path):
+    images, _ = Noisy(5).images.read(np.arange(5))
+    prints = set()
+    for name, arrays in {
+        "a": {"images": images},
+        "b": {"images": images[::-1]},
+        "c": {"images": images, "labels": np.arange(5)},
+        "d": {"images": images, "labels": np.arange(5)[::-1]},
+        "e": {"images": images, "captions": np.asarray(list("abcde"))},
+    }.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        prints.add(npz_images(tmp_path / f"{name}.npz", 5).fingerprint)
+    prints.add(npz_images(tmp_path / "a.npz", 4).fingerprint)
+    for source in (SceneSource("test", 16, size=5), SceneSource("test", 32, size=5)):
+        prints.add(chosen_images(source, np.arange(5)).fingerprint)
+    prints.add(chosen_images(source, np.arange(4)).fingerprint)
+    assert len(prints) == 9
+
+
+def test_score_and_neighbours_through_the_job_are_the_library_s(tmp_path, real, train):
+    found = run(Noisy(), tmp_path, real, train, metrics=("score", "prdc", "memorisation"))
+    seen = {
+        "fake": Noisy().images.read(np.arange(40))[0],
+        "real": chosen_images(real, choice(60, 60)).read(np.arange(60))[0],
+        "train": chosen_images(train, choice(50, 50)).read(np.arange(50))[0],
+    }
+    out = {name: pooled(2).outputs(jnp.float32(1), from_uint8(x)) for name, x in seen.items()}
+    features = {name: np.asarray(o["features"]) for name, o in out.items()}
+    expected = classifier_splits(np.asarray(out["fake"]["logits"]), splits=10)
+    assert found["score_blocks"] == pytest.approx(expected.mean, rel=1e-4)
+    for k, values in prdc(features["real"], features["fake"]).items():
+        for kind, value in values._asdict().items():
+            assert found[f"{kind}_blocks_k{k}"] == pytest.approx(value, abs=1e-6)
+    nearest = np.linalg.norm(features["real"][:, None] - features["train"][None], axis=-1)
+    assert found["memorisation_blocks_real"] == pytest.approx(nearest.min(1).mean(), rel=1e-4)
+    assert (found["num_reference"], found["num_train"]) == (60, 50)
+
+
+def test_the_floor_says_when_it_is_of_fewer_images(tmp_path, real):
+    few = SceneSource("train", 16, size=20)
+    found = run(Noisy(), tmp_path, real, few, metrics=("fd", "floor"))
+    assert any("is of 20 training images, the score of 40" in w for w in found["warnings"])
+    assert "fd_blocks_bias_floor" in found
+
+
+def test_other_resizing_is_in_the_names(tmp_path, real, train):
+    fixed = pooled(2)._replace(input_size=8)
+    found = run(Noisy(), tmp_path, real, train, [fixed], metrics=("fd", "floor"), resize="clean")
+    assert "fd_blocks(clean)" in found and "fd_blocks_floor(clean)" in found
