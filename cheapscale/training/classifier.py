@@ -17,6 +17,7 @@ Training is deterministic, takes well under a minute on two CPU cores, and its r
 
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -31,13 +32,14 @@ import optax
 from absl import logging
 
 from cheapscale.data.files import whole_or_nothing
-from cheapscale.models.features.classifier import Classifier
-from cheapscale.models.features.network import FeatureNetwork
+from cheapscale.models.features import classifier
+from cheapscale.models.features.network import FeatureNetwork, exact
+from cheapscale.training import sharding
 
 PyTree = Any
 
-VERSION = 4  # of everything below that changes the weights but not the key's other fields
-DEGRADATIONS = ("blur", "noise")  # one more logit each, dropped from the network's outputs
+# Of what changes the weights but not the key's other fields, here and in the network's own file.
+VERSION = 4
 NATIVE = 32  # images up to this size are trained on as they are,
 VIEW = 16  # larger ones as crops and as reductions of this size
 PURPOSES = {
@@ -59,6 +61,10 @@ class Planned(NamedTuple):
     network: as fitted where it is in the cache; else with shapes for weights, no hash, no outputs.
     recipe: how `fit` will fit it, "" where it is in the cache.
     fit: () -> Fitted, which then is in the cache.
+
+    Of several processes only process 0 looks into its cache, fits and keeps, and only in `fit`,
+    which gives its weights to all: each process calls it, from the thread and in the order in which
+    it issues everything else that processes do together.
     """
 
     network: FeatureNetwork
@@ -99,8 +105,8 @@ def plan_classifier(
         max_images: a fixed random choice of at most so many is read.
 
     Returns:
-        Planned. network.name is "classifier" (metric) or "loss_classifier", with "(rotation)"
-        appended where there are no labels.
+        Planned. network.name is "classifier" (metric) or "loss_classifier_<resolution>px": a grown
+        model's losses used one at each resolution. "(rotation)" follows where there are no labels.
     """
     if purpose not in PURPOSES:
         raise ValueError(f"unknown purpose {purpose!r}: choose one of {tuple(PURPOSES)}")
@@ -124,58 +130,56 @@ def plan_classifier(
     }
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
     path = _cache(cache_dir) / f"{purpose}-{source.resolution}px-{digest}"
-    name = {"loss": "loss_classifier", "metric": "classifier"}[purpose] + "(rotation)" * rotation
-    cached = _read(path, spec)
+    alone = jax.process_count() == 1
+    cached = _read(path, spec) if alone else None  # of several processes, see `_from_first`
     if cached is not None:
-        fitted = Fitted(as_network(name, *cached), cached[1])
+        fitted = _fitted(*cached)
         return Planned(fitted.network, "", lambda: fitted)
 
-    def fit() -> Fitted:
+    def fit_and_keep() -> tuple[PyTree, dict]:
         params, found = _fit(source, spec)
-        report = spec | found | {"sha256": _hash(params)}
+        report = spec | found | {"sha256": classifier.weights_hash(params)}
         _write(path, params, report)
         logging.info(
             "fitted a classifier (%s, %s) on %d images: held-out accuracy %.3f",
             purpose, spec["task"], found["images"], found["accuracy"],
         )  # fmt: skip
-        return Fitted(as_network(name, params, report), report)
+        return params, report
 
-    net = _module(spec["num_classes"], spec["width"])
+    def fit() -> Fitted:
+        if alone:
+            return _fitted(*fit_and_keep())
+        return _fitted(*_from_first(lambda: _read(path, spec) or fit_and_keep()))
+
+    net = classifier.module(spec)
     shape = (1, source.resolution, source.resolution, 3)
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros(shape))["params"]
-    network = FeatureNetwork(
-        name=name, apply=functools.partial(_maps, net), params=shapes, input_size=net.input_size
-    )
     recipe = f"{spec['steps']} updates of {spec['batch_size']} images of {source.resolution} px"
-    return Planned(network, f"{recipe}, kept in {path}.npz", fit)
+    recipe = f"{recipe}, kept in {path}.npz"
+    return Planned(classifier.feature_network(shapes, spec), recipe, fit)
 
 
-def as_network(name: str, params: PyTree, report: dict) -> FeatureNetwork:
-    """FeatureNetwork of weights and the report that came with them."""
-    net = _module(report["num_classes"], report["width"])
+def _fitted(params: PyTree, report: dict) -> Fitted:
     params = jax.tree.map(jnp.asarray, params)
-    return FeatureNetwork(
-        name=name,
-        apply=functools.partial(_maps, net),
-        params=params,
-        sha256=report["sha256"],
-        input_size=net.input_size,
-        outputs=functools.partial(_outputs, net, report["feature_rms"]),
-    )
+    return Fitted(classifier.feature_network(params, report), report)
 
 
-def _module(num_classes, width):
-    return Classifier(num_classes=num_classes + len(DEGRADATIONS), width=width)
+def _from_first(make: Callable[[], tuple[PyTree, dict]]) -> tuple[PyTree, dict]:
+    """Process 0's make() -> (params, report), on every process.
 
-
-def _maps(net, params, x):
-    return net.apply({"params": params}, x)[1]
-
-
-def _outputs(net, feature_rms, params, x):
-    logits, _, penultimate = net.apply({"params": params}, x)
-    logits = logits[:, : -len(DEGRADATIONS)]
-    return {"features": penultimate / feature_rms, "logits": logits}
+    Two processes that fit the same do not get the same bits everywhere, and one may have another's
+    weights in its cache: the hash says which network judged a run, so there has to be one.
+    """
+    packed = io.BytesIO()
+    with sharding.together("fitting the classifier"):
+        if jax.process_index() == 0:
+            params, report = make()
+            np.savez(packed, report=json.dumps(report), **classifier.flat(params))
+    packed = sharding.agreed(np.frombuffer(packed.getvalue(), np.uint8))
+    with np.load(io.BytesIO(packed.tobytes())) as stored:
+        arrays = dict(stored)
+    report = json.loads(str(arrays.pop("report")))
+    return _nested(arrays), report
 
 
 def _fit(source, spec):
@@ -186,7 +190,7 @@ def _fit(source, spec):
         raise ValueError(
             f"{len(images)} images of {source.name!r} are too few to fit a classifier on: give 10"
         )
-    net = _module(spec["num_classes"], spec["width"])
+    net = classifier.module(spec)
     view = source.resolution if source.resolution <= NATIVE else VIEW
     shape = (1, view, view, 3)
     params = jax.jit(net.init)(jax.random.key(spec["seed"], impl="rbg"), jnp.zeros(shape))["params"]
@@ -214,7 +218,7 @@ def _fit(source, spec):
         params, opt_state = step(params, opt_state, x, label, degraded)
 
     # what is reported is measured on held-out images at full size, as the network will be used
-    look = jax.jit(functools.partial(_outputs, net, 1.0))
+    look = jax.jit(exact(functools.partial(classifier.outputs, net, 1.0)))
     rng, right, squares = np.random.default_rng(spec["seed"]), [], []
     for start in range(0, held_out, 100):
         part = slice(start, min(start + 100, held_out))
@@ -303,23 +307,11 @@ def _cache(folder):
     return pathlib.Path(folder).expanduser() / "classifiers"
 
 
-def _hash(params):
-    digest = hashlib.sha256()
-    for name, leaf in sorted(_flat(params).items()):
-        digest.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
-
-
-def _flat(params):
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in leaves}
-
-
 def _write(path, params, report):
     # weights first, report last: a report on disk means that the weights beside it are whole
     with whole_or_nothing(path.with_name(path.name + ".npz")) as temporary:
         with temporary.open("wb") as file:
-            np.savez(file, **_flat(params))
+            np.savez(file, **classifier.flat(params))
     with whole_or_nothing(path.with_name(path.name + ".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1))
 
@@ -329,13 +321,18 @@ def _read(path, spec):
     if not report_path.exists():
         return None
     report = json.loads(report_path.read_text())
-    params: dict = {}
     with np.load(path.with_name(path.name + ".npz")) as stored:
-        for name in stored.files:
-            *outer, last = name.split("/")
-            functools.reduce(lambda d, key: d.setdefault(key, {}), outer, params)[last] = stored[
-                name
-            ]
-    if _hash(params) != report["sha256"] or any(report[k] != v for k, v in spec.items()):
+        params = _nested(dict(stored))
+    matching = classifier.weights_hash(params) == report["sha256"]
+    if not matching or any(report[k] != v for k, v in spec.items()):
         raise ValueError(f"{report_path} does not describe the weights beside it: delete both")
     return params, report
+
+
+def _nested(arrays: dict[str, np.ndarray]) -> PyTree:
+    """`classifier.flat`, undone."""
+    params: dict = {}
+    for name, array in arrays.items():
+        *outer, last = name.split("/")
+        functools.reduce(lambda d, key: d.setdefault(key, {}), outer, params)[last] = array
+    return params

@@ -1,17 +1,21 @@
-"""Where arrays live: one named mesh, and one rule that places every leaf on it.
+"""Where arrays live: one named mesh, one rule that places every leaf on it; and where processes
+wait for each other.
 
 Axes: `data` (batch), `fsdp` (batch, and the parameters are split along it), `tensor` (kept for
 tensor parallelism; 1 until a network uses it). Axis types are Auto: linen layers fail under
 Explicit axes with sharded kernels.
 """
 
+import contextlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,6 +23,7 @@ PyTree = Any
 AXES = ("data", "fsdp", "tensor")
 # Leaves smaller than this many elements are replicated: gathering them costs more than it saves.
 MIN_SHARDED = 2**20
+WEEK = 7 * 24 * 3600 * 1000  # in milliseconds
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -112,6 +117,39 @@ def fetch(tree: PyTree) -> PyTree:
     return jax.tree.map(whole, tree)
 
 
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Processes leave this block when the last one is done with it; where one raises in it all do
+    (its own error there, RuntimeError elsewhere).
+
+    Inside, every process works by itself for as long as it takes: they do not wait on the devices,
+    whose collectives give up on a process that is late. What they do together inside is to be
+    another such block, or `agreed`.
+
+    A process that dies ends all of them: at once if it is process 0, otherwise when its heartbeat
+    is missed (100 s by default). So does an error outside such a block, once jax.distributed has
+    waited for the other processes to exit (300 s by default).
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    from jax.experimental import multihost_utils
+
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+        logging.error("%s failed here; waiting for the other processes: %r", what, error)
+    # One key for all blocks: a process that failed before an inner one meets the others there.
+    ocp.multihost.get_barrier_sync_fn()(key="cheapscale", timeout_ms=WEEK)
+    failed = multihost_utils.process_allgather(np.asarray([error is not None]), tiled=True)
+    if error is not None:
+        raise error
+    if failed.any():
+        raise RuntimeError(f"process {np.argmax(failed)} failed in {what}: its log says why")
+
+
 def agreed(value: np.ndarray) -> np.ndarray:
     """Process 0's `value` on every process, whatever shape and dtype the others have.
 
@@ -121,9 +159,10 @@ def agreed(value: np.ndarray) -> np.ndarray:
         return value
     from jax.experimental import multihost_utils
 
-    # As bytes: a broadcast on the devices would cut 64-bit numbers to 32, and wants equal shapes.
     packed = io.BytesIO()
-    np.save(packed, value, allow_pickle=False)
+    with together("agreeing on a value"):
+        np.save(packed, value, allow_pickle=False)
+    # As bytes: a broadcast on the devices would cut 64-bit numbers to 32, and wants equal shapes.
     mine = np.frombuffer(packed.getvalue(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
     first = multihost_utils.broadcast_one_to_all(np.resize(mine, length))

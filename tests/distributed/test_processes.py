@@ -43,7 +43,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(condition, processes, seconds=120):
+def wait_for(condition, processes, seconds=600):
     for _ in range(10 * seconds):
         if condition() or any(p.poll() is not None for p in processes):
             return
@@ -67,7 +67,7 @@ def together(tmp_path_factory):
     ends = []
     for index, process in enumerate(processes):
         try:
-            process.wait(60)
+            process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
         log = (folder / f"log{index}").read_text()
@@ -147,3 +147,41 @@ def test_the_shards_of_an_inversion_are_divided_and_all_there(together):
     z = in_batches(invert, teacher.params, np.stack(images), np.asarray(labels), batch_size=16)
     stored = np.stack([store.latent(*key) for key in keys])
     assert difference(z, stored) <= 1e-5
+
+
+@pytest.fixture
+def seen(together):
+    """What each process wrote down of what they do together."""
+    return [json.loads((together[0] / f"seen{index}").read_text()) for index in range(2)]
+
+
+def test_all_processes_have_what_the_first_has(seen):
+    assert [one["agreed"] for one in seen] == [[2**40], [2**40]]
+
+
+def test_nobody_leaves_a_job_that_another_still_sums_up(seen):
+    assert [one["jobs"]["waited"] for one in seen] == [True, True]
+
+
+def test_where_one_process_fails_the_others_write_their_shards_and_fail_too(together, seen):
+    first, second = (one["jobs"] for one in seen)
+    assert second["shard"] == "the disk is full"
+    assert first["shard"].startswith("process 1 failed in the shards of shard")
+    written = (together[0] / "jobs" / "shard").glob("*.txt")
+    assert sorted(path.stem for path in written) == ["0", "1", "2", "4"]
+    assert first["summary"] == "no room for the summary"
+    assert second["summary"].startswith("process 0 failed in the summary of summary")
+
+
+def test_the_first_process_has_the_classifier_whatever_the_others_have(together, seen):
+    first, second = (one["classifiers"] for one in seen)
+    assert first["found"] == second["found"]
+    fitted, again, read = first["found"]
+    assert read == fitted and again[0] != fitted[0] and again[1] != fitted[1]
+    # process 0 kept both, each in the cache it was told
+    kept = (together[0] / "classifiers").glob("*/classifiers/*.json")
+    assert sorted(json.loads(path.read_text())["sha256"] for path in kept) == sorted(
+        (fitted[0], again[0])
+    )
+    assert first["failed"] == "the disk is full"
+    assert second["failed"].startswith("process 0 failed in fitting the classifier")

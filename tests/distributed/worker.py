@@ -1,17 +1,20 @@
 """One process of several, each with two CPU devices: worker.py PORT COUNT INDEX FOLDER.
 
-Every process runs the same four runs in turn, as the processes of a pod would, and the last one
-until it is told to stop. test_processes.py starts them and looks at what they leave in FOLDER.
+Every process runs the same runs in turn, as the processes of a pod would, and the last one until it
+is told to stop. test_processes.py starts them and looks at what they leave in FOLDER.
 """
 
 import importlib.util
+import json
 import pathlib
 import sys
+import time
 
 import jax
+import numpy as np
 
 from cheapscale.stages import run
-from cheapscale.training import loop, sharding
+from cheapscale.training import classifier, jobs, loop, sharding
 from configs.scenes import get_config
 
 
@@ -30,13 +33,18 @@ def invert_config(folder):
     return config
 
 
+def other_test(name):
+    """The module tests/`name`.py, whose toys are used here too."""
+    path = (pathlib.Path(__file__).parents[1] / name).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
 def toy():
     """The stage of tests/training/test_loop.py, fed with this process's rows."""
-    path = pathlib.Path(__file__).parents[1] / "training" / "test_loop.py"
-    spec = importlib.util.spec_from_file_location("test_loop", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    stage = module.denoise_stage()
+    stage = other_test("training/test_loop").denoise_stage()
 
     def batches(start):
         for batch in stage.batches(start):
@@ -55,9 +63,81 @@ def train_toy(folder, total_steps):
     return loop.train(toy(), str(folder), {}, total_steps=total_steps, mesh=mesh, **settings)
 
 
+def caught(body):
+    """The error that `body` ends in, as text."""
+    try:
+        body()
+    except (OSError, RuntimeError) as error:
+        return str(error)
+
+
+def jobs_seen(folder):
+    """What this process sees of a job whose summary takes long, and of two that fail on the other
+    or here: a shard of process 1, then the summary of process 0."""
+    counting, first = other_test("training/test_jobs").counting, jax.process_index() == 0
+
+    def count(name, fail_at=None, **changes):
+        place = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        job = counting(place, fail_at=fail_at)[0]._replace(**changes)
+        return jobs.run(job, place / "work", {}, name=name)
+
+    def late(_):
+        if first:
+            time.sleep(1)
+            (folder / "late" / "scored").touch()
+        return {}
+
+    def broken(_):
+        if first:
+            raise OSError("no room for the summary")
+        return {}
+
+    count("late", finish=late)
+    return {
+        "waited": (folder / "late" / "scored").exists(),
+        "shard": caught(lambda: count("shard", fail_at=3)),
+        "summary": caught(lambda: count("summary", finish=broken)),
+    }
+
+
+def classifiers_seen(folder):
+    """Hashes and weights of three classifiers, one for each way of having something in the caches,
+    and how this process ends where the fit fails. Fits draw weights: no two give the same."""
+    toys, seeds = other_test("evaluation/test_classifier"), iter(range(100))
+    source = toys.Stripes(60)
+
+    def draw(source, spec):
+        assert jax.process_index() == 0
+        return toys.drawn(source, spec, seed=next(seeds))
+
+    def full(*_):
+        raise OSError("the disk is full")
+
+    def fit(number, **options):
+        cache = folder / str((number + jax.process_index()) % 2)
+        planned = classifier.plan_classifier(source, purpose="loss", cache_dir=cache, **options)
+        assert planned.recipe and not planned.network.sha256
+        network, report = planned.fit()
+        assert report["sha256"] == network.sha256 and report["feature_rms"] == 0.1
+        return network.sha256, np.asarray(network.params["stem"]["kernel"]).tolist()
+
+    classifier._fit = draw
+    # 0: nobody has one. 1: process 1 has that one. 2: both have one, and not the same.
+    found = [fit(number) for number in range(3)]
+    classifier._fit = full
+    return {"found": found, "failed": caught(lambda: fit(0, seed=7))}
+
+
 def main(port, count, index, folder):
     jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
     folder = pathlib.Path(folder)
+    value = np.asarray([2**40]) if index == "0" else np.zeros((3, 2), np.float32)
+    seen = {"agreed": sharding.agreed(value).tolist(), "jobs": jobs_seen(folder / "jobs")}
+    # as the loop loads frozen weights: on a mesh of this process's own
+    with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
+        seen["classifiers"] = classifiers_seen(folder / "classifiers")
+    (folder / f"seen{index}").write_text(json.dumps(seen))
     run.run(teacher_config(), folder / "teacher")
     run.run(invert_config(folder), folder / "invert")
     train_toy(folder / "toy", 2)

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from cheapscale.models import features
+from cheapscale.models.features.classifier import module
 from cheapscale.training import classifier
 
 
@@ -40,6 +42,15 @@ def _fit(source, cache, **options):
     return classifier.fit_classifier(source, cache_dir=cache, **options)
 
 
+def drawn(source, spec, seed=0):
+    """In place of a fit: weights of the classifier that `spec` describes, and what is found."""
+    shape = (1, source.resolution, source.resolution, 3)
+    shapes = jax.eval_shape(module(spec).init, jax.random.key(0), np.zeros(shape))["params"]
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
+    return params, {"accuracy": 0.5, "feature_rms": 0.1, "images": len(source)}
+
+
 def test_learns_and_a_second_call_reads_the_same_weights(tmp_path, monkeypatch):
     fitted = _fit(Stripes(), tmp_path)
     assert fitted.network.name == "classifier" and fitted.report["task"] == "label"
@@ -57,6 +68,36 @@ def test_learns_and_a_second_call_reads_the_same_weights(tmp_path, monkeypatch):
     assert len(again.network.apply(again.network.params, x)) == 4
 
 
+def test_the_file_is_the_network_that_was_fitted(tmp_path, monkeypatch):
+    """By name, by hash and by what it measures: a distance does not depend on the way it came."""
+    monkeypatch.setattr(classifier, "_fit", drawn)
+    networks = {}
+    for purpose, labelled in (("metric", True), ("loss", False)):
+        fitted = _fit(Stripes(60, labelled), tmp_path, purpose=purpose).network
+        (path,) = (tmp_path / "classifiers").glob(f"{purpose}*.npz")
+        loaded = features.load("classifier", path)
+        assert (loaded.name, loaded.sha256) == (fitted.name, fitted.sha256)
+        networks[loaded.name] = fitted, loaded
+    assert list(networks) == ["classifier", "loss_classifier_8px(rotation)"]
+    made, read = (
+        jax.jit(network.outputs)(network.params, Stripes(4).images)
+        for network in networks["classifier"]
+    )
+    assert read["features"].shape == (4, 64) and read["logits"].shape == (4, 3)
+    jax.tree.map(np.testing.assert_array_equal, made, read)
+    for network in networks["classifier"]:  # products in full float32 on any machine
+        jaxpr = jax.make_jaxpr(network.outputs)(network.params, Stripes(4).images)
+        assert "HIGHEST" in str(jaxpr) and "precision=None" not in str(jaxpr)
+
+    with np.load(path) as stored:
+        np.savez(path, **{name: 2 * array for name, array in stored.items()})
+    with pytest.raises(ValueError, match="does not describe"):
+        features.load("classifier", path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match="there is no report"):
+        features.load("classifier", path)
+
+
 def test_a_source_without_labels_is_told_by_its_turns(tmp_path):
     fitted = _fit(Stripes(labelled=False), tmp_path)
     assert fitted.network.name == "classifier(rotation)"
@@ -66,7 +107,7 @@ def test_a_source_without_labels_is_told_by_its_turns(tmp_path):
 
 def test_loss_and_metric_share_nothing(tmp_path):
     loss, metric = (_fit(Stripes(60), tmp_path, purpose=p, steps=1) for p in ("loss", "metric"))
-    assert loss.network.name == "loss_classifier"
+    assert loss.network.name == "loss_classifier_8px"
     assert loss.network.sha256 != metric.network.sha256
     assert loss.report["images"] == 60 and metric.report["images"] == 30
     defaults = classifier.PURPOSES

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cheapscale.models import features
-from cheapscale.models.features.classifier import Classifier
+from cheapscale.models.features.classifier import Classifier, flat, weights_hash
 from cheapscale.models.features.loading import BUILDERS
 from cheapscale.models.features.weights import default_paths, read_weights
 
@@ -147,20 +147,19 @@ def test_a_file_of_another_network_is_refused(name, tmp_path):
 
 
 def test_classifier_file_round_trip(tmp_path):
-    model = Classifier(num_classes=3, width=4, input_size=8)
+    model = Classifier(num_classes=1 + 2, width=4, input_size=8)  # two tell degradations
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    flat = {
-        "/".join(part.key for part in path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    np.savez(tmp_path / "w.npz", **flat)
+    np.savez(tmp_path / "w.npz", **flat(params))
+    report = {"num_classes": 1, "width": 4, "purpose": "metric", "task": "label"}
+    report |= {"feature_rms": 0.5, "sha256": weights_hash(params)}
+    (tmp_path / "w.json").write_text(json.dumps(report))
     network = features.load("classifier", tmp_path / "w.npz", input_size=8)
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     logits, maps, penultimate = jax.jit(model.apply)({"params": params}, x)
     outputs = jax.jit(network.outputs)(network.params, x)
-    np.testing.assert_array_equal(outputs["logits"], logits)
-    np.testing.assert_array_equal(outputs["features"], penultimate)
+    np.testing.assert_array_equal(outputs["logits"], logits[:, :1])
+    np.testing.assert_array_equal(outputs["features"], 2 * penultimate)
     assert [m.shape for m in network.apply(network.params, x)] == [m.shape for m in maps]
     # A metric's products are in full float32 on any machine.
     assert "HIGHEST" in str(jax.make_jaxpr(network.outputs)(network.params, x))
-    assert network.sha256 == hashlib.sha256((tmp_path / "w.npz").read_bytes()).hexdigest()
+    assert network.sha256 == report["sha256"]

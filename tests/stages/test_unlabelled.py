@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cheapscale.data.latents import LatentStore
+from cheapscale.models.features.classifier import module
 from cheapscale.stages import run
 from cheapscale.stages.networks import make_denoiser, make_generator
 from cheapscale.stages.sampling import labels_for, sample
@@ -33,7 +34,7 @@ def runs(tmp_path_factory):
 
 def drawn(source, spec):
     """Weights of the classifier that `spec` describes, without a fit."""
-    net = classifier._module(spec["num_classes"], spec["width"])
+    net = module(spec)
     shape = jnp.zeros((1, source.resolution, source.resolution, 3))
     shapes = jax.eval_shape(net.init, jax.random.key(0), shape)["params"]
     rng = np.random.default_rng(0)
@@ -80,7 +81,8 @@ def test_every_stage_runs_to_its_end_and_no_network_has_a_class(runs):
         assert not any("label" in path for path in paths(loaded.params))
     # the network of the losses was fitted to tell quarter turns, and says so
     networks = runs["grow"].summary["frozen_networks"]
-    assert list(networks) == ["loss_classifier(rotation)"] and len(*networks.values()) == 64
+    assert list(networks) == [f"loss_classifier_{side}px(rotation)" for side in (8, 16)]
+    assert len(set(networks.values())) == 2 and all(len(sha) == 64 for sha in networks.values())
 
 
 def test_the_label_that_is_passed_along_changes_nothing_bit_for_bit(runs):
@@ -99,7 +101,7 @@ def test_the_label_that_is_passed_along_changes_nothing_bit_for_bit(runs):
 def test_the_discriminator_has_no_class_projection(runs):
     stage = run.build(runs["grow"].config)
     params, _ = jax.eval_shape(stage.init_params, jax.random.key(0))
-    heads = params["discriminator"]["loss_classifier(rotation)"]
+    heads = params["discriminator"]["loss_classifier_16px(rotation)"]
     assert not any("condition" in path or "embedding" in path for path in paths(heads))
     assert {head["out"]["kernel"].shape[-1] for head in heads.values()} == {1}
 

@@ -10,17 +10,30 @@ so that a unit-variance input gives an output of unit variance, and residual sum
 sqrt(1 + alpha^2). Nothing is normalised over space, channels or the batch: absolute colour and
 contrast stay visible in the maps, one sample never sees another, and the forward pass is
 convolutions only, which XLA:CPU runs well.
+
+training/classifier.py fits it and writes a report beside the weights; what the two make together,
+fitted just now or read from files, is one `feature_network`.
 """
+
+import functools
+import hashlib
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from cheapscale.models.features.network import FeatureNetwork, exact
+
+PyTree = Any
 
 PENULTIMATE = 64
 STRIDES = (1, 2, 4, 8)
 WIDTHS = (1, 2, 3, 4)  # multiples of `width`, one per stride
 ALPHA = 0.5  # weight of a residual branch
 SWISH_GAIN = 1.7881293  # 1 / std of swish(N(0, 1))
+DEGRADATIONS = ("blur", "noise")  # one more logit each, dropped from the network's outputs
 
 
 def activate(x: jax.Array) -> jax.Array:
@@ -100,3 +113,58 @@ class Classifier(nn.Module):
             penultimate
         )
         return logits, tuple(maps), penultimate
+
+
+def network_name(report: dict) -> str:
+    """What the network is called: "classifier" where it measures, otherwise
+    "loss_classifier_<resolution>px"; "(rotation)" follows where there were no labels."""
+    metric = report["purpose"] == "metric"
+    name = "classifier" if metric else f"loss_classifier_{report['resolution']}px"
+    return name + "(rotation)" * (report["task"] == "rotation")
+
+
+def module(report: dict, input_size: int = 16) -> Classifier:
+    """The network that a report, or the plan of one, describes."""
+    return Classifier(report["num_classes"] + len(DEGRADATIONS), report["width"], input_size)
+
+
+def feature_network(params: PyTree, report: dict, input_size: int = 16) -> FeatureNetwork:
+    """FeatureNetwork of weights and the report that came with them.
+
+    Without "feature_rms" and "sha256" the report is a plan, `params` are shapes and the network has
+    no outputs and no hash.
+    """
+    net = module(report, input_size)
+    scale = report.get("feature_rms")
+    return FeatureNetwork(
+        name=network_name(report),
+        apply=functools.partial(_maps, net),
+        params=params,
+        sha256=report.get("sha256", ""),
+        input_size=input_size,
+        outputs=exact(functools.partial(outputs, net, scale)) if scale else None,
+    )
+
+
+def _maps(net, params, x):
+    return net.apply({"params": params}, x)[1]
+
+
+def outputs(net: Classifier, scale: float, params: PyTree, x: jax.Array) -> dict[str, jax.Array]:
+    """Images [b, h, w, 3] -> "features" [b, 64], divided by `scale`, and "logits" [b, classes]."""
+    logits, _, penultimate = net.apply({"params": params}, x)
+    return {"features": penultimate / scale, "logits": logits[:, : -len(DEGRADATIONS)]}
+
+
+def flat(params: PyTree) -> dict[str, np.ndarray]:
+    """Parameters by their paths ("stem/kernel"), as they are stored."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def weights_hash(params: PyTree) -> str:
+    """SHA-256 of the parameters' names and values."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(flat(params).items()):
+        digest.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

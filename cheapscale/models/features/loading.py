@@ -1,6 +1,7 @@
 """Frozen feature networks by name, from weight files that the user names."""
 
 import functools
+import json
 import pathlib
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cheapscale.models.features import (
+    classifier,
     clip,
     deit,
     dinov2,
@@ -17,7 +19,6 @@ from cheapscale.models.features import (
     resnet,
     vgg,
 )
-from cheapscale.models.features.classifier import Classifier
 from cheapscale.models.features.network import FeatureNetwork, exact
 from cheapscale.models.features.weights import Weights, default_paths, read_weights
 
@@ -46,7 +47,8 @@ def load(
     """The feature network `name` with the weights at `path`.
 
     Args:
-      name: one of `BUILDERS`, or "classifier" (the .npz that training/classifier.py writes).
+      name: one of `BUILDERS`, or "classifier" (the .npz that training/classifier.py writes,
+        its .json beside it; the network is called as that says).
       path: .npz, .safetensors or a PyTorch file; several are merged (VGG16 and the LPIPS heads),
         as a sequence or as one string, joined by "+". By default what the environment variable
         CHEAPSCALE_WEIGHTS_<NAME> names, for example CHEAPSCALE_WEIGHTS_INCEPTION_V3.
@@ -72,24 +74,20 @@ def load(
 
 
 def build_classifier(weights: Weights, input_size: int = 16) -> FeatureNetwork:
-    """The small classifier; names are paths in its parameters ("stem/kernel")."""
-    width = weights.take("stem/kernel", 3, 3, 3, -1).shape[3]
-    num_classes = weights.take("logits/bias", -1).shape[0]
-    model = Classifier(num_classes, width, input_size)
+    """The small classifier, with the report (.json) that was written beside its weights; names
+    are paths in its parameters ("stem/kernel")."""
+    path = pathlib.Path(weights.path).with_suffix(".json")
+    if not path.is_file():
+        raise ValueError(f"there is no report {path}: copy it from where {weights.path} was fitted")
+    report = json.loads(path.read_text())
     image = jnp.zeros((1, input_size, input_size, 3))
-    expected = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    net = classifier.module(report, input_size)
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.asarray(
             weights.take("/".join(part.key for part in path), *leaf.shape)
         ),
-        expected,
+        jax.eval_shape(net.init, jax.random.key(0), image)["params"],
     )
-
-    def apply(params, x):
-        return model.apply({"params": params}, x)[1]
-
-    def outputs(params, x):
-        logits, _, penultimate = model.apply({"params": params}, x)
-        return {"features": penultimate, "logits": logits}
-
-    return FeatureNetwork("classifier", apply, params, weights.sha256, input_size, outputs=outputs)
+    if classifier.weights_hash(params) != report["sha256"]:
+        raise ValueError(f"{path} does not describe {weights.path}: copy both again")
+    return classifier.feature_network(params, report, input_size)
