@@ -3,8 +3,15 @@
     python -m launch.sample --model=runs/quick/grow32 --num=64 --out=samples
     python -m launch.sample --model=runs/quick/pretrain --steps=18 --method=euler --labels=0,3
 
+or a teacher beyond the size it was trained at, by a self-cascade (Guo et al. 2024):
+
+    python -m launch.sample --model=runs/quick/pretrain --cascade=2x,4x --cascade_k=t0.7
+    python -m launch.sample --model=runs/quick/pretrain --cascade=2x --pivot=photo.png --labels=3
+
 Image i depends on the seed and i alone, not on the batch size or the devices. Out come
-samples.npz (uint8 `images`, `labels`, `ids`) and samples.png; the last line is one JSON object.
+samples.npz (uint8 `images`, `labels`, `ids`) and samples.png; the last line is one JSON object. A
+cascade also leaves base.npz, its first scale, and preview.png: in rows the base enlarged, direct
+sampling at the last size, and the cascade.
 """
 
 import pathlib
@@ -13,9 +20,13 @@ import time
 import numpy as np
 from absl import app, flags
 
+from cheapscale.diffusion.pivot import KERNELS, named, resize
+from cheapscale.diffusion.process import decibels
 from cheapscale.evaluation.pixels import to_uint8
+from cheapscale.stages import cascade
+from cheapscale.stages.pivot_images import read_pivots
 from cheapscale.stages.sampling import sample
-from cheapscale.training.checkpoint import load_network
+from cheapscale.training.checkpoint import Loaded, load_network
 from cheapscale.training.logging import image_grid, save_png
 from launch.command import execute
 
@@ -31,40 +42,126 @@ flags.DEFINE_enum("method", "heun", ["heun", "euler"], "Teacher: solver; euler i
 flags.DEFINE_float("cfg_scale", 1.0, "Teacher: guidance scale; 1 is none.")
 flags.DEFINE_bool("ema", True, "Use the EMA weights.")
 flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).")
+flags.DEFINE_string(
+    "cascade", "", "Scales per side, cumulative: 2x,4x; or a last size, height first: 64x96."
+)
+flags.DEFINE_list(
+    "cascade_k", ["t0.7"], "Where stages restart, one for all or one for each: t0.7 (of latent "
+    "diffusion's schedule), t0.7@cosine, sigma3.32, snr-10.4dB, block-4.4dB, sd3.32."
+)  # fmt: skip
+flags.DEFINE_list("stage_seeds", [], "A seed for each stage (default: --seed).")
+flags.DEFINE_bool("coupled", False, "Each stage's noise continues that of the scale before.")
+flags.DEFINE_enum("resize_kernel", "bilinear", list(KERNELS), "How the pivot is enlarged.")
+flags.DEFINE_enum("resize_space", "model", cascade.SPACES, "What is enlarged.")
+flags.DEFINE_enum("spacing", "karras", cascade.SPACINGS, "Levels; leading and trailing: VP's times")
+flags.DEFINE_string("pivot", "", "Picture or .npz that takes the place of the base samples.")
+flags.DEFINE_integer("pivot_resolution", 0, "Shrink pivots to this side first; 0: as they are.")
+flags.DEFINE_bool("direct", False, "Also sample all images directly at the last size: direct.npz.")
+flags.DEFINE_integer("preview", 8, "Columns of preview.png; 0: none.", lower_bound=0)
 FLAGS = flags.FLAGS
+
+OF_CASCADES = (
+    "cascade_k", "stage_seeds", "coupled", "resize_kernel", "resize_space", "spacing", "pivot",
+    "pivot_resolution", "direct", "preview",
+)  # fmt: skip
 
 
 def run() -> dict:
     """Sample as the flags say; returns the summary."""
+    stray = [f"--{name}" for name in OF_CASCADES if FLAGS[name].present and not FLAGS.cascade]
+    if stray:
+        raise ValueError(f"{', '.join(stray)} say how to cascade: give --cascade=2x,4x as well")
     loaded = load_network(FLAGS.model, ema=FLAGS.ema, step=FLAGS.step)
     ids = np.arange(FLAGS.start, FLAGS.start + FLAGS.num)
     labels = None
     if FLAGS.labels:
         labels = np.resize(np.asarray([int(label) for label in FLAGS.labels]), FLAGS.num)
-    began = time.monotonic()
-    images, labels = sample(
-        loaded,
-        ids,
-        seed=FLAGS.seed,
-        labels=labels,
-        batch_size=FLAGS.batch_size,
-        steps=FLAGS.steps,
-        method=FLAGS.method,
-        cfg_scale=FLAGS.cfg_scale,
-    )
-    seconds = time.monotonic() - began
     out = pathlib.Path(FLAGS.out or pathlib.Path(FLAGS.model) / "samples")
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "samples.npz", images=to_uint8(images), labels=labels, ids=ids)
+    began = time.monotonic()
+    if FLAGS.cascade:
+        images, labels, more = run_cascade(loaded, ids, labels, out)
+    else:
+        images, labels = sample(
+            loaded, ids, labels=labels, seed=FLAGS.seed, steps=FLAGS.steps, **sampler_options()
+        )
+        more = {}
+    seconds = time.monotonic() - began
+    save_images(out / "samples.npz", images, labels, ids)
     save_png(out / "samples.png", image_grid(images[:64]))
+    height, width = images.shape[1:3]
     return {
         "model": FLAGS.model,
         "step": loaded.step,
         "out": str(out),
         "num": len(images),
-        "resolution": images.shape[1],
+        "resolution": height if height == width else [height, width],
         "seconds_with_compilation": round(seconds, 2),
+        **more,
     }
+
+
+def run_cascade(
+    loaded: Loaded, ids: np.ndarray, labels: np.ndarray | None, out: pathlib.Path
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """(images of the last scale, labels, what the summary says of the cascade)."""
+    pivots = None
+    if FLAGS.pivot:
+        pivots, known = read_pivots(FLAGS.pivot, ids, FLAGS.pivot_resolution)
+        labels = known if labels is None else labels
+    plan = cascade.cascade_plan(
+        loaded.meta,
+        FLAGS.cascade,
+        k=FLAGS.cascade_k,
+        steps=FLAGS.steps,
+        spacing=FLAGS.spacing,
+        pivot_size=None if pivots is None else pivots.shape[1:3],
+    )
+    sampler = cascade.cascade_sampler(
+        loaded,
+        plan,
+        seed=FLAGS.seed,
+        stage_seeds=[int(seed) for seed in FLAGS.stage_seeds],
+        kernel=FLAGS.resize_kernel,
+        space=FLAGS.resize_space,
+        coupled=FLAGS.coupled,
+        **sampler_options(),
+    )
+    scales, labels = sampler.draw(ids, labels, pivots)
+    save_images(out / "base.npz", scales[0], labels, ids)
+    shown = len(ids) if FLAGS.direct else min(FLAGS.preview, len(ids))
+    if shown:
+        direct, _ = sampler.direct(ids[:shown], labels[:shown])
+    if FLAGS.direct:
+        save_images(out / "direct.npz", direct, labels, ids)
+    if FLAGS.preview:
+        few = min(FLAGS.preview, len(ids))
+        enlarged = np.asarray(resize(scales[0][:few], plan.sizes[-1], "nearest"))
+        rows = np.concatenate([enlarged, direct[:few], scales[-1][:few]])
+        save_png(out / "preview.png", image_grid(rows, columns=few))
+    calls, alone = cascade.network_calls(plan, method=FLAGS.method, cfg_scale=FLAGS.cfg_scale)
+    sigmas = [float(grid[0]) for grid in plan.restarts]
+    return scales[-1], labels, {
+        "sizes": [named(size) for size in plan.sizes],
+        "restart_sigmas": sigmas,
+        "restart_decibels": [float(decibels(sigma)) if sigma else None for sigma in sigmas],
+        "nfe": calls,
+        "nfe_direct": alone,
+    }  # fmt: skip
+
+
+def sampler_options() -> dict:
+    """What plain sampling and a cascade are both told."""
+    return {
+        "batch_size": FLAGS.batch_size,
+        "method": FLAGS.method,
+        "cfg_scale": FLAGS.cfg_scale,
+    }
+
+
+def save_images(path: pathlib.Path, images: np.ndarray, labels: np.ndarray, ids: np.ndarray):
+    """As eight bits, with their labels and numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, images=to_uint8(images), labels=labels, ids=ids)
 
 
 def main(argv) -> None:

@@ -157,14 +157,14 @@ class VPSchedule:
         """Noise level at time t, ln sigma interpolated linearly between table entries."""
         xp = _numpy_of(t)
         times = np.arange(self.num_steps, dtype=np.float64)
-        return xp.exp(xp.interp(t, times, np.log(self.sigmas)))
+        return xp.exp(_interp(t, times, np.log(self.sigmas)))
 
     def time_of_sigma(self, sigma: Any) -> Any:
         """Inverse of `sigma`; levels outside the table give its first or last time."""
         xp = _numpy_of(sigma)
         sigma = xp.maximum(sigma, self.sigmas[0])  # keeps sigma = 0 out of the logarithm
         times = np.arange(self.num_steps, dtype=np.float64)
-        return xp.interp(xp.log(sigma), np.log(self.sigmas), times)
+        return _interp(xp.log(sigma), np.log(self.sigmas), times)
 
     def grid(
         self, n: int, *, spacing: str = "leading", offset: int = 1, last: int | None = None
@@ -215,6 +215,19 @@ def vp_schedule(name: str, num_steps: int = 1000) -> VPSchedule:
     if beta[-1] >= 1:
         raise ValueError(f"{num_steps} steps are too few for {name!r}: its last beta reaches 1")
     return VPSchedule(name, np.cumprod(1 - beta))
+
+
+def _interp(x: Any, xs: np.ndarray, ys: np.ndarray) -> Any:
+    """np.interp; for JAX arrays jnp.interp without its bisection, a loop inside a network call."""
+    if not isinstance(x, jax.Array):
+        return np.interp(x, xs, ys)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    xs, ys = jnp.asarray(xs, x.dtype), jnp.asarray(ys, x.dtype)
+    above = jnp.searchsorted(xs, x, side="right", method="compare_all")
+    high = jnp.clip(above, 1, len(xs) - 1)
+    low = high - 1
+    inside = ys[low] + (x - xs[low]) / (xs[high] - xs[low]) * (ys[high] - ys[low])
+    return jnp.where(x < xs[0], ys[0], jnp.where(x >= xs[-1], ys[-1], inside))
 
 
 def _numpy_of(value: Any):

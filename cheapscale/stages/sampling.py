@@ -20,9 +20,11 @@ from cheapscale.training.state import stream_key
 PyTree = Any
 
 
-def prior(seed: int, ids: np.ndarray, shape: tuple[int, ...], sigma_max: float) -> jax.Array:
-    """z [n, *shape] at scale sigma_max, one independent draw for each id."""
-    keys = jax.vmap(lambda i: stream_key(seed, "sample", i))(jnp.asarray(ids))
+def prior(
+    seed: int, ids: np.ndarray, shape: tuple[int, ...], sigma_max: float, stream: str = "sample"
+) -> jax.Array:
+    """z [n, *shape] at scale sigma_max, one independent draw for each id of a named stream."""
+    keys = jax.vmap(lambda i: stream_key(seed, stream, i))(jnp.asarray(ids))
     return sigma_max * jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 

@@ -1,0 +1,99 @@
+"""`launch.sample --cascade` as a user runs it, on a teacher that was saved untrained."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from cheapscale.models.unet import unet
+from cheapscale.stages.networks import complete
+from cheapscale.training.checkpoint import Checkpoints
+from cheapscale.training.state import create_state
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MODEL = {"resolution": 4, "channels": 8, "channel_mult": (1,), "groups": 2, "num_classes": 2}
+
+
+def command(*words):
+    env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.sample", *words],
+        cwd=ROOT, env=os.environ | env, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout.strip().splitlines(), done.stderr, done.returncode
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    net, rng = unet(**MODEL), np.random.default_rng(0)
+    shapes = jax.eval_shape(
+        lambda key: net.init(key, jnp.zeros((1, 4, 4, 3)), jnp.zeros(1), label=jnp.zeros(1, int)),
+        jax.random.key(0),
+    )
+    params = jax.tree.map(lambda s: rng.normal(0, 0.1, s.shape).astype("f"), shapes["params"])
+    diffusion = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0,
+                 "rho": 7.0, "sigma_data": 0.5}  # fmt: skip
+    meta = {
+        "stage": "pretrain", "networks": {"net": complete(MODEL)}, "diffusion": diffusion,
+        "config": {"pretrain": {"label_dropout": 0.0}},
+    }  # fmt: skip
+    workdir = tmp_path_factory.mktemp("teacher")
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(0, create_state({"net": params}, {}, {}, ["net"]), meta)
+        checkpoints.wait()
+    return workdir
+
+
+def test_a_cascade_leaves_its_images_their_base_and_a_preview(teacher, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    lines, errors, status = command(
+        f"--model={teacher}", f"--out={first}", "--cascade=2x,4x", "--num=3", "--steps=4",
+        "--start=6", "--labels=1,0", "--coupled", "--direct", "--preview=2",
+    )  # fmt: skip
+    assert status == 0, errors[-3000:]
+    summary = json.loads(lines[-1])
+    assert summary["sizes"] == ["4x4", "8x8", "16x16"] and summary["resolution"] == 16
+    assert summary["nfe"][0] == summary["nfe_direct"] == 7 and 0 < summary["nfe"][1] < 7
+    assert max(summary["restart_sigmas"]) <= 3.33
+    held = {name: np.load(first / f"{name}.npz") for name in ("base", "samples", "direct")}
+    for name, side in (("base", 4), ("samples", 16), ("direct", 16)):
+        assert held[name]["images"].shape == (3, side, side, 3)
+        np.testing.assert_array_equal(held[name]["ids"], [6, 7, 8])
+        np.testing.assert_array_equal(held[name]["labels"], [1, 0, 1])
+    # rows: base enlarged, direct, cascade; two columns, each picture with a margin of two pixels
+    preview = np.asarray(Image.open(first / "preview.png"))
+    factor = preview.shape[0] // (3 * 18 + 2)
+    sheet = preview[::factor, ::factor]
+    assert sheet.shape == (3 * 18 + 2, 2 * 18 + 2, 3)
+    rows = [np.kron(held["base"]["images"][1], np.ones((4, 4, 1))), held["direct"]["images"][1],
+            held["samples"]["images"][1]]  # fmt: skip
+    for row, picture in enumerate(rows):
+        top = 2 + 18 * row
+        np.testing.assert_array_equal(sheet[top : top + 16, 20:36], picture)
+    # its base, given back as the pivot of one more run, with its labels and numbers
+    lines, errors, status = command(
+        f"--model={teacher}", f"--out={second}", "--cascade=8x8", "--num=2", "--steps=4",
+        "--start=7", f"--pivot={first / 'base.npz'}", "--cascade_k=sigma0", "--preview=0",
+    )  # fmt: skip
+    assert status == 0, errors[-3000:]
+    assert json.loads(lines[-1])["nfe"] == [0, 0]
+    np.testing.assert_array_equal(np.load(second / "samples.npz")["labels"], [0, 1])
+    np.testing.assert_array_equal(
+        np.load(second / "base.npz")["images"], held["base"]["images"][1:]
+    )
+    assert not (second / "preview.png").exists()
+
+
+def test_cascade_flags_without_a_cascade_are_refused():
+    _, errors, status = command("--model=nowhere", "--coupled", "--pivot=x.png")
+    assert status == 1
+    assert errors.strip().splitlines()[-1] == (
+        "error: --coupled, --pivot say how to cascade: give --cascade=2x,4x as well"
+    )
