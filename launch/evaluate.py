@@ -42,6 +42,7 @@ from cheapscale.training.checkpoint import Loaded, load_network
 from cheapscale.training.classifier import fit_classifier
 from cheapscale.training.logging import image_grid, save_png
 from cheapscale.training.loop import provenance
+from cheapscale.training.sharding import together
 from launch.command import execute, named_file
 
 DEFAULT_METRICS = ("fd", "kid", "prdc", "memorisation", "floor")
@@ -287,8 +288,12 @@ def run() -> dict:
     )
     job = evaluate.evaluation_job(inputs, settings, FLAGS.workdir)
     summary = jobs.run(job, FLAGS.workdir, evaluate.identity(inputs, settings), name="evaluate")
-    if "num" not in summary:  # another process reports
-        return summary
+    with together("the report"):  # the first process writes it, and the others wait
+        return report(summary, warnings, loaded, inputs) if "num" in summary else summary
+
+
+def report(summary: dict, warnings: list[str], loaded: Loaded | None, inputs: Inputs) -> dict:
+    """The job's summary with what was measured, its cost, pictures and a Markdown row."""
     summary["warnings"] = warnings + summary["warnings"]
     if loaded:
         summary |= {"model": FLAGS.model, "checkpoint_step": loaded.step, "ema": FLAGS.ema,
@@ -297,9 +302,9 @@ def run() -> dict:
     else:
         summary["images"] = FLAGS.images
     summary |= {
-        "data": name,
+        "data": inputs.real and inputs.real.name,
         "split": FLAGS.split,
-        "resolution": generated.resolution,
+        "resolution": inputs.generated.resolution,
         "references": list(FLAGS.reference),
         "resize": FLAGS.resize,
         "provenance": provenance(),
