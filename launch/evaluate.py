@@ -15,6 +15,7 @@ report.md (a Markdown row) and pictures in the work directory; the last line is 
 """
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from absl import app, flags
@@ -149,24 +150,24 @@ def open_pairs(loaded: Loaded | None, real, train) -> image_sets.Pairs:
     return image_sets.generator_pairs(loaded, train, FLAGS.latents, **options)
 
 
-def open_network(entry: str, **options) -> features.FeatureNetwork:
-    """The network of "NAME=FILE", its file's hash checked where --sha256 gives one."""
+def open_network(entry: str, hashes: Sequence[str] = (), **options) -> features.FeatureNetwork:
+    """The network of "NAME=FILE"; hashes: "NAME=HASH" that files must have."""
     name, path = named_file(entry)
-    wanted = dict(named_file(pair) for pair in FLAGS.sha256)
+    wanted = dict(named_file(pair) for pair in hashes)
     return features.load(name, path, sha256=wanted.get(name), **options)
 
 
 def open_networks(
-    entries: list[str], train, steps: int | None
+    entries: Sequence[str], train, steps: int | None, hashes: Sequence[str] = ()
 ) -> tuple[list[features.FeatureNetwork], list[str]]:
     """(networks of "NAME[=FILE]" strings, warnings); without any the data's small classifier.
 
-    steps: updates of the classifier, None for its default.
+    steps: updates of the classifier, None for its default. hashes: see `open_network`.
     """
     networks = []
     for entry in entries:
         if entry != "classifier":
-            networks.append(open_network(entry))
+            networks.append(open_network(entry, hashes))
             continue
         if train is None:
             raise ValueError("--network=classifier is fitted on training images: give --data")
@@ -182,7 +183,7 @@ def open_networks(
 
 def open_clip(class_names: list[str]) -> Clip:
     """CLIP and one prompt for each class, as the flags say."""
-    network = open_network(FLAGS.clip)
+    network = open_network(FLAGS.clip, FLAGS.sha256)
     files = FLAGS.vocabulary
     words = tokenizer.load_tokenizer(files[0] if len(files) == 1 else tuple(files) or None)
     prompts = [FLAGS.prompt.format(name) for name in class_names]
@@ -273,7 +274,8 @@ def run() -> dict:
     networks, warnings = [], []
     if set(metrics) & {*FEATURE_METRICS, *VIEW_METRICS}:
         own = loaded.meta["config"].get("features", {}) if loaded else {}
-        networks, warnings = open_networks(FLAGS.network, train, own.get("metric_steps") or None)
+        steps = own.get("metric_steps") or None
+        networks, warnings = open_networks(FLAGS.network, train, steps, FLAGS.sha256)
     inputs = Inputs(
         generated,
         networks,
@@ -284,7 +286,7 @@ def run() -> dict:
         clip=open_clip(list(real.class_names) if real else []) if FLAGS.clip else None,
         pairs=open_pairs(loaded, real, train) if "reconstruction" in metrics else None,
         # the published LPIPS looks at images as large as they are
-        lpips=open_network(FLAGS.lpips, input_size=0) if FLAGS.lpips else None,
+        lpips=open_network(FLAGS.lpips, FLAGS.sha256, input_size=0) if FLAGS.lpips else None,
     )
     job = evaluate.evaluation_job(inputs, settings, FLAGS.workdir)
     summary = jobs.run(job, FLAGS.workdir, evaluate.identity(inputs, settings), name="evaluate")
