@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh "[test]"
-exec .venv/bin/python -m pytest "$@"
+# Two processes: compiling keeps little more than one core busy.
+exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"
