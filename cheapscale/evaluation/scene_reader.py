@@ -40,6 +40,7 @@ from cheapscale.evaluation.scene_shapes import (
     silhouettes,
 )
 
+NAMES = tuple(COLOURS)
 MAX_TINT = 0.3  # a ground may be this far from its nominal colour
 MIN_QUALITY = 0.4  # of a fit
 MIN_AREA = 0.005  # sides squared; the smallest object there is, a bar of 0.18, has 0.009
@@ -93,6 +94,15 @@ class _Object(NamedTuple):
     sharpness: float
 
 
+class _Map(NamedTuple):
+    # A cover map and the best silhouette on it. score: gain * quality of the fit, 0 if none gains;
+    # before it is fitted, at least that: a silhouette gains no more than the sum of squares, nor
+    # than the best one did when there was more to cover, and quality is hardly ever above 1.
+    cover: np.ndarray
+    score: float
+    fit: Fit | None = None
+
+
 def read_scene(image: np.ndarray) -> Reading:
     """The composition of one picture, float [R, R, 3] in [-1, 1]; R has to divide 512."""
     if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
@@ -106,7 +116,7 @@ def read_scene(image: np.ndarray) -> Reading:
     if doubtful:
         # one long object, say, or two neighbours? A second reading has to be free of doubt.
         again = _find(v, ground, doubtful)
-        clear = all(o.sharpness >= DOUBTFUL for o in again)
+        clear = again is not None and all(o.sharpness >= DOUBTFUL for o in again)
         if clear and _unexplained(v, again) < _unexplained(v, objects):
             objects = again
     found = [
@@ -138,27 +148,28 @@ def _unexplained(v, objects):
 
 
 def _find(v, ground, avoid=()):
-    """Objects one by one, the most obvious first; neighbours twice."""
+    """Objects one by one, the most obvious first; neighbours twice. Where silhouettes are to be
+    avoided, None as soon as one is found that is too blurred for a reading free of doubt."""
     side = min(len(v), GRID)
     # Two neighbours look like one long object to the map of all colours, and in a map of one
     # colour mixed pixels are missing: whichever shows the better fit leads.
-    maps = _covers(area_mean(v, side), ground)
-    seen = [best_fit(cover, avoid=avoid) for cover in maps]
+    maps = [_Map(cover, _power(cover)) for cover in _covers(area_mean(v, side), ground)]
     left, objects, failures = v, [], 0
-    while len(objects) < MAX_OBJECTS and failures <= MAX_FAILURES and any(seen):
-        rough = max(filter(None, seen), key=lambda fit: fit.gain * fit.quality)
+    while len(objects) < MAX_OBJECTS and failures <= MAX_FAILURES:
+        rough = _lead(maps, avoid)
+        if rough is None:
+            break
         known = _fit_colour(left, ground, resampled(rough, len(v)), avoid)
         if known is None:
             failures += 1
             taken = rough.mask
         else:
+            if avoid and known.sharpness < MIN_SHARPNESS:
+                return None
             objects.append(known)
             left = left - known.paint
             taken = area_mean(known.fit.mask[..., None], side)[..., 0]
-        for i, cover in enumerate(maps):
-            if np.minimum(cover, taken).sum() > 1e-3:
-                maps[i] = np.maximum(cover - taken, 0)
-                seen[i] = best_fit(maps[i], avoid=avoid)
+        maps = [_without(m, taken) for m in maps]
     for k, known in enumerate(objects):
         # what was found later was still there when this one was fitted
         near = around(known.fit, len(v), NEAR) > 0
@@ -166,6 +177,30 @@ def _find(v, ground, avoid=()):
             others = sum(o.paint for o in objects[:k] + objects[k + 1 :])
             objects[k] = _fit_colour(v - others, ground, known.fit, avoid) or known
     return objects
+
+
+def _lead(maps, avoid):
+    """The best fit of all maps, None if there is none. Only maps that may hold it are fitted; the
+    list keeps those fits."""
+    while True:
+        i = max(range(len(maps)), key=lambda i: maps[i].score)
+        if maps[i].fit is not None or maps[i].score <= 0:
+            return maps[i].fit
+        fit = best_fit(maps[i].cover, avoid=avoid)
+        maps[i] = _Map(maps[i].cover, 0.0 if fit is None else fit.gain * fit.quality, fit)
+
+
+def _without(known, taken):
+    """The map without a silhouette, to be fitted again if they overlap."""
+    if np.minimum(known.cover, taken).sum() <= 1e-3:
+        return known
+    cover = np.maximum(known.cover - taken, 0)
+    bound = known.score if known.fit is None else known.fit.gain
+    return _Map(cover, min(bound, _power(cover)))
+
+
+def _power(cover):
+    return float(np.sum(cover**2))
 
 
 def _fit_colour(v, ground, fit, avoid):
@@ -195,63 +230,66 @@ def _object(v, ground, colour, outlined, rough, avoid):
 
 
 @functools.cache
-def _vertices(ground, colour, ink):
-    """Body, accent and perhaps ink minus the ground: [2 or 3, 3]."""
-    rgb = [*COLOURS[colour], *([GROUNDS[ground][1]] if ink else [])]
-    return np.stack([_unit(c) for c in rgb]) - _unit(GROUNDS[ground][0])
+def _vertices(ground):
+    """Body, accent and ink of every colour, minus the ground: [colours, 3, rgb]."""
+    base, ink = GROUNDS[ground]
+    return np.stack([[_unit(c) for c in (*rgb, ink)] for rgb in COLOURS.values()]) - _unit(base)
 
 
 @functools.cache
 def _solvers(ground, colour, ink):
-    """Least squares v = sum_i a_i vertex_i with a_i >= 0, sum a_i <= 1, by cases: for every subset
-    of vertices, with the sum free and with it equal to 1, (subset, matrix, offset): a = v M + o."""
-    vertices, cases = _vertices(ground, colour, ink), []
-    for count in range(1, len(vertices) + 1):
-        for subset in itertools.combinations(range(len(vertices)), count):
-            chosen = vertices[list(subset)]
-            cases.append((chosen, np.linalg.pinv(chosen), np.zeros(count)))
-            free = np.linalg.pinv(chosen[:-1] - chosen[-1:])  # the last coefficient is the rest
+    """Least squares v = sum_i a_i vertex_i with a_i >= 0, sum a_i <= 1, by cases, for one colour or
+    all of them (None): for every subset of vertices, with the sum free and with it equal to 1,
+    (vertices [k, 3, n], matrix [k, n, 3], offset [k, n, 1]): a = matrix v + offset."""
+    vertices, cases = _vertices(ground)[_rows(colour)], []
+    for count in range(1, 3 + ink):
+        for subset in itertools.combinations(range(2 + ink), count):
+            chosen = vertices[:, list(subset)].swapaxes(1, 2)
+            cases.append((chosen, np.linalg.pinv(chosen), np.zeros((1, count, 1))))
+            # the last coefficient is the rest
+            free = np.linalg.pinv(chosen[..., :-1] - chosen[..., -1:])
             matrix = np.concatenate([free, -free.sum(axis=1, keepdims=True)], axis=1)
-            offset = -chosen[-1] @ matrix + np.eye(count)[-1]
+            offset = np.eye(count)[None, :, -1:] - matrix @ chosen[..., -1:]
             cases.append((chosen, matrix, offset))
     return cases
 
 
+def _rows(colour):
+    """Those of _vertices for one colour, or for all (None)."""
+    return slice(None) if colour is None else [NAMES.index(colour)]
+
+
 def _mixture(v, cases):
-    """Cover [n] and squared error [n] of the best mixture for pixels v [n, 3]."""
-    error, cover = np.sum(v * v, axis=1), np.zeros(len(v))
+    """Cover and squared error [k, n] of the best mixture of each colour for pixels v [3, n]."""
+    error = np.sum(v * v, axis=0)[None]
+    cover = np.zeros_like(error)
     for vertices, matrix, offset in cases:
-        share = v @ matrix + offset[None]
+        share = matrix @ v[None] + offset
         total = share.sum(axis=1)
-        missed = v - share @ vertices
-        missed = np.einsum("nc,nc->n", missed, missed)
+        missed = v[None] - vertices @ share
+        missed = np.einsum("kcn,kcn->kn", missed, missed)
         better = (missed < error) & (share >= -1e-9).all(axis=1) & (total <= 1 + 1e-9)
         error, cover = np.where(better, missed, error), np.where(better, total, cover)
-    return cover, error
-
-
-def _mixture_with_ink(v, ground, colour):
-    """As _mixture, with ink where it explains enough."""
-    cover, error = _mixture(v, _solvers(ground, colour, False))
-    odd = np.flatnonzero(error > INK_PENALTY)
-    inked, inked_error = _mixture(v[odd], _solvers(ground, colour, True))
-    better = inked_error + INK_PENALTY < error[odd]
-    cover[odd[better]] = inked[better]
-    error[odd[better]] = inked_error[better] + INK_PENALTY
     return cover, error
 
 
 def _covers(v, ground):
     """Share of each pixel that is not ground, by the colour of its surroundings: one map [R, R] of
     all colours, and one of each colour that covers as much as an object."""
-    side = len(v)
-    found = [_mixture_with_ink(v.reshape(-1, 3), ground, c) for c in COLOURS]
-    covers, errors = (np.stack(parts).reshape(-1, side, side) for parts in zip(*found))
+    side, pixels = len(v), v.reshape(-1, 3).T
+    covers, errors = _mixture(pixels, _solvers(ground, None, False))
+    # ink, where it explains enough
+    odd = np.flatnonzero((errors > INK_PENALTY).any(axis=0))
+    inked, inked_errors = _mixture(pixels[:, odd], _solvers(ground, None, True))
+    better = inked_errors + INK_PENALTY < errors[:, odd]
+    covers[:, odd] = np.where(better, inked, covers[:, odd])
+    errors[:, odd] = np.where(better, inked_errors + INK_PENALTY, errors[:, odd])
+    covers, errors = covers.reshape(-1, side, side), errors.reshape(-1, side, side)
     if side >= GRID:
         errors = _box(errors)
     colours = errors.argmin(axis=0)
     cover = np.take_along_axis(covers, colours[None], axis=0)[0]
-    parts = [np.where(colours == i, cover, 0) for i in range(len(COLOURS))]
+    parts = [np.where(colours == i, cover, 0) for i in range(len(NAMES))]
     return [cover] + [part for part in parts if part.mean() >= MIN_AREA]
 
 
@@ -264,36 +302,50 @@ def _box(x):
 
 def _cover_of(v, ground, colour, outlined):
     """Share [R, R] of each pixel in one colour: less where that does not explain the pixel."""
-    cover, error = _mixture(v.reshape(-1, 3), _solvers(ground, colour, outlined))
+    cover, error = _mixture(v.reshape(-1, 3).T, _solvers(ground, colour, outlined))
     return (cover / (1 + (error / MAX_ERROR) ** 2)).reshape(v.shape[:2])
 
 
 def _likely(v, ground, fit):
     """(colour, outlined) by the paint's error under the silhouette: the best and, where others
     come close, those too."""
-    seen, costs = fit.mask > 0.2, {}
-    for colour, outlined in itertools.product(COLOURS, (False, True)):
-        paint = _paint(v, ground, colour, outlined, fit)
-        error = np.sum((v - paint)[seen] ** 2, axis=1)
-        cost = float(np.sum(np.minimum(error, 1) * fit.mask[seen]))
-        costs[colour, outlined] = cost * (1.1 if outlined else 1.0)  # the simpler one, if in doubt
+    under, costs = fit.mask > 0, {}
+    weights = np.where(fit.mask > 0.2, fit.mask, 0)[under]
+    for outlined in (False, True):
+        missed = v[under].T - _paints(v, ground, None, outlined, fit, under)
+        errors = np.einsum("kcn,kcn->kn", missed, missed)
+        cost = np.minimum(errors, 1) @ weights
+        if outlined:
+            cost = 1.1 * cost  # the simpler one, if in doubt
+        costs |= {(name, outlined): c for name, c in zip(NAMES, cost.tolist())}
     order = sorted(costs, key=costs.get)[:MAX_LIKELY]
     return [case for case in order if costs[case] <= LIKELY * costs[order[0]]]
 
 
 def _paint(v, ground, colour, outlined, fit):
     """What an object of that colour adds to the ground, its texture read off v: [R, R, 3]."""
-    body, accent, ink = _vertices(ground, colour, True)
-    area, fixed = fit.mask, 0.0
+    paint, under = np.zeros_like(v), fit.mask > 0
+    paint[under] = _paints(v, ground, colour, outlined, fit, under)[0].T
+    return paint
+
+
+def _paints(v, ground, colour, outlined, fit, under):
+    """The paint of one colour, or of all (None), on n pixels `under` a silhouette: [k, 3, n]."""
+    body, accent, ink = _vertices(ground)[_rows(colour)].swapaxes(0, 1)[..., None]
+    v, mask = v[under].T, fit.mask[under]
+    area, fixed = mask, 0.0
     if outlined:
-        area = silhouettes(fit.shape, fit.pose[None], len(v), inset=OUTLINE)[0]
-        fixed = (fit.mask - area)[..., None] * ink
-    fixed = fixed + area[..., None] * body
+        area = silhouettes(fit.shape, fit.pose[None], len(fit.mask), inset=OUTLINE)[0][under]
+        fixed = (mask - area) * ink
+    fixed = fixed + area * body
     along = accent - body
-    share = np.clip((v - fixed) @ along / np.maximum(area * (along @ along), 1e-9), 0, 1)
-    mean = np.sum(share * area) / max(np.sum(area), 1e-9)
+    length = np.sum(along**2, axis=1)
+    share = np.einsum("kcn,kc->kn", v - fixed, along[..., 0]) / np.maximum(area * length, 1e-9)
+    share = np.clip(share, 0, 1)
+    mean = share @ area / max(np.sum(area), 1e-9)
     # where the object does not fill the pixel a neighbour may shine through
-    return fixed + (np.where(area > 0.9, share, mean) * area)[..., None] * along
+    share = np.where(area > 0.9, share, mean[:, None]) * area
+    return fixed + share[:, None] * along
 
 
 def _sharpness(v, paint, fit):

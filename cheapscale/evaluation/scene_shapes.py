@@ -6,7 +6,8 @@ a pixel, it gains
     sum 2 s S - S^2 = |s|^2 - |s - S|^2
 
 which is least squares. `best_fit` looks for the largest gain over a bank of silhouettes at every
-place of a grid, by Fourier correlation, and improves the promising ones by Gauss-Newton.
+place of a grid, by Fourier correlation, and improves the promising ones by Gauss-Newton. Most of
+the bank is left out: a bound of what a silhouette gains anywhere shows that it cannot come close.
 """
 
 import functools
@@ -25,8 +26,10 @@ TILTS = (-0.24, 0.0, 0.24)
 ROUND = ("disc", "ring")  # have no tilt
 CLOSE = 0.75  # shapes whose template scores this share of the best one's are fitted
 STEPS = np.array([0.3 / SIDE, 0.3 / SIDE, 0.5 / SIDE, 0.04])  # of x, y, size, tilt
+NUDGES = np.concatenate([np.zeros((1, 4)), np.diag(STEPS)])
 LIMITS = np.array([[0, 0, 0.1, -1.15 * TILT], [1, 1, 0.9, 1.15 * TILT]])
 ITERATIONS = 10
+BATCH = 40  # templates of the search at a time
 MARGIN = 0.04  # sides around a silhouette that take part in its fit
 # where the middle of a picture lands when it is moved round by 0, 1 ... grid points
 MOVED = (0.5 + np.arange(GRID) / GRID) % 1
@@ -63,16 +66,17 @@ def silhouettes(
     k = max(1, SIDE // resolution)
     points = resolution * k
     x, y, size, angle = poses.astype(np.float32).T[:, :, None, None]
-    dx = _centres(columns, k, points)[None, None, :] - x
-    dy = _centres(rows, k, points)[None, :, None] - y
-    cosine, sine, radius = np.cos(angle), np.sin(angle), size / 2
-    u, v = (cosine * dx + sine * dy) / radius, (cosine * dy - sine * dx) / radius
-    depth = radius * SHAPE_DEPTH[shape](u, v) - np.float32(inset)
-    share = np.clip(depth * points + np.float32(0.5), 0, 1)
-    if k == 1:
-        return share
-    height, width = rows.stop - rows.start, columns.stop - columns.start
-    return share.reshape(len(poses), height, k, width, k).mean(axis=(2, 4))
+    dx = _centres(points)[None, None, columns.start * k : columns.stop * k] - x
+    dy = _centres(points)[None, rows.start * k : rows.stop * k, None] - y
+    radius = size / 2
+    cosine, sine = np.cos(angle) / radius, np.sin(angle) / radius
+    depth = SHAPE_DEPTH[shape](cosine * dx + sine * dy, cosine * dy - sine * dx)
+    share = depth * (radius * points) + np.float32(0.5 - inset * points)
+    np.clip(share, 0, 1, out=share)
+    if k > 1:
+        share = sum(share[:, i::k] for i in range(k))
+        share = sum(share[:, :, i::k] for i in range(k)) / np.float32(k * k)
+    return share
 
 
 def best_fit(
@@ -82,12 +86,9 @@ def best_fit(
 
     also: one more pose to start from. avoid: not these shapes centred where these silhouettes are.
     """
-    candidates = _search(cover, avoid)
-    most = max(gain for gain, _ in candidates.values())
-    if most <= 0:
+    starts = _search(cover, avoid)
+    if not starts:
         return None
-    close = [shape for shape, (gain, _) in candidates.items() if gain >= CLOSE * most]
-    starts = [(shape, candidates[shape][1]) for shape in close]
     if also is not None:
         starts.append((also.shape, also.pose))
     fits = [fit(cover, shape, pose) for shape, pose in starts]
@@ -104,11 +105,10 @@ def fit(cover: np.ndarray, shape: str, pose: np.ndarray) -> Fit:
     side, free = len(cover), 3 if shape in ROUND else 4
     window = _window(pose, side)
     seen = cover[window]
-    nudges = np.concatenate([np.zeros((1, 4)), np.diag(STEPS)[:free]])
 
     def look(pose):
-        masks = silhouettes(shape, pose[None] + nudges, side, window)
-        return masks, float(np.sum((2 * seen - masks[0]) * masks[0]))
+        masks = silhouettes(shape, pose[None] + NUDGES[: 1 + free], side, window)
+        return masks, _gain(seen, masks[0])
 
     masks, gain = look(pose)
     for _ in range(ITERATIONS):
@@ -133,14 +133,19 @@ def fit(cover: np.ndarray, shape: str, pose: np.ndarray) -> Fit:
     return Fit(shape, pose, mask, gain)
 
 
+def _gain(cover, mask):
+    return float(np.sum((2 * cover - mask) * mask))
+
+
 def resampled(found: Fit, resolution: int) -> Fit:
     """The same silhouette drawn at another resolution."""
     mask = silhouettes(found.shape, found.pose[None], resolution)[0]
     return found._replace(mask=mask.astype(np.float64))
 
 
-def _centres(pixels, k, points):
-    return ((np.arange(pixels.start * k, pixels.stop * k) + 0.5) / points).astype(np.float32)
+@functools.cache
+def _centres(points):
+    return ((np.arange(points) + 0.5) / points).astype(np.float32)
 
 
 def _window(pose, side):
@@ -156,12 +161,15 @@ def _window(pose, side):
 
 
 class _Bank(NamedTuple):
-    # entries: (shape, size, angle) each; spectra: conjugate, of silhouettes in the middle; norms:
-    # sum S^2 as seen at the resolution; allowed [n, GRID]: places along an axis that keep inside
-    entries: list
+    # n silhouettes S. shapes [n]; poses [n, 4]: in the middle; spectra: their conjugates; ranked
+    # [n, GRID^2]: their values in order; norms [n]: sum S^2 as seen at the resolution; prices
+    # [n, GRID, GRID]: the same, infinite where S would reach into the border
+    shapes: np.ndarray
+    poses: np.ndarray
     spectra: np.ndarray
+    ranked: np.ndarray
     norms: np.ndarray
-    allowed: np.ndarray
+    prices: np.ndarray
 
 
 @functools.cache
@@ -173,25 +181,33 @@ def _bank(pixel):
         for size in SIZES
         for angle in ((0.0,) if shape in ROUND else TILTS)
     ]
-    poses = [np.array([[0.5, 0.5, size, angle]]) for _, size, angle in entries]
+    poses = np.array([(0.5, 0.5, size, angle) for _, size, angle in entries])
     masks = np.concatenate(
-        [silhouettes(shape, pose, GRID) for (shape, *_), pose in zip(entries, poses)]
+        [silhouettes(shape, pose[None], GRID) for (shape, *_), pose in zip(entries, poses)]
     )
     spectra = np.fft.rfft2(masks)
     blur = np.zeros((GRID, GRID))
     blur[:pixel, :pixel] = 1 / pixel**2
     blurred = np.fft.irfft2(spectra * np.fft.rfft2(blur)[None], s=(GRID, GRID))
-    reach = np.array([size for _, size, _ in entries])[:, None] / 2 - BORDER
+    reach = poses[:, 2:3] / 2 - BORDER
+    inside = (MOVED[None] >= reach) & (MOVED[None] <= 1 - reach)
+    norms = np.sum(blurred**2, axis=(1, 2))
+    prices = np.where(inside[:, :, None] & inside[:, None, :], norms[:, None, None], np.inf)
     return _Bank(
-        entries,
+        np.array([shape for shape, *_ in entries]),
+        poses,
         np.conj(spectra).astype(np.complex64),
-        np.sum(blurred**2, axis=(1, 2)).astype(np.float32),
-        (MOVED[None] >= reach) & (MOVED[None] <= 1 - reach),
+        np.sort(masks.reshape(len(masks), -1), axis=1),
+        norms,
+        prices.astype(np.float32),
     )
 
 
 def _search(cover, avoid):
-    """{shape: (gain, pose)} of its best template."""
+    """[(shape, pose)] of the best template of each shape that comes close to the best of all.
+
+    Templates are tried in the order of what they could gain at most, while that can come close.
+    """
     side = len(cover)
     if side >= GRID:
         seen = area_mean(cover[..., None], GRID)[..., 0]
@@ -199,18 +215,32 @@ def _search(cover, avoid):
         seen = np.kron(cover, np.ones((GRID // side, GRID // side)))
     bank = _bank(max(1, GRID // side))
     spectrum = np.fft.rfft2(seen).astype(np.complex64)[None]
-    gains = 2 * np.fft.irfft2(spectrum * bank.spectra, s=(GRID, GRID))
-    gains -= bank.norms[:, None, None]
-    gains[~(bank.allowed[:, :, None] & bank.allowed[:, None, :])] = -np.inf
-    for known in avoid:
-        x, y, size, _ = known.pose
-        near = np.hypot(MOVED[:, None] - y, MOVED[None, :] - x) < size / 2
-        same = np.array([shape == known.shape for shape, *_ in bank.entries])
-        gains[same[:, None, None] & near[None]] = -np.inf
-    gains = gains.reshape(len(bank.entries), -1)
-    places, found = gains.argmax(axis=1), {}
-    for (shape, size, angle), place, gain in zip(bank.entries, places, gains.max(axis=1)):
-        if shape not in found or gain > found[shape][0]:
-            y, x = MOVED[list(divmod(int(place), GRID))]
-            found[shape] = float(gain), np.array([x, y, size, angle])
-    return found
+    avoided = [
+        (bank.shapes == shape, np.hypot(MOVED[:, None] - y, MOVED[None, :] - x) < size / 2)
+        for shape, (x, y, size, _), *_ in avoid
+    ]
+    # no template gains more than if its highest values met the cover's highest
+    bounds = 2 * (bank.ranked @ np.sort(seen, axis=None).astype(np.float32)) - bank.norms
+    gains, places = np.zeros(len(bounds)), np.zeros(len(bounds), int)
+    order = np.argsort(-bounds)
+    for first in range(0, len(order), BATCH):
+        batch = order[first : first + BATCH]
+        batch = batch[bounds[batch] > CLOSE * gains.max()]
+        if not len(batch):
+            break
+        maps = 2 * np.fft.irfft2(spectrum * bank.spectra[batch], s=(GRID, GRID))
+        maps -= bank.prices[batch]
+        for same, near in avoided:
+            maps[same[batch][:, None, None] & near[None]] = -np.inf
+        maps = maps.reshape(len(batch), -1)
+        gains[batch], places[batch] = maps.max(axis=1), maps.argmax(axis=1)
+    best = {}
+    for i in np.flatnonzero((gains > 0) & (gains >= CLOSE * gains.max())):
+        shape = str(bank.shapes[i])
+        if shape not in best or gains[i] > gains[best[shape]]:
+            best[shape] = i
+    starts = []
+    for shape, i in best.items():
+        y, x = MOVED[list(divmod(int(places[i]), GRID))]
+        starts.append((shape, np.array([x, y, *bank.poses[i, 2:]])))
+    return starts

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cheapscale.data import scenes as data
-from cheapscale.evaluation import pixels, scenes
+from cheapscale.evaluation import pixels, scene_shapes, scenes
 from cheapscale.evaluation.scene_reader import Found, Reading
 
 COUNT = 16
@@ -65,6 +65,24 @@ def test_other_resolutions_reach_their_ceilings(resolution, count, shape, main):
     assert rates["count"] >= count and rates["colour"] >= count and rates["shape"] >= shape
     labels = scenes.rates([scenes.judge(r, data.label(t)) for r, t in zip(found, TRUTHS)])
     assert labels["shape"] >= main and labels["all"] >= count
+
+
+def test_the_search_leaves_out_no_silhouette_that_comes_close(monkeypatch):
+    """In one batch everything that can gain at all is tried, in small ones little of it."""
+    rng = np.random.default_rng(2)
+    pose = np.array([[0.4, 0.55, 0.5, 0.1]])
+    for resolution in (8, 32, 64):
+        cover = 0.8 * scene_shapes.silhouettes("star", pose, resolution)[0].astype(float)
+        for noise in (0.0, 0.2):
+            seen = np.clip(cover + noise * rng.standard_normal(cover.shape), 0, 1)
+            fits = []
+            for batch in (10_000, 20):
+                monkeypatch.setattr(scene_shapes, "BATCH", batch)
+                first = scene_shapes.best_fit(seen)
+                fits += [first, scene_shapes.best_fit(seen, also=first, avoid=[first])]
+            for whole, part in zip(fits[:2], fits[2:]):
+                assert whole.shape == part.shape
+                np.testing.assert_array_equal(whole.pose, part.pose)
 
 
 def test_mild_noise_costs_nothing():
