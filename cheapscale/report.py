@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from cheapscale.data.resize import area_mean
 from cheapscale.evaluation.memorisation import closest_pairs, nearest_features
@@ -62,6 +63,7 @@ def write(
     ids = np.arange(num_samples)
     labels = class_mix(open_data(pretrain.config.data), num_samples)
     shared = {"labels": labels, "batch_size": 250}
+    logging.info("report: sampling %d images of each network", num_samples)
     images = {"teacher": sample(teacher, ids, steps=invert.config.invert.nodes, **shared)[0]}
     for run in growing:
         images[run.folder] = sample(load_network(run.workdir), ids, **shared)[0]
@@ -72,6 +74,7 @@ def write(
     figures = {"round_trip": trip, "stages": {}}
     for name in images:
         run = by_stage["distill" if name == "teacher" else name]  # both at the base resolution
+        logging.info("report: measuring %s", name)
         train = open_data(run.config.data)
         steps = run.config.features.metric_steps or None
         network = fit_classifier(train, purpose="metric", steps=steps).network

@@ -75,6 +75,12 @@ def run() -> dict:
     ids = np.arange(FLAGS.start, FLAGS.start + FLAGS.num)
     labels = None
     if FLAGS.labels:
+        if not all(label.strip().isdigit() for label in FLAGS.labels):
+            names = loaded.meta["data"]["class_names"]
+            raise ValueError(
+                f"--labels={','.join(FLAGS.labels)}: give numbers from 0 on; the classes are "
+                f"{', '.join(f'{i} {name}' for i, name in enumerate(names)) or 'none'}"
+            )
         labels = np.resize(np.asarray([int(label) for label in FLAGS.labels]), FLAGS.num)
     out = pathlib.Path(FLAGS.out or pathlib.Path(FLAGS.model) / "samples")
     began = time.monotonic()

@@ -338,8 +338,8 @@ def _tfds_version(name: str, data_dir: str | None) -> pathlib.Path:
     if not versions:
         found = sorted({p.relative_to(root).parts[0] for p in root.glob("*/**/dataset_info.json")})
         raise ValueError(
-            f"no data set {name!r} in {root}: prepared there are {', '.join(found) or 'none'}; "
-            "other sources are 'scenes' and 'folder'"
+            f"no data set {name!r} in {root}, where {', '.join(found) or 'nothing'} is prepared: "
+            "name the folder that holds it with data_dir=DIR (other sources: 'scenes', 'folder')"
         )
     return max(versions, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
 

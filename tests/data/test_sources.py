@@ -93,7 +93,10 @@ def test_unlabelled_sources_have_label_zero():
         (("scenes", "validation"), "no split 'validation': choose train or test"),
         (("scenes", "train", {"size": 0}), "size >= 1"),
         (("scenes", "train", {"siez": 5}), "no option siez: it takes cache, seed, size"),
-        (("mnist", "train"), "no data set 'mnist' in .*prepared there are none"),
+        (
+            ("mnist", "train"),
+            "no data set 'mnist' in .*, where nothing is prepared: .* data_dir=DIR",
+        ),
         (("folder", "train"), "is not a folder|no split"),
     ],
 )
@@ -188,7 +191,7 @@ def test_emoji_have_captions_and_can_be_filtered(shared):
 
 def test_tfds_errors_list_what_exists(shared):
     tfds = str(shared / "data" / "tfds")
-    with pytest.raises(ValueError, match="'mnist'.* are cifar10, clothing, noto_emoji"):
+    with pytest.raises(ValueError, match="'mnist'.* where cifar10, clothing, noto_emoji is prepared"):
         open_source("mnist", "train", resolution=16, data_dir=tfds)
     with pytest.raises(ValueError, match="no split 'dev': choose among train, validation, test"):
         open_source("clothing", "dev", resolution=16, data_dir=tfds)

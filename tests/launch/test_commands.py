@@ -74,6 +74,8 @@ def test_sample_writes_images_and_each_depends_on_its_number_alone(pipeline, tmp
     np.testing.assert_array_equal(a["labels"], [1, 2, 1, 2, 1, 2])
     assert np.abs(a["images"][4:].astype(int) - b["images"]).max() <= 1
     assert (tmp_path / "a" / "samples.png").is_file()
+    _, stderr, status = command("launch.sample", model, "--labels=circle", check=False)
+    assert status == 1 and "--labels=circle: give numbers from 0 on; the classes are 0 " in stderr
 
 
 def every_file(folder):
