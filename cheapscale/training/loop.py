@@ -39,7 +39,8 @@ class StopSignal:
     """SIGTERM and SIGINT set a flag that the loop reads between steps (one process).
 
     With several processes the flag would be raised at different steps, so there Orbax's
-    synchronised point decides instead.
+    synchronised point decides instead. A signal that nothing has acted on when the block ends, as
+    where a finished stage had no step left to do, raises Preempted there.
     """
 
     def __init__(self):
@@ -55,9 +56,11 @@ class StopSignal:
                     break
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.raised and error is None:
+            raise Preempted("pre-empted; what was done is saved")
 
     def _raise(self, *_):
         self.raised = True

@@ -191,7 +191,7 @@ def test_emoji_have_captions_and_can_be_filtered(shared):
 
 def test_tfds_errors_list_what_exists(shared):
     tfds = str(shared / "data" / "tfds")
-    with pytest.raises(ValueError, match="'mnist'.* where cifar10, clothing, noto_emoji is prepared"):
+    with pytest.raises(ValueError, match="'mnist'.* cifar10, clothing, noto_emoji is prepared"):
         open_source("mnist", "train", resolution=16, data_dir=tfds)
     with pytest.raises(ValueError, match="no split 'dev': choose among train, validation, test"):
         open_source("clothing", "dev", resolution=16, data_dir=tfds)

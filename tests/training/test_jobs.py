@@ -1,10 +1,13 @@
 """The job runner: shards once each, skipped when done, stopped between two."""
 
 import json
+import os
+import signal
 
 import pytest
 
 from cheapscale.training import jobs
+from cheapscale.training.loop import Preempted, StopSignal
 from cheapscale.training.stage import Job
 
 
@@ -63,3 +66,11 @@ def test_another_batch_size_may_go_on_and_another_seed_may_not(tmp_path):
     jobs.run(job, tmp_path / "work", {"batch_size": 4, "seed": 0}, name="count")
     with pytest.raises(ValueError, match="seed: 0 -> 1"):
         jobs.run(job, tmp_path / "work", {"batch_size": 4, "seed": 1}, name="count")
+
+
+def test_a_signal_that_nothing_acted_on_is_not_lost():
+    """A finished job has no shard after which it could stop."""
+    with pytest.raises(Preempted, match="what was done is saved"), StopSignal():
+        os.kill(os.getpid(), signal.SIGTERM)
+    with StopSignal() as stop:
+        assert not stop.raised
