@@ -13,7 +13,7 @@ from cheapscale.evaluation.quality import choice
 from cheapscale.evaluation.statistics import Identity, save_statistics
 from cheapscale.models.features import FeatureNetwork
 from cheapscale.stages import evaluate, image_sets
-from cheapscale.stages.evaluate_settings import Inputs, Settings
+from cheapscale.stages.evaluate_settings import Clip, Inputs, Settings
 from cheapscale.stages.image_sets import (
     Images,
     Pairs,
@@ -391,3 +391,25 @@ def test_other_resizing_is_in_the_names(tmp_path, real, train):
     fixed = pooled(2)._replace(input_size=8)
     found = run(Noisy(), tmp_path, real, train, [fixed], metrics=("fd", "floor"), resize="clean")
     assert "fd_blocks(clean)" in found and "fd_blocks_floor(clean)" in found
+
+
+def test_clip_scores_hold_images_to_their_label_or_caption(tmp_path):
+    """Texts whose features are those of the image they name score 100, opposite ones 0."""
+    images, _ = Noisy(6).images.read(np.arange(6))
+    features = np.asarray(pooled(2).outputs(1.0, from_uint8(images))["features"])
+    network = pooled(2)._replace(name="clip_toy", sha256="t")
+    kept = {"read": lambda ids: (images[ids], ids.astype(np.int32))}
+    generated = Noisy(6).images._replace(**kept)
+
+    def score(generated, prompts, sign, name):
+        clip = Clip(network, lambda texts: np.stack([sign * features[int(t)] for t in texts]),
+                    prompts, name)  # fmt: skip
+        inputs = Inputs(generated, clip=clip)
+        return finished(inputs, Settings(("clip",), 4, 4), tmp_path / name)["clip_score_clip_toy"]
+
+    assert score(generated, list("012345"), 1, "a") == pytest.approx(100, abs=1e-3)
+    assert score(generated, list("012345"), -1, "b") == 0
+    asked = generated._replace(captions=lambda ids: [str(i) for i in ids], labelled=False)
+    assert score(asked, [], 1, "c") == pytest.approx(100, abs=1e-3)
+    with pytest.raises(ValueError, match="names of the classes: give --data"):
+        score(generated, [], 1, "d")
