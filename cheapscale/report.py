@@ -72,16 +72,19 @@ def write(
     save_png(folder / "one_step.png", image_grid(np.concatenate(rows), COLUMNS), 1024)
 
     figures = {"round_trip": trip, "stages": {}}
-    for name in images:
-        run = by_stage["distill" if name == "teacher" else name]  # both at the base resolution
-        logging.info("report: measuring %s", name)
+    for run in growing:
         train = open_data(run.config.data)
         steps = run.config.features.metric_steps or None
         network = fit_classifier(train, purpose="metric", steps=steps).network
-        figures["stages"][name], verdict = score(run, train, images[name], network)
+        real = held_out_reference(run, train, network, num_samples)
+        # the teacher has the base resolution, as the first generator
+        for name in ("teacher", run.folder) if run is growing[0] else (run.folder,):
+            logging.info("report: measuring %s", name)
+            figures["stages"][name], verdict = score(run, real, images[name])
     final = growing[-1]  # the last run of the loop: `train` and `verdict` are its own
     for network in measures:
-        more, verdict = score(final, train, images[final.folder], network)
+        real = held_out_reference(final, train, network, num_samples)
+        more, verdict = score(final, real, images[final.folder])
         figures["stages"][final.folder] |= named(more, network)
     draw_nearest(folder / "nearest.png", verdict)
     for small, large in zip(growing, growing[1:]):
@@ -134,18 +137,20 @@ class Verdict(NamedTuple):
     real: Reference
 
 
-def score(run: Run, train, images: np.ndarray, network: FeatureNetwork) -> tuple[dict, Verdict]:
-    """Quality numbers of samples against held-out images of their resolution.
+def held_out_reference(run: Run, train, network: FeatureNetwork, num_samples: int) -> Reference:
+    """Held-out images of the run's resolution in one network's features; train: its training
+    split, opened."""
+    num = min(5000, 4 * num_samples)  # more would hardly move the figures of so few samples
+    return reference(network, held_out(run.config), train_source=train, num=num)
 
-    train: the run's training split, opened.
-    """
-    num = min(5000, 4 * len(images))  # more would hardly move the figures of so few samples
-    real = reference(network, held_out(run.config), train_source=train, num=num)
+
+def score(run: Run, real: Reference, images: np.ndarray) -> tuple[dict, Verdict]:
+    """Quality numbers of samples against held-out images of their resolution."""
     stored = to_uint8(images)
-    features = embed(network, stored)
+    features = embed(real.network, stored)
     used = run.summary["frozen_networks"]
     values = quality(real, images, features=features, used_in_loss=used)
-    return {"resolution": train.resolution} | values, Verdict(stored, features, real)
+    return {"resolution": images.shape[1]} | values, Verdict(stored, features, real)
 
 
 def named(values: dict, network: FeatureNetwork) -> dict:

@@ -39,7 +39,7 @@ from absl import app, flags, logging
 from cheapscale.training.loop import provenance
 from configs.models import preset
 from launch import bench_statistics
-from launch.command import execute
+from launch.command import execute, write_record
 from launch.memory import keep_memory
 
 
@@ -243,10 +243,9 @@ def run(
         content |= figures.record
     content["seconds"] = round(time.monotonic() - began, 1)
     path = pathlib.Path(record or pathlib.Path(workdir) / "record.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text()) if path.exists() else {}
     runs |= {f"{cores}_cores": content}  # a record holds one run for each number of cores
-    path.write_text(json.dumps(runs, indent=1) + "\n")
+    write_record(path, runs)
     closing = {"record": str(path), "seconds": content["seconds"]}
     for figures in found:
         closing |= figures.summary

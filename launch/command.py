@@ -53,7 +53,7 @@ def named_file(entry: str) -> tuple[str, str | None]:
     return name, path or None
 
 
-def write_record(path: str | None, figures: dict) -> None:
+def write_record(path: str | os.PathLike | None, figures: dict) -> None:
     """Keep an experiment's figures as a file of its own, where one is asked for."""
     if path:
         with whole_or_nothing(path) as temporary:

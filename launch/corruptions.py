@@ -31,7 +31,7 @@ from absl import app, flags, logging
 from cheapscale.data.sources import open_source
 from cheapscale.evaluation.corruptions import MUST, RISES, blurred, judge, noised, of_classes
 from cheapscale.evaluation.fid import kernel_distance, moments
-from cheapscale.evaluation.naming import metric_name
+from cheapscale.evaluation.naming import metric_name, suffixed
 from cheapscale.evaluation.pixels import from_uint8
 from cheapscale.evaluation.quality import choice, outputs, unseen_by_classifier
 from cheapscale.evaluation.scores import scores
@@ -212,7 +212,7 @@ def metrics_of(
 def name_of(kind: str, network: FeatureNetwork) -> str:
     """A metric's name in the record; what counts neighbours says how many."""
     counted = kind in ("precision", "recall", "density", "coverage")
-    return metric_name(kind, network.name, network.sha256) + f"_k{K}" * counted
+    return suffixed(metric_name(kind, network.name, network.sha256), f"_k{K}" * counted)
 
 
 def verdicts(found: dict, network: FeatureNetwork, study: Study) -> tuple[dict, list[str]]:

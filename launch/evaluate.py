@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from cheapscale.data import sources
+from cheapscale.data.digest import digest
 from cheapscale.evaluation.pixels import from_uint8
 from cheapscale.evaluation.quality import choice
 from cheapscale.models import features
@@ -107,12 +108,14 @@ def model_images(loaded: Loaded, source, resolution: int) -> image_sets.Images:
         FLAGS.num,
         seed=FLAGS.seed,
         batch_size=FLAGS.batch_size,
-        **(solver_flags() if "net" in loaded.meta["networks"] else {}),
+        **solver_flags(loaded),
     )
 
 
-def solver_flags() -> dict:
-    """How a teacher is sampled."""
+def solver_flags(loaded: Loaded) -> dict:
+    """How a teacher is sampled; nothing for a generator."""
+    if "net" not in loaded.meta["networks"]:
+        return {}
     return {"steps": FLAGS.steps, "method": FLAGS.method, "cfg_scale": FLAGS.cfg_scale}
 
 
@@ -192,7 +195,7 @@ def open_clip(class_names: list[str]) -> Clip:
         network,
         lambda texts: np.asarray(clip_network.text_features(network.params, words(list(texts)))),
         prompts,
-        image_sets.digest(prompts, np.asarray(tokens).tolist()),
+        digest([prompts, np.asarray(tokens).tolist()]),
     )
 
 
@@ -300,7 +303,7 @@ def report(summary: dict, warnings: list[str], loaded: Loaded | None, inputs: In
     if loaded:
         summary |= {"model": FLAGS.model, "checkpoint_step": loaded.step, "ema": FLAGS.ema,
                     "seed": FLAGS.seed}  # fmt: skip
-        summary |= solver_flags() if "net" in loaded.meta["networks"] else {}
+        summary |= solver_flags(loaded)
     else:
         summary["images"] = FLAGS.images
     summary |= {
@@ -312,9 +315,8 @@ def report(summary: dict, warnings: list[str], loaded: Loaded | None, inputs: In
         "provenance": provenance(),
     }
     if loaded and FLAGS.cost:
-        solver = solver_flags() if "net" in loaded.meta["networks"] else {}
         batch_size = min(FLAGS.batch_size, FLAGS.num)
-        summary["cost"] = sampler_cost(loaded, batch_size=batch_size, **solver)
+        summary["cost"] = sampler_cost(loaded, batch_size=batch_size, **solver_flags(loaded))
     show(pathlib.Path(FLAGS.workdir), summary)
     return summary
 

@@ -4,14 +4,13 @@ A kind of source (`sources`) says how many images there are and how to load one;
 is here, once. Images are float32 [R, R, 3] in [-1, 1].
 """
 
-import hashlib
-import json
 import re
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from cheapscale.data.digest import digest
 from cheapscale.data.resize import RESIZE_ID, downsample, to_rgb
 
 SOURCE_ID = "source/1"
@@ -50,8 +49,7 @@ class Source:
         self.num_classes = len(self.class_names)
         self._span = span
         identity = [SOURCE_ID, RESIZE_ID, name, base, span.start, span.stop, identity]
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-        self._fingerprint = digest.hexdigest()[:16]
+        self._fingerprint = digest(identity)
         self._labels = np.full(len(span), -1 if self.num_classes else 0, np.int32)  # -1: not read
         shape = (len(span), self.resolution, self.resolution, 3)
         dtype = np.dtype(np.uint8 if exact_bytes else np.float32)

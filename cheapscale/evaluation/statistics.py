@@ -9,7 +9,6 @@ Published files load too: ADM's (mu, sigma, mu_s, sigma_s and the images arr_0) 
 sigma). Both hold features of the original Inception network, and say so nowhere.
 """
 
-import hashlib
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cheapscale.data.digest import digest
 from cheapscale.data.files import whole_or_nothing
 from cheapscale.evaluation.fid import Gaussian, Moments, check_features, moments
 
@@ -45,8 +45,7 @@ class Identity(NamedTuple):
 
     def digest(self) -> str:
         """A short hash of all fields."""
-        text = json.dumps([VERSION, *self])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest([VERSION, *self])
 
 
 class Statistics(NamedTuple):

@@ -36,7 +36,13 @@ from cheapscale.evaluation.statistics import (
     reference_statistics,
 )
 from cheapscale.models.features import FeatureNetwork
-from cheapscale.stages.evaluate_settings import Inputs, Settings, asked_by, check, gives_logits
+from cheapscale.stages.evaluate_settings import (
+    Inputs,
+    Settings,
+    asked_by,
+    check,
+    networks_with_logits,
+)
 from cheapscale.stages.image_sets import Images, Pairs, chosen_images
 from cheapscale.training.sharding import agreed
 from cheapscale.training.stage import Job
@@ -144,9 +150,7 @@ def plan(inputs: Inputs, settings: Settings, workdir: pathlib.Path) -> Plan:
                         wanted[key] = statistic(source, sets[name][0], network, view, settings)
     if "reconstruction" in settings.metrics:
         sets[PAIRS] = (inputs.pairs, ())
-    with_logits = ()
-    if "score" in settings.metrics:
-        with_logits = tuple(n.name for n in inputs.networks if gives_logits(n))
+    with_logits = networks_with_logits(inputs, settings)
     return Plan(inputs, settings, workdir, sets, names, wanted, given, with_logits)
 
 

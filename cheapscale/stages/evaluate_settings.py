@@ -158,11 +158,6 @@ def check_networks(inputs: Inputs, settings: Settings) -> None:
         check_resize(network, settings.resize)
         for side in sides(inputs.generated.resolution, network, settings):
             outputs_at(network, side)
-    if "score" in settings.metrics and not any(map(gives_logits, inputs.networks)):
-        raise ValueError(
-            f"score needs logits, which {', '.join(names)} do not give: leave it out, or add a "
-            "classifier such as inception_v3"
-        )
 
 
 def sides(resolution: int, network: FeatureNetwork, settings: Settings) -> list[int]:
@@ -179,6 +174,18 @@ def outputs_at(network: FeatureNetwork, side: int) -> dict:
     return jax.eval_shape(network.outputs, network.params, x)
 
 
-def gives_logits(network: FeatureNetwork) -> bool:
-    """Whether the network classifies, so that "score" can be computed."""
-    return "logits" in outputs_at(network, network.input_size or 32)
+def networks_with_logits(inputs: Inputs, settings: Settings) -> tuple[str, ...]:
+    """The networks that "score" is computed of, () where it is not asked for; refuses none."""
+    if "score" not in settings.metrics:
+        return ()
+    found = tuple(
+        network.name
+        for network in inputs.networks
+        if "logits" in outputs_at(network, network.input_size or 32)
+    )
+    if not found:
+        raise ValueError(
+            f"score needs logits, which {', '.join(n.name for n in inputs.networks)} do not give: "
+            "leave it out, or add a classifier such as inception_v3"
+        )
+    return found

@@ -9,13 +9,13 @@ Every set has a fingerprint of what it holds, so that results of one are never t
 """
 
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from cheapscale.data.digest import digest
 from cheapscale.data.latents import LatentStore, PairSource
 from cheapscale.evaluation.pixels import check_images, from_uint8, to_uint8
 from cheapscale.evaluation.quality import choice
@@ -51,11 +51,6 @@ class Pairs(NamedTuple):
     fingerprint: str
 
 
-def digest(*parts: Any) -> str:
-    """A short hash of plain JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def chosen_images(source, order: np.ndarray) -> Images:
     """The images of a source whose ids are `order`, in that order."""
 
@@ -71,7 +66,7 @@ def chosen_images(source, order: np.ndarray) -> Images:
         len(order),
         source.resolution,
         read,
-        digest(source.fingerprint(), source.resolution, np.asarray(order).tolist()),
+        digest([source.fingerprint(), source.resolution, np.asarray(order).tolist()]),
         labelled=bool(source.num_classes),
         captions=captions if len(order) and source.caption(int(order[0])) else None,
     )
@@ -90,7 +85,7 @@ def sampled_images(
         return to_uint8(check_images(images, "samples")), given[ids]
 
     kept = {name: value for name, value in options.items() if name != "batch_size"}
-    made_by = digest(fingerprint(loaded.params), given.tolist(), kept)
+    made_by = digest([fingerprint(loaded.params), given.tolist(), kept])
     return Images(num, resolution, read, made_by, labelled=labels is not None)
 
 
@@ -112,13 +107,13 @@ def npz_images(path: pathlib.Path, num: int) -> Images:
             raise ValueError(f"{path} holds {len(images)} images but {len(values)} {what}")
     order = np.sort(choice(len(images), num))
     given = np.zeros(len(images), np.int32) if labels is None else labels.astype(np.int32)
-    content = hashlib.sha256(images.tobytes()).hexdigest()
+    content = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
     kept = [None if values is None else values.tolist() for values in (labels, texts)]
     return Images(
         len(order),
         images.shape[1],
         lambda ids: (images[order[ids]], given[order[ids]]),
-        digest(content, kept, len(order)),
+        digest([content, kept, len(order)]),
         labelled=labels is not None,
         captions=None if texts is None else lambda ids: [str(t) for t in texts[order[ids]]],
     )
@@ -135,7 +130,7 @@ def teacher_pairs(teacher: Loaded, source, num: int, *, nodes: int, batch_size: 
         _, images = trip(targets, np.asarray([item["label"] for item in items], np.int32))
         return np.clip(images, -1, 1), targets
 
-    made_by = digest(fingerprint(teacher.params), source.fingerprint(), len(order), nodes)
+    made_by = digest([fingerprint(teacher.params), source.fingerprint(), len(order), nodes])
     return Pairs(len(order), source.resolution, read, made_by)
 
 
@@ -160,7 +155,7 @@ def generator_pairs(generator: Loaded, source, latents: str, num: int, *, batch_
         images = in_batches(generate, generator.params, z, labels, batch_size=batch_size)
         return np.clip(images, -1, 1), np.stack([item["image"] for item in items])
 
-    made_by = digest(fingerprint(generator.params), source.fingerprint(), store.manifest, num)
+    made_by = digest([fingerprint(generator.params), source.fingerprint(), store.manifest, num])
     return Pairs(len(order), source.resolution, read, made_by)
 
 
@@ -175,5 +170,5 @@ def file_pairs(images: Images, targets: Images) -> Pairs:
     def read(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return from_uint8(images.read(ids)[0]), from_uint8(targets.read(ids)[0])
 
-    made_by = digest(images.fingerprint, targets.fingerprint)
+    made_by = digest([images.fingerprint, targets.fingerprint])
     return Pairs(images.num, images.resolution, read, made_by)

@@ -16,7 +16,6 @@ Training is deterministic, takes well under a minute on two CPU cores, and its r
 """
 
 import functools
-import hashlib
 import io
 import json
 import math
@@ -31,6 +30,7 @@ import numpy as np
 import optax
 from absl import logging
 
+from cheapscale.data.digest import digest
 from cheapscale.data.files import whole_or_nothing
 from cheapscale.models.features import classifier
 from cheapscale.models.features.network import FeatureNetwork, exact
@@ -128,8 +128,7 @@ def plan_classifier(
         "batch_size": batch_size or (32 if few else 128),
         "max_images": max_images,
     }
-    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-    path = _cache(cache_dir) / f"{purpose}-{source.resolution}px-{digest}"
+    path = _cache(cache_dir) / f"{purpose}-{source.resolution}px-{digest(spec)}"
     alone = jax.process_count() == 1
     cached = _read(path, spec) if alone else None  # of several processes, see `_from_first`
     if cached is not None:

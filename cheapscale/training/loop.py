@@ -196,7 +196,7 @@ def train(
         began = time.monotonic()
         with ThreadPoolExecutor(1) as pool:
             compiling = pool.submit(compile_step, stage, device_mesh, state, shapes, batch)
-            # Each process loads for itself: it may have to fit what another finds in its cache.
+            # Each process loads onto a device of its own; what is fitted, the first one fits.
             with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
                 frozen, networks = stage.load_frozen()
             places = jax.tree.map(lambda s: s.sharding, shapes)
