@@ -6,7 +6,9 @@ the complete ConfigDict of one stage, stages(arg) the argument strings of the pi
 
 from ml_collections import ConfigDict
 
-STAGES = ("pretrain", "invert", "distill", "grow")
+STAGES = ("pretrain", "invert", "distill", "grow", "cascade")
+# self-cascade's tunings -> the learning rate of a preset is multiplied by so much
+TUNINGS = {"none": 1, "neck": 1, "gain": 10, "2k": 10, "full": 1, "lora": 1, "ft": 1}
 
 
 def parse_arg(arg: str | None, **defaults) -> ConfigDict:
@@ -73,7 +75,7 @@ def base_config(stage: str, **fields) -> ConfigDict:
         config.diffusion = edm()
         config.optim = optimiser("adam", 1e-3, warmup_steps=100)
         config.pretrain = ConfigDict({"label_dropout": 0.0, "augment": 0.0, "preview_steps": 20})
-    if stage in ("invert", "distill"):
+    if stage in ("invert", "distill", "cascade"):
         config.teacher = ""
     if stage in ("invert", "distill", "grow"):
         config.latents = ""
@@ -101,6 +103,9 @@ def base_config(stage: str, **fields) -> ConfigDict:
         config.compute = ConfigDict({"dtype": "", "remat": ()})
     if stage == "grow":
         config.base = ""
+    if stage == "cascade":
+        config.optim = optimiser("adam", 1e-3)
+        config.cascade = cascade()
     for name, value in fields.items():
         config[name] = value
     return config
@@ -174,6 +179,45 @@ def generator_loss(stage: str) -> ConfigDict:
     return loss
 
 
+def cascade(tune: str = "neck") -> ConfigDict:
+    """Self-cascade as the paper has it; the released code's choices are other values of these.
+
+    Of the code: mode M, init identity, resize nearest, features step, pivot sampled, times all,
+    off_below t0.1, pivot_decay 0.13025.
+    """
+    return ConfigDict(
+        {
+            "tune": tune,  # none | neck | gain | 2k | full | lora | ft
+            "k": "t0.7",  # where stages restart, as --cascade_k
+            "ratio": 2,  # of a canvas to its pivot, per side
+            "sizes": (),  # sides tuned at, sharing weights; () is data.resolution alone
+            "mode": "S",  # u joins the decoder's skips (S) or the main stream (M)
+            "init": "zero",  # zero: starts tuning-free | identity: u starts as the feature itself
+            "width": 8,  # of a neck
+            "resize": "bilinear",  # of features: bilinear | nearest
+            "features": "clean",  # of the pivot at step 0, once | "step": at every step's own
+            "pivot": "aligned",  # the image downsampled | "sampled": a base sample of its class
+            "pivot_steps": 18,
+            "pivot_decay": 1.0,
+            # levels trained at; adapters and fine-tuned weights also sample without a pivot
+            "times": "all" if tune in ("lora", "ft") else "to_k",
+            "off_below": "",  # no injection below this level, written as k is
+            "label_dropout": 0.0,  # for guidance, as the teacher was trained
+            "lora_rank": 4,
+            "lora_scale": 1.0,
+            "init_from": "",  # work directory of the stage before
+            "preview_steps": 20,
+            # of tune=none, which draws images and trains nothing
+            "out": "",
+            "scales": "",  # as --cascade; "" is data.resolution in one stage
+            "num": 64,
+            "per_shard": 64,
+            "steps": 40,
+            "method": "heun",
+        }
+    )
+
+
 def smoke(config: ConfigDict, base: int) -> ConfigDict:
     """The same stage cut down to 3 steps on 24 tiny scenes, base 8 px: what the tests run."""
     config.data.resolution = config.data.resolution * 8 // base
@@ -201,6 +245,9 @@ def smoke(config: ConfigDict, base: int) -> ConfigDict:
         config.invert.per_shard = 16
     if "pretrain" in config:
         config.pretrain.preview_steps = 2
+    if "cascade" in config:
+        config.cascade.preview_steps = config.cascade.steps = 2
+        config.cascade.num = config.cascade.per_shard = 4
     return config
 
 
@@ -213,6 +260,7 @@ ARGUMENTS = {
     "seed": 0,
     "jump": False,  # grow from the base to `resolution` in one stage
     "unlabelled": False,  # ignore the labels
+    "tune": "neck",  # of stage=cascade: what is trained beside the teacher
     "mobilenet": "",  # weight file of ImageNet MobileNetV2: the discriminator's feature network
     "smoke": False,
 }
@@ -236,7 +284,7 @@ def image_config(
     config.data.name = name
     config.data.data_dir = args.data_dir or config.data.data_dir
     config.data.split = preset.get("split", "train")
-    config.data.resolution = args.resolution or base
+    config.data.resolution = args.resolution or (2 * base if stage == "cascade" else base)
     config.data.options = dict(preset.get("options", {}))
     if args.unlabelled:
         config.data.options.unlabelled = True
@@ -247,9 +295,18 @@ def image_config(
         config.batch_size = preset["invert_batch"]
         config.invert.per_shard = preset.get("per_shard", 1024)
     else:
+        if stage not in preset:
+            raise ValueError(f"size {args.size!r} has no stage {stage}: choose another size")
         steps, lr, config.batch_size = preset[stage]
         config.total_steps = steps
         config.optim.lr = lr
+        if stage == "cascade":
+            if args.tune not in TUNINGS:
+                raise ValueError(
+                    f"tune {args.tune!r} is unknown: choose one of {', '.join(TUNINGS)}"
+                )
+            config.cascade = cascade(args.tune)
+            config.optim.lr = lr * TUNINGS[args.tune]
         config.eval_every = config.save_every = min(max(steps // 4, 1), 5000)
     if stage == "grow":
         reached = config.data.resolution

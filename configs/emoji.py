@@ -22,6 +22,7 @@ SIZES = {
         "pretrain": (1500, 2e-3, 64),
         "distill": (500, 1e-3, 32),
         "grow": (150, 1e-3, 8),
+        "cascade": (300, 1e-3, 16),
         "b2": 0.99,
         "per_shard": 250,
         "invert_batch": 125,

@@ -7,11 +7,13 @@ or a teacher beyond the size it was trained at, by a self-cascade (Guo et al. 20
 
     python -m launch.sample --model=runs/quick/pretrain --cascade=2x,4x --cascade_k=t0.7
     python -m launch.sample --model=runs/quick/pretrain --cascade=2x --pivot=photo.png --labels=3
+    python -m launch.sample --model=runs/quick/pretrain --cascade=2x --tuned=runs/tuned
 
 Image i depends on the seed and i alone, not on the batch size or the devices. Out come
 samples.npz (uint8 `images`, `labels`, `ids`) and samples.png; the last line is one JSON object. A
 cascade also leaves base.npz, its first scale, and preview.png: in rows the base enlarged, direct
-sampling at the last size, and the cascade.
+sampling at the last size, the tuning-free cascade and, where one is named, the tuned one (or the
+baseline).
 """
 
 import pathlib
@@ -23,9 +25,11 @@ from absl import app, flags
 from cheapscale.diffusion.pivot import KERNELS, named, resize
 from cheapscale.diffusion.process import decibels
 from cheapscale.evaluation.pixels import to_uint8
-from cheapscale.stages import cascade
+from cheapscale.stages import cascade_sampler as cascade
+from cheapscale.stages.cascade_baselines import BASELINES, baseline
 from cheapscale.stages.pivot_images import read_pivots
 from cheapscale.stages.sampling import sample
+from cheapscale.stages.tuned import load_tuned, tuned_cascade
 from cheapscale.training.checkpoint import Loaded, load_network
 from cheapscale.training.logging import image_grid, save_png
 from launch.command import execute
@@ -56,13 +60,19 @@ flags.DEFINE_enum("resize_space", "model", cascade.SPACES, "What is enlarged.")
 flags.DEFINE_enum("spacing", "karras", cascade.SPACINGS, "Levels; leading and trailing: VP's times")
 flags.DEFINE_string("pivot", "", "Picture or .npz that takes the place of the base samples.")
 flags.DEFINE_integer("pivot_resolution", 0, "Shrink pivots to this side first; 0: as they are.")
+flags.DEFINE_list(
+    "tuned", [], "Work directories of cascade runs (launch.train): one for all stages, or one each."
+)
+flags.DEFINE_enum(
+    "baseline", "", ["", *BASELINES], "Another method on every larger canvas, for comparison."
+)
 flags.DEFINE_bool("direct", False, "Also sample all images directly at the last size: direct.npz.")
 flags.DEFINE_integer("preview", 8, "Columns of preview.png; 0: none.", lower_bound=0)
 FLAGS = flags.FLAGS
 
 OF_CASCADES = (
     "cascade_k", "stage_seeds", "coupled", "resize_kernel", "resize_space", "spacing", "pivot",
-    "pivot_resolution", "direct", "preview",
+    "pivot_resolution", "tuned", "baseline", "direct", "preview",
 )  # fmt: skip
 
 
@@ -121,17 +131,17 @@ def run_cascade(
         steps=FLAGS.steps,
         spacing=FLAGS.spacing,
         pivot_size=None if pivots is None else pivots.shape[1:3],
+        shifted=FLAGS.baseline == "shifted",
     )
-    sampler = cascade.cascade_sampler(
-        loaded,
-        plan,
-        seed=FLAGS.seed,
-        stage_seeds=[int(seed) for seed in FLAGS.stage_seeds],
-        kernel=FLAGS.resize_kernel,
-        space=FLAGS.resize_space,
-        coupled=FLAGS.coupled,
-        **sampler_options(),
-    )
+    options = sampler_options() | {
+        "seed": FLAGS.seed,
+        "stage_seeds": [int(seed) for seed in FLAGS.stage_seeds],
+        "kernel": FLAGS.resize_kernel,
+        "space": FLAGS.resize_space,
+        "coupled": FLAGS.coupled,
+    }
+    subject, denoisers = cascade_denoisers(loaded, plan)
+    sampler = cascade.cascade_sampler(subject, plan, **denoisers, **options)
     scales, labels = sampler.draw(ids, labels, pivots)
     save_images(out / "base.npz", scales[0], labels, ids)
     shown = len(ids) if FLAGS.direct else min(FLAGS.preview, len(ids))
@@ -142,8 +152,12 @@ def run_cascade(
     if FLAGS.preview:
         few = min(FLAGS.preview, len(ids))
         enlarged = np.asarray(resize(scales[0][:few], plan.sizes[-1], "nearest"))
-        rows = np.concatenate([enlarged, direct[:few], scales[-1][:few]])
-        save_png(out / "preview.png", image_grid(rows, columns=few))
+        rows = [enlarged, direct[:few], scales[-1][:few]]
+        if FLAGS.tuned:
+            free = cascade.cascade_sampler(loaded, plan, **options)
+            given = None if pivots is None else pivots[:few]
+            rows.insert(2, free.draw(ids[:few], labels[:few], given)[0][-1])
+        save_png(out / "preview.png", image_grid(np.concatenate(rows), columns=few))
     calls, alone = cascade.network_calls(plan, method=FLAGS.method, cfg_scale=FLAGS.cfg_scale)
     sigmas = [float(grid[0]) for grid in plan.restarts]
     return scales[-1], labels, {
@@ -153,6 +167,26 @@ def run_cascade(
         "nfe": calls,
         "nfe_direct": alone,
     }  # fmt: skip
+
+
+def cascade_denoisers(loaded: Loaded, plan: cascade.CascadePlan) -> tuple[Loaded, dict]:
+    """(weights, denoisers of the scales) as --tuned and --baseline say; none: the teacher's own."""
+    if FLAGS.tuned and FLAGS.baseline:
+        raise ValueError(
+            f"--tuned={','.join(FLAGS.tuned)} and --baseline={FLAGS.baseline} are two methods for "
+            "the same canvas: give one of them"
+        )
+    if FLAGS.tuned:
+        tuned = [load_tuned(folder, loaded, ema=FLAGS.ema) for folder in FLAGS.tuned]
+        return tuned_cascade(loaded, tuned, plan.sizes, FLAGS.cfg_scale)
+    if FLAGS.baseline:
+        stages = [
+            baseline(FLAGS.baseline, loaded.meta, size, FLAGS.cfg_scale) for size in plan.sizes
+        ]
+        model, diffusion = loaded.meta["networks"]["net"], loaded.meta["diffusion"]
+        stages[0] = cascade.frozen_teacher(model, diffusion, FLAGS.cfg_scale)
+        return loaded, {"denoisers": stages, "direct_denoiser": stages[-1]}
+    return loaded, {}
 
 
 def sampler_options() -> dict:

@@ -50,24 +50,50 @@ def preconditioning(sigma: Any, sigma_data: float) -> Preconditioning:
     )
 
 
-def edm(F: Network, sigma_data: float = 0.5, feature: str = "edm", dtype: Any = None) -> Denoiser:
+def edm(
+    F: Network,
+    sigma_data: float = 0.5,
+    feature: str = "edm",
+    dtype: Any = None,
+    noise_shift: float = 1.0,
+) -> Denoiser:
     """EDM-preconditioned denoiser, equation (1).
 
     Args:
         feature: kind of noise feature F was built for, see `process.noise_feature`.
         dtype: precision F is called in; by default x's. The state outside keeps its own, so that a
             float64 (or float32) ODE can be solved with a float32 (or bfloat16) network.
+        noise_shift: F is told sigma / noise_shift, while c_skip, c_out and c_in follow sigma: how a
+            larger canvas keeps a base model's schedule in block means (MegaFusion, 2408.11001).
     """
     _check_feature(feature)
 
     def denoise(x: jax.Array, sigma: Any, **cond: Any) -> jax.Array:
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
-        c_skip, c_out, c_in = preconditioning(sigma, sigma_data)
-        x_in = process.over_pixels(c_in, x) * x
-        F_x = _call(F, x_in, process.noise_feature(feature, sigma), dtype, cond)
+        c_skip, c_out, _ = preconditioning(sigma, sigma_data)
+        x_in, noise = edm_inputs(x, sigma, sigma_data, feature, noise_shift)
+        F_x = _call(F, x_in, noise, dtype, cond)
         return process.over_pixels(c_skip, x) * x + process.over_pixels(c_out, x) * F_x
 
     return denoise
+
+
+def edm_inputs(
+    x: jax.Array, sigma: Any, sigma_data: float, feature: str, noise_shift: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """What F is given for x [b, ...] at sigma (scalar or [b]): (c_in x, noise feature [b])."""
+    sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
+    c_in = preconditioning(sigma, sigma_data).c_in
+    return process.over_pixels(c_in, x) * x, process.noise_feature(feature, sigma / noise_shift)
+
+
+def vp_inputs(
+    x: jax.Array, sigma: Any, schedule: process.VPSchedule, noise_shift: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """The same of a variance-preserving network: (alpha x, fractional time [b])."""
+    sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
+    time = schedule.time_of_sigma(sigma / noise_shift).astype(x.dtype)
+    return process.to_vp(x, sigma), time
 
 
 def vp_denoiser(
@@ -76,6 +102,7 @@ def vp_denoiser(
     prediction: str = "eps",
     feature: str = "time",
     dtype: Any = None,
+    noise_shift: float = 1.0,
 ) -> Denoiser:
     """A variance-preserving network behind the same D(x; sigma), equation (4).
 
@@ -83,7 +110,7 @@ def vp_denoiser(
         prediction: what F returns: "eps", "x0" or "v".
         feature: "time" feeds the (fractional) table index of sigma, as networks trained on a
             discrete schedule expect; or a kind of `process.noise_feature`.
-        dtype: as in `edm`.
+        dtype, noise_shift: as in `edm`.
     """
     if prediction not in ("eps", "x0", "v"):
         raise ValueError(f"unknown prediction {prediction!r}: choose 'eps', 'x0' or 'v'")
@@ -92,11 +119,10 @@ def vp_denoiser(
 
     def denoise(x: jax.Array, sigma: Any, **cond: Any) -> jax.Array:
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
-        if feature == "time":
-            noise = schedule.time_of_sigma(sigma).astype(x.dtype)
-        else:
-            noise = process.noise_feature(feature, sigma)
-        F_x = _call(F, process.to_vp(x, sigma), noise, dtype, cond)
+        x_in, noise = vp_inputs(x, sigma, schedule, noise_shift)
+        if feature != "time":
+            noise = process.noise_feature(feature, sigma / noise_shift)
+        F_x = _call(F, x_in, noise, dtype, cond)
         if prediction == "x0":
             return F_x
         if prediction == "eps":

@@ -64,6 +64,10 @@ class UNetConfig:
     noise_feature: travels with the network, see diffusion.process.noise_feature; "" = family's.
     dtype: precision of the computation; parameters are float32.
     remat: prefixes of the names of blocks recomputed in the backward pass; ("",) means all.
+    dilation, dilated: spread the taps of the 3x3 convolutions of the residual blocks whose names
+      start with one of `dilated`. steady_entropy: sharpen attention over more positions than the
+      native ones by sqrt(log N / log N_native). Both change what weights do on a larger canvas,
+      not the weights (self-cascade's baselines).
     """
 
     resolution: int
@@ -89,6 +93,9 @@ class UNetConfig:
     noise_feature: str = ""
     dtype: str = "float32"
     remat: tuple[str, ...] = ()
+    dilation: int = 1
+    dilated: tuple[str, ...] = ()
+    steady_entropy: bool = False
 
     def __post_init__(self):
         if self.family not in FAMILIES:

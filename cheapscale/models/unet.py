@@ -12,6 +12,7 @@ path, and a grown part as nearest-neighbour enlargement of the features (spec 4.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +31,8 @@ class ResBlock(nn.Module):
     block: Block
     kernel_init: tuple[float, str]
     dropout: float
+    dilation: int = 1  # of conv0 and conv1
+    steady_entropy: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, train: bool) -> jax.Array:
@@ -40,7 +43,7 @@ class ResBlock(nn.Module):
         resize = functools.partial(resample[block.resample], taps=block.taps)
 
         h = nn.silu(layers.GroupNorm(block.groups0, block.eps, name="norm0")(x))
-        h = layers.Conv(block.inner, init, name="conv0")(resize(h))
+        h = layers.Conv(block.inner, init, dilation=self.dilation, name="conv0")(resize(h))
         norm1 = layers.GroupNorm(block.groups1, block.eps, name="norm1")
         affine = layers.Dense(block.inner * (1 + block.scale_shift), init, name="affine")
         condition = affine(emb)[:, None, None, :]
@@ -50,7 +53,7 @@ class ResBlock(nn.Module):
         else:
             h = nn.silu(norm1(h + condition))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = layers.Conv(block.out_channels, zero, name="conv1")(h)
+        h = layers.Conv(block.out_channels, zero, dilation=self.dilation, name="conv1")(h)
 
         x = resize(x)
         if block.shortcut:
@@ -67,6 +70,8 @@ class ResBlock(nn.Module):
         h = layers.GroupNorm(block.groups2, block.eps, name="norm2")(x).reshape(b, -1, c)
         qkv = layers.Dense(2 * block.qk + block.v, init, name="qkv")(h)
         q, k, v = jnp.split(qkv, (block.qk, 2 * block.qk), axis=-1)
+        if self.steady_entropy:  # of the softmax over more positions than the native ones
+            q = q * math.sqrt(math.log(height * width) / math.log(block.resolution**2))
         h = layers.attention(q, k, v, block.heads)
         h = layers.Dense(block.out_channels, zero, name="proj")(h)
         return h.reshape(b, height, width, -1)
@@ -112,8 +117,10 @@ class UNet(nn.Module):
             extra: [b, extra_conditions] scalars, embedded like the noise; None adds nothing.
             caption: [b, caption_dim]; None is zero.
             inject: {block: array of the shape of its output} added to the stream after that block;
-                with "/skip" appended to the name, only to what the decoder receives from it.
-            taps: names of blocks whose (injected) output is wanted: returns (out, {name: array}).
+                with "/skip" appended to the name, only to what the decoder receives from it, with
+                "/stream" only to what the next block receives.
+            taps: names of blocks whose (injected) output is wanted: returns (out, {name: array});
+                "emb" is the embedding of equation (4), [b, emb].
             train: dropout is on, and needs rngs={"dropout": key}.
         """
         config, inject = self.config, dict(inject or {})
@@ -122,7 +129,7 @@ class UNet(nn.Module):
         maps = {block.name: block for block in plan(config) if block.kind == "map"}
         emb = self._embedding(maps, noise, label, augment, extra, caption)
         h = aux = x.astype(dtype)
-        skips, tapped = {}, {}
+        skips, tapped = {}, {"emb": emb} if "emb" in taps else {}
         init = layers.uniform(*FAMILIES[config.family].init)
         for block in plan(config):
             if block.kind == "map":
@@ -145,6 +152,9 @@ class UNet(nn.Module):
             if block.push:
                 key = f"{block.name}/skip"
                 skips[block.name] = h + _fitting(inject[key], h, key) if key in inject else h
+            key = f"{block.name}/stream"
+            if key in inject:
+                h = h + _fitting(inject[key], h, key)
             if block.name in taps:
                 tapped[block.name] = h
         out = h.astype(x.dtype)
@@ -154,7 +164,15 @@ class UNet(nn.Module):
         recompute = any(block.name.startswith(prefix) for prefix in self.config.remat)
         module = nn.remat(ResBlock, static_argnums=(3,)) if recompute else ResBlock
         family = FAMILIES[self.config.family]
-        return module(block, family.init, self.config.dropout, name=block.name)
+        dilated = any(block.name.startswith(prefix) for prefix in self.config.dilated)
+        return module(
+            block,
+            family.init,
+            self.config.dropout,
+            self.config.dilation if dilated else 1,
+            self.config.steady_entropy,
+            name=block.name,
+        )
 
     def _embedding(self, maps, noise, label, augment, extra, caption):
         """Equation (4): [b, emb]."""
@@ -212,12 +230,15 @@ class UNet(nn.Module):
                 f"{config.stride}: resize it to multiples of {config.stride}"
             )
         streams = {block.name: block for block in plan(config) if block.kind != "map"}
-        places = set(streams) | {f"{name}/skip" for name, b in streams.items() if b.push}
+        places = set(streams) | {f"{name}/stream" for name in streams}
+        places |= {f"{name}/skip" for name, b in streams.items() if b.push}
+        readable = {*streams, "emb"}
         for name in (*inject, *taps):
-            if name not in places or (name in taps and name not in streams):
+            if name not in (readable if name in taps else places):
                 raise ValueError(
                     f"the U-Net has no block {name!r} to tap or inject at: its blocks are "
-                    f"{', '.join(streams)} ('/skip' may follow those of the encoder)"
+                    f"{', '.join(streams)} (to inject, '/stream' may follow, or '/skip' in the "
+                    "encoder)"
                 )
 
 

@@ -1,355 +1,342 @@
-"""Self-cascade (Guo et al. 2024, Algorithm 2): a larger canvas for the same frozen teacher.
+"""Self-cascade, tuned (Guo et al. 2024, Algorithm 1): a few weights beside a frozen teacher.
 
-    z0 <- a full run of the sampler at the size trained at
-    for r = 1 .. R:
-        y  <- U_r(z0)                                 enlarge the clean sample: the pivot
-        x  <- y + sigma eps_r                         at the first level of the grid below K
-        z0 <- the same grid from there down to 0, the same network on the larger canvas
+    for (x, y) in high-resolution data:
+        p   = downsample(x, 2)                          the aligned pivot, in the teacher's units
+        t   ~ uniform on 1 .. K,  eps ~ N(0, I)         the levels that the cascade visits
+        f   = encoder and middle of theta at (p, t=0, y)
+        minimise over phi  |eps - eps_theta(x_t, t, y; h_n + phi_n(f_n, t))|^2
 
-Nothing else happens by default: no dilation, no scaled attention, no shifted schedule, nothing of
-the pivot mixed in again on the way. What a stage does differently it does in its denoiser,
+For an EDM teacher t and the weight are those of its own training, cut at sigma_K. In the same
+harness two controls that the paper samples directly only, and that sampled from a pivot tell what
+the pivot alone brings: low-rank adapters (tune=lora) and fine-tuning (tune=ft), at all levels.
 
-    denoiser(params, pivot, label) -> D(x, sigma),
-
-called once for a stage and outside the loop over steps, so that whatever is computed from the clean
-pivot is computed once. At scale 0 and in direct sampling the pivot is None.
-
-Image i depends on (seed, i) alone; each stage has a seed of its own.
+tune=none trains nothing: a job that draws the tuning-free cascade, its base and direct sampling.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.diffusion import guidance, process, solvers
-from cheapscale.diffusion.pivot import (
-    KERNELS,
-    Size,
-    coupled_noise,
-    named,
-    read_sizes,
-    renoise,
-    resize,
-    restart_grid,
-    restart_sigma,
-)
-from cheapscale.evaluation.cost import cost_of_call
+from cheapscale.data.augment import random_flip
+from cheapscale.data.files import whole_or_nothing
+from cheapscale.diffusion import denoiser, process
+from cheapscale.diffusion.pivot import block_mean, restart_sigma
+from cheapscale.evaluation.pixels import to_uint8
+from cheapscale.models import upsampler
+from cheapscale.models.lora import adapted, init_lora
 from cheapscale.models.unet import unet
-from cheapscale.stages.networks import check_guidance, make_denoiser
-from cheapscale.stages.sampling import check_labels, labels_for, levels, prior
+from cheapscale.models.upsampler import DESIGNS, Upsamplers, upsampler_config
+from cheapscale.stages import data
+from cheapscale.stages.cascade_sampler import cascade_plan, cascade_sampler, network_calls
+from cheapscale.stages.networks import fingerprint, load_teacher, make_denoiser
+from cheapscale.stages.one_step import init_generator
+from cheapscale.stages.sampling import teacher_map
+from cheapscale.stages.tuned import (
+    Tuned,
+    injection,
+    load_tuned,
+    reader,
+    stage_denoiser,
+    upsampled_denoiser,
+)
 from cheapscale.training.checkpoint import Loaded
-from cheapscale.training.sharding import in_batches
+from cheapscale.training.logging import enlarge, image_grid, save_png
+from cheapscale.training.optim import make_optimiser
+from cheapscale.training.stage import Job, Stage, denoise_step, noise_bins
+from cheapscale.training.state import Optimiser, TrainState
 
 PyTree = Any
-StageDenoiser = Callable[[PyTree, jax.Array | None, jax.Array], Callable]
-
-SPACES = ("model", "image")
-SPACINGS = ("karras", "leading", "trailing")
-
-
-class CascadePlan(NamedTuple):
-    """What a cascade will do, checked.
-
-    sizes: of scales 0 .. R. grid: sigmas of a full run, descending to 0. restarts: for each stage
-    1 .. R the tail of that grid which it runs. given: scale 0 is images, not samples.
-    """
-
-    sizes: tuple[Size, ...]
-    grid: np.ndarray
-    restarts: tuple[np.ndarray, ...]
-    given: bool
+NETS = dict.fromkeys(DESIGNS, "upsampler") | {"lora": "lora", "ft": "net"}
+PIVOTS = ("aligned", "sampled")
+TIMES = ("to_k", "all")
 
 
-class Cascade(NamedTuple):
-    """Two samplers of a last size; images are float32 in [-1, 1].
-
-    draw(ids, labels=None, pivots=None) -> (images of every scale, scale 0 first, labels [n]).
-    direct(ids, labels=None) -> (images, labels): the baseline, the whole grid from noise alone. Its
-    noise is that of the last stage, so that the two compare image by image.
-    """
-
-    draw: Callable
-    direct: Callable
-
-
-def cascade_plan(
-    meta: dict,
-    cascade: str,
-    *,
-    k: Sequence[str] = ("t0.7",),
-    steps: int = 40,
-    spacing: str = "karras",
-    pivot_size: Size | None = None,
-) -> CascadePlan:
-    """Sizes and noise levels for the teacher of `meta`; ValueError for whatever does not fit.
-
-    Args:
-        cascade: scales per side "2x,4x", or a last size "64x96", see `pivot.read_sizes`.
-        k: where the stages restart, see `pivot.restart_sigma`; one for all, or one for each.
-        spacing: "karras" levels, as plain sampling has them; or the "leading" or "trailing" times
-            of a DDIM run, for teachers of a VP schedule.
-        pivot_size: size of the images that take the place of scale 0.
-    """
-    model, diffusion = _teacher(meta)
-    trained = (model["resolution"], model["resolution"])
-    given = pivot_size is not None
-    start = pivot_size if given else trained
-    sizes = read_sizes(cascade, start, unet(**model).config.stride, given=given)
-    if len(k) not in (1, len(sizes) - 1):
+def build(config) -> Stage | Job:
+    """The stage of `config.cascade.tune`. Raises ValueError where teacher and data do not fit."""
+    settings = config.cascade.to_dict()
+    tune = settings["tune"]
+    if tune not in ("none", *NETS):
+        raise ValueError(f"tune is {tune!r}: choose one of {', '.join(('none', *NETS))}")
+    teacher = load_teacher(config.teacher)
+    source = data.open_data(config.data)
+    model = teacher.meta["networks"]["net"]
+    if model["num_classes"] not in (0, source.num_classes):
         raise ValueError(
-            f"{len(k)} values of K ({', '.join(k)}) for {len(sizes) - 1} stages "
-            f"({', '.join(map(named, sizes[1:]))}): give one, or one for each stage"
+            f"the teacher has {model['num_classes']} classes, but {source.name} has "
+            f"{source.num_classes}: use the data set that the teacher was trained on"
         )
-    grid, top = _full_grid(diffusion, steps, spacing)
-    restarts = []
-    for r, (small, large) in enumerate(zip(sizes, sizes[1:])):
-        ratio = large[0] * large[1] / (small[0] * small[1])
-        sigma = restart_sigma(k[r % len(k)], area_ratio=ratio, sigma_data=diffusion["sigma_data"])
-        restarts.append(restart_grid(grid, sigma, top))
-    return CascadePlan(sizes, grid, tuple(restarts), given)
+    if tune == "none":
+        return sampling_job(config, teacher)
+    sizes = trained_sizes(settings, source.resolution, model)
+    check_settings(settings)
+    net = NETS[tune]
+    fields = network_fields(settings, model)
+    optimiser = Optimiser(make_optimiser(**config.optim))
 
+    def init_params(key: jax.Array) -> tuple[PyTree, PyTree]:
+        if net == "upsampler":
+            params = upsampler.init_upsamplers(upsampler.from_fields(fields), key)
+        else:
+            params = init_generator(model, key)
+            if net == "lora":
+                params = init_lora(params, settings["lora_rank"], key)
+        return {net: params}, {net: noise_bins()}
 
-def frozen_teacher(model: dict, diffusion: dict, cfg_scale: float = 1.0) -> StageDenoiser:
-    """The tuning-free denoiser of every scale: the teacher, which never looks at the pivot."""
-    bind = make_denoiser(model, diffusion)
+    def warm_start(params: PyTree) -> PyTree:
+        if settings["init_from"]:  # of the stage before
+            old = load_tuned(settings["init_from"], teacher)
+            if jax.tree.map(jnp.shape, old.params) != jax.tree.map(jnp.shape, params[net]):
+                raise ValueError(
+                    f"cascade.init_from {settings['init_from']!r} holds other modules than "
+                    f"tune={tune} has here: start from a run of the same tune, width and rank"
+                )
+            return {net: old.params}
+        return {net: teacher.params} if tune == "ft" else params
 
-    def denoiser(params: PyTree, pivot: jax.Array | None, label: jax.Array) -> Callable:
-        D = guidance.guided(bind(params), cfg_scale, null={"label": model["num_classes"]})
-        return lambda x, sigma: D(x, sigma, label=label)
-
-    return denoiser
-
-
-def cascade_sampler(
-    loaded: Loaded,
-    plan: CascadePlan,
-    *,
-    denoisers: Sequence[StageDenoiser] | None = None,
-    seed: int = 0,
-    stage_seeds: Sequence[int] = (),
-    batch_size: int = 64,
-    method: str = "heun",
-    cfg_scale: float = 1.0,
-    kernel: str = "bilinear",
-    space: str = "model",
-    coupled: bool = False,
-) -> Cascade:
-    """The cascade and the direct baseline of one plan. Each scale compiles once, at first use.
-
-    Raises ValueError before anything compiles; `draw` and `direct` too.
-
-    Args:
-        denoisers: one for each scale 0 .. R, of which the first also samples directly; by default
-            `frozen_teacher`. They are given `loaded.params`, whatever tree that is.
-        stage_seeds: seeds of stages 1 .. R; by default the cascade's. Scale 0 always has `seed`.
-        kernel: see `pivot.resize`.
-        space: what is resized, the network's own units ("model") or the image, within [-1, 1].
-        coupled: a stage's noise continues that of the scale before, `pivot.coupled_noise`; where
-            scale 0 is given images, fresh noise of their size begins the chain.
-    """
-    model, diffusion = _teacher(loaded.meta)
-    last = len(plan.sizes) - 1
-    if denoisers is None:
-        check_guidance(loaded.meta, cfg_scale)
-        denoisers = [frozen_teacher(model, diffusion, cfg_scale)] * (last + 1)
-    _check_options(last, denoisers, stage_seeds, kernel, space)
-    noise = functools.partial(
-        scale_noise,
-        seeds=(seed, *(stage_seeds or [seed] * last)),
-        shapes=[(*size, model["in_channels"]) for size in plan.sizes],
-        coupled=coupled,
+    meta = {
+        "stage": "cascade",
+        "networks": {net: fields},
+        "diffusion": teacher.meta["diffusion"],
+        "data": data.describe(source),
+        "teacher": fingerprint(teacher.params),
+        "cascade": settings | {"sizes": sizes},
+        "ledger": teacher.meta["ledger"],
+        "frozen_networks": teacher.meta.get("frozen_networks", {}),
+    }
+    return Stage(
+        init_params=init_params,
+        optimisers={net: optimiser},
+        step=functools.partial(
+            denoise_step,
+            loss_fn=functools.partial(
+                tuning_loss,
+                settings=settings,
+                fields=fields,
+                model=model,
+                diffusion=teacher.meta["diffusion"],
+                sizes=sizes,
+            ),
+            optimiser=optimiser,
+            ema_decay=config.ema.decay,
+            net=net,
+        ),
+        batches=functools.partial(
+            data.real_batches,
+            source,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            num_threads=config.data.num_threads,
+            transform=random_flip if config.data.flip else None,
+        ),
+        load_frozen=lambda: ({"teacher": teacher.params}, {}),
+        frozen_shapes=lambda: {"teacher": jax.eval_shape(lambda p: p, teacher.params)},
+        warm_start=warm_start,
+        evals={
+            "cascade": (
+                config.eval_every,
+                preview(teacher, Tuned({}, meta, tune), settings["preview_steps"]),
+            )
+        },
+        meta=meta,
+        batch_size=config.batch_size,
+        fits={},
     )
-    jax.eval_shape(lambda: noise(last, np.zeros(1, np.int32)))  # do the sizes fit together?
-    full_run = functools.partial(_solve, denoisers[0], plan.grid, method)
-    stages = [
-        functools.partial(
-            _stage,
-            denoiser=denoisers[r],
-            grid=plan.restarts[r - 1],
-            method=method,
-            enlarge=functools.partial(enlarged, size=plan.sizes[r], kernel=kernel, space=space),
-            noise=functools.partial(noise, r),
+
+
+def trained_sizes(settings: dict, resolution: int, model: dict) -> tuple[int, ...]:
+    """The sides of the canvases to tune at: one pair of scales, or several that share weights."""
+    sizes, stride = tuple(settings["sizes"]) or (resolution,), unet(**model).config.stride
+    for side in sizes:
+        pivot = side / settings["ratio"]
+        if resolution % side or pivot % stride or pivot < model["resolution"]:
+            raise ValueError(
+                f"cascade.sizes has {side} px, whose pivot is {pivot:g}: sizes divide "
+                f"data.resolution {resolution}, and their pivots are multiples of the stride "
+                f"{stride} not below the teacher's {model['resolution']} px"
+            )
+    return sizes
+
+
+def check_settings(settings: dict) -> None:
+    """Refuse unknown choices before anything is built."""
+    injection(settings)
+    if settings["pivot"] not in PIVOTS or settings["times"] not in TIMES:
+        raise ValueError(
+            f"cascade.pivot is {settings['pivot']!r} and cascade.times {settings['times']!r}: "
+            f"choose one of {PIVOTS} and one of {TIMES}"
         )
-        for r in range(1, last + 1)
+
+
+def network_fields(settings: dict, model: dict) -> dict:
+    """Plain values that travel with the weights: of the upsamplers, the adapters or the U-Net."""
+    tune = settings["tune"]
+    if tune == "lora":
+        return {"rank": settings["lora_rank"], "scale": settings["lora_scale"]}
+    if tune == "ft":
+        return model
+    chosen = {name: settings[name] for name in ("init", "width", "resize")}
+    return dataclasses.asdict(upsampler_config(unet(**model).config, tune, **chosen))
+
+
+def tuning_loss(
+    params: PyTree,
+    frozen: PyTree,
+    batch: PyTree,
+    key: jax.Array,
+    *,
+    settings: dict,
+    fields: dict,
+    model: dict,
+    diffusion: dict,
+    sizes: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """(weighted loss [b n], sigma [b n]) of one batch {image [b, R, R, c], label} at n sizes."""
+    theta = jax.lax.stop_gradient(frozen["teacher"])
+    losses, sigmas = [], []
+    for i, side in enumerate(sizes):
+        k_loss, k_label, k_pivot, k_drop = jax.random.split(jax.random.fold_in(key, i), 4)
+        x, label = block_mean(batch["image"], (side, side)), batch["label"]
+        if settings["label_dropout"]:
+            dropped = jax.random.bernoulli(k_label, settings["label_dropout"], label.shape)
+            label = jnp.where(dropped, model["num_classes"], label)
+        if settings["tune"] == "ft":
+            D = make_denoiser(model, diffusion)(params, train=True, rngs={"dropout": k_drop})
+        elif settings["tune"] == "lora":
+            D = make_denoiser(model, diffusion)(adapted(theta, params, settings["lora_scale"]))
+        else:
+            smaller = side // settings["ratio"]
+            p = block_mean(x, (smaller, smaller))
+            if settings["pivot"] == "sampled":  # the released code's: of the same class, no more
+                p = sampled_pivot(theta, p.shape, label, k_pivot, model, diffusion, settings)
+            D = injected(theta, params, p, settings, fields, model, diffusion)
+        loss, sigma = noise_loss(D, x, k_loss, settings, diffusion, label=label)
+        losses.append(loss)
+        sigmas.append(sigma)
+    return jnp.concatenate(losses), jnp.concatenate(sigmas)
+
+
+def injected(theta, phi, pivot, settings, fields, model, diffusion):
+    """The denoiser D(x, sigma, label=...) with phi's features of `pivot` added."""
+    config = upsampler.from_fields(fields)
+    read = reader(model, diffusion, config)
+    denoise = upsampled_denoiser(model, diffusion, config, settings["mode"])
+    ratio = (float(settings["ratio"]),) * 2
+
+    def D(x, sigma, label):
+        level = sigma if settings["features"] == "step" else diffusion["sigma_min"]
+        features = jax.lax.stop_gradient(read(theta, pivot, level, label))
+        lifted = Upsamplers(config).apply({"params": phi}, features, ratio, method=Upsamplers.lift)
+        return denoise(theta, phi, lifted, x, sigma, label)
+
+    return D
+
+
+def noise_loss(D, x, key, settings, diffusion, **cond):
+    """The teacher's own loss, at the levels up to sigma_K (or at all)."""
+    cut = settings["times"] == "to_k"
+    sigma_K = restart_sigma(
+        settings["k"], area_ratio=settings["ratio"] ** 2, sigma_data=diffusion["sigma_data"]
+    )
+    if diffusion["process"] == "edm":
+        P = {name: diffusion[name] for name in ("P_mean", "P_std", "sigma_data")}
+        levels = (0.0, sigma_K) if cut else None
+        return denoiser.edm_loss(D, x, key, **P, sigma_range=levels, **cond)
+    schedule = process.vp_schedule(diffusion["process"])
+    steps = int(np.sum(schedule.sigmas <= sigma_K * (1 + 1e-9))) if cut else None
+    return denoiser.vp_loss(D, x, key, schedule, steps=steps, **cond)
+
+
+def sampled_pivot(theta, shape, label, key, model, diffusion, settings):
+    """A fresh base sample (or one at the pivot's size) of the label, unaligned with the image."""
+    draw = teacher_map(model, diffusion, steps=settings["pivot_steps"], method="euler")
+    z = diffusion["sigma_max"] * jax.random.normal(key, shape)
+    return jax.lax.stop_gradient(draw(theta, z, label))
+
+
+def preview(teacher: Loaded, tuned: Tuned, steps: int, count: int = 8):
+    """An eval: {"grid"}, in rows the base enlarged, direct sampling, tuning-free and tuned, from
+    common noise. The stages before the tuned ones run tuning-free."""
+    settings, model = tuned.meta["cascade"], teacher.meta["networks"]["net"]
+    base, top = model["resolution"], tuned.meta["data"]["resolution"]
+    ratio, scales = settings["ratio"], []
+    while base * ratio ** (len(scales) + 1) <= top:
+        scales.append(f"{ratio ** (len(scales) + 1)}x")
+    plan = cascade_plan(teacher.meta, ",".join(scales), k=(settings["k"],), steps=steps)
+    denoisers = [
+        stage_denoiser(tuned if size[0] in settings["sizes"] else None, teacher.meta, 0, size)
+        for size in plan.sizes
     ]
-
-    def base(params: PyTree, z: jax.Array, label: jax.Array) -> jax.Array:
-        return full_run(params, None, z, label)
-
-    def from_noise(params: PyTree, ids: jax.Array, label: jax.Array) -> jax.Array:
-        return full_run(params, None, float(plan.grid[0]) * noise(last, ids), label)
-
-    def classes(ids: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
-        if labels is None and plan.given and model["num_classes"]:
-            raise ValueError(
-                f"the teacher has {model['num_classes']} classes, but the pivots have no labels: "
-                "say which class each of them is"
-            )
-        if labels is None:
-            return labels_for(seed, ids, model["num_classes"])
-        labels = np.asarray(labels, np.int32)
-        check_labels(labels, model["num_classes"])
-        return labels
-
-    def sample_base(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        z = prior(seed, ids, (*plan.sizes[0], model["in_channels"]), float(plan.grid[0]))
-        return in_batches(base, loaded.params, np.asarray(z), labels, batch_size=batch_size)
-
-    def draw(
-        ids: np.ndarray, labels: np.ndarray | None = None, pivots: np.ndarray | None = None
-    ) -> tuple[list[np.ndarray], np.ndarray]:
-        ids, labels = np.asarray(ids), classes(ids, labels)
-        shape = (len(ids), *plan.sizes[0], model["in_channels"]) if plan.given else None
-        found = None if pivots is None else pivots.shape
-        if found != shape:
-            raise ValueError(
-                f"pivots of shape {found} were given, but the plan and the ids ask for {shape}: "
-                "make the plan with the pivots' size, or without one to sample them"
-            )
-        scales = [pivots if plan.given else sample_base(ids, labels)]
-        for stage in stages:
-            rows = (ids, scales[-1], labels)
-            scales.append(in_batches(stage, loaded.params, *rows, batch_size=batch_size))
-        return [np.clip(z0, -1.0, 1.0) for z0 in scales], labels
-
-    def direct(ids: np.ndarray, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        ids, labels = np.asarray(ids), classes(ids, labels)
-        images = in_batches(from_noise, loaded.params, ids, labels, batch_size=batch_size)
-        return np.clip(images, -1.0, 1.0), labels
-
-    return Cascade(draw, direct)
-
-
-def _stage(params, ids, pivot, label, *, denoiser, grid, method, enlarge, noise):
-    """One turn of the algorithm's loop: pivot [b, h, w, c] of the scale before -> [b, H, W, c]."""
-    y = enlarge(pivot)
-    if len(grid) == 1:  # K = 0
-        return y
-    return _solve(denoiser, grid, method, params, pivot, renoise(y, grid[0], noise(ids)), label)
-
-
-def _solve(denoiser, grid, method, params, pivot, x, label):
-    return solvers.solve([(denoiser(params, pivot, label), grid)], x, method=method)
-
-
-def enlarged(pivot: jax.Array, *, size: Size, kernel: str, space: str) -> jax.Array:
-    """y = U(pivot). Pixels are both spaces of this teacher: as an "image" they stay in [-1, 1]."""
-    if space == "model":
-        return resize(pivot, size, kernel)
-    return jnp.clip(resize(jnp.clip(pivot, -1, 1), size, kernel), -1, 1)
-
-
-def scale_noise(
-    scale: int,
-    ids: jax.Array,
-    *,
-    seeds: Sequence[int],
-    shapes: Sequence[tuple[int, ...]],
-    coupled: bool,
-) -> jax.Array:
-    """Unit noise [b, *shapes[scale]] of one scale, a function of (seed, id); scale 0 has that of
-    plain sampling."""
-    if scale == 0:
-        return prior(seeds[0], ids, shapes[0], 1.0)
-    fresh = prior(seeds[scale], ids, shapes[scale], 1.0, stream=f"cascade {scale}")
-    if not coupled:
-        return fresh
-    below = scale_noise(scale - 1, ids, seeds=seeds, shapes=shapes, coupled=True)
-    return coupled_noise(below, fresh)
-
-
-def network_calls(
-    plan: CascadePlan, *, method: str = "heun", cfg_scale: float = 1.0
-) -> tuple[tuple[int, ...], int]:
-    """(calls for one image at scales 0 .. R, calls of direct sampling); guidance doubles them."""
-    times = 1 if cfg_scale in (0.0, 1.0) else 2
-
-    def calls(grid):
-        return times * sum(solvers.nfe([(None, grid)], method)) if len(grid) > 1 else 0
-
-    at_base = 0 if plan.given else calls(plan.grid)
-    return (at_base, *map(calls, plan.restarts)), calls(plan.grid)
-
-
-def cascade_cost(
-    loaded: Loaded,
-    plan: CascadePlan,
-    *,
-    batch_size: int = 1,
-    method: str = "heun",
-    cfg_scale: float = 1.0,
-) -> dict:
-    """What one image of the tuning-free cascade costs, and of direct sampling at its last size.
-
-    {"scales": [{size, nfe, flops_per_call, flops_per_image}], "nfe", "flops_per_image", "direct":
-    one such row, "flops_ratio": cascade / direct, which is the paper's 1/C + K/T}. FLOPs are sums
-    over network calls of a compiled one. A scale of given images makes no call.
-    """
-    model, diffusion = _teacher(loaded.meta)
-    denoiser = frozen_teacher(model, diffusion)
-    params = jax.eval_shape(lambda p: p, loaded.params)
-    label = jax.ShapeDtypeStruct((batch_size,), np.int32)
-
-    def one_call(params: PyTree, x: jax.Array, label: jax.Array) -> jax.Array:
-        return denoiser(params, None, label)(x, plan.grid[0])
+    options = {"method": "euler", "batch_size": count}
+    free = cascade_sampler(teacher, plan, **options)
+    guided = cascade_sampler(teacher, plan, denoisers=denoisers, **options)
+    ids = np.arange(count)
+    labels = (ids % max(model["num_classes"], 1)).astype(np.int32)
 
     @functools.cache
-    def flops(size: Size) -> float:
-        x = jax.ShapeDtypeStruct((batch_size, *size, model["in_channels"]), np.float32)
-        return cost_of_call(one_call, params, x, label).flops / batch_size
+    def untuned() -> list[np.ndarray]:
+        scales, _ = free.draw(ids, labels)
+        direct, _ = free.direct(ids, labels)
+        return [enlarge(scales[0], top), direct, scales[-1]]
 
-    def row(size: Size, calls: int) -> dict:
-        call = flops(size) if calls else 0.0
-        return {"size": size, "nfe": calls, "flops_per_call": call, "flops_per_image": calls * call}
+    def run(state: TrainState, frozen: PyTree) -> dict:
+        (weights,) = state.ema_params.values()
+        params = {"teacher": frozen["teacher"], "tuned": [weights]}
+        scales, _ = guided.draw(ids, labels, params=params)
+        return {"grid": image_grid(np.concatenate([*untuned(), scales[-1]]), columns=count)}
 
-    calls, alone = network_calls(plan, method=method, cfg_scale=cfg_scale)
-    scales = [row(size, n) for size, n in zip(plan.sizes, calls)]
-    direct, total = row(plan.sizes[-1], alone), sum(scale["flops_per_image"] for scale in scales)
-    return {
-        "scales": scales,
-        "nfe": sum(calls),
-        "flops_per_image": total,
-        "direct": direct,
-        "flops_ratio": total / direct["flops_per_image"],
-    }
+    return run
 
 
-def _check_options(stages, denoisers, stage_seeds, kernel, space):
-    if len(denoisers) != stages + 1:
-        raise ValueError(f"{len(denoisers)} denoisers for {stages + 1} scales: give one for each")
-    if len(stage_seeds) not in (0, stages):
-        raise ValueError(f"{len(stage_seeds)} stage seeds for {stages} stages: give one for each")
-    if kernel not in KERNELS or space not in SPACES:
-        raise ValueError(
-            f"unknown resize kernel {kernel!r} or space {space!r}: choose one of "
-            f"{tuple(KERNELS)} and one of {SPACES}"
-        )
+def sampling_job(config, teacher: Loaded) -> Job:
+    """tune=none: `cascade.num` images in shards shard-<n>.npz (images, direct, base, labels, ids)
+    in `cascade.out`, and preview.png: in rows the base enlarged, direct sampling, tuning-free."""
+    settings = config.cascade.to_dict()
+    model = teacher.meta["networks"]["net"]
+    folder = pathlib.Path(settings["out"])
+    if not settings["out"]:
+        raise ValueError("cascade.out is empty: name the folder that takes the images of tune=none")
+    steps, method = settings["steps"], settings["method"]
+    ratio = config.data.resolution / model["resolution"]
+    plan = cascade_plan(
+        teacher.meta, settings["scales"] or f"{ratio:g}x", k=(settings["k"],), steps=steps
+    )
+    sampler = cascade_sampler(
+        teacher, plan, seed=config.seed, batch_size=config.batch_size, method=method
+    )
+    per_shard, num = settings["per_shard"], settings["num"]
 
+    def path(shard: int) -> pathlib.Path:
+        return folder / f"shard-{shard:05d}.npz"
 
-def _full_grid(diffusion: dict, steps: int, spacing: str) -> tuple[np.ndarray, float]:
-    """(sigmas of a full run, the highest that the teacher knows)."""
-    if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}: choose one of {SPACINGS}")
-    if spacing == "karras":
-        return levels(diffusion, steps, "sample"), diffusion["sigma_max"]
-    if diffusion["process"] == "edm":
-        raise ValueError(
-            f"{spacing} times are those of a VP schedule, but this teacher's process is edm: "
-            "use spacing karras"
-        )
-    schedule = process.vp_schedule(diffusion["process"])
-    return schedule.grid(steps, spacing=spacing), float(schedule.sigmas[-1])
+    def run_shard(context: None, shard: int, mesh) -> dict:
+        ids = np.arange(shard * per_shard, min((shard + 1) * per_shard, num))
+        scales, labels = sampler.draw(ids)
+        direct, _ = sampler.direct(ids)
+        images = {"images": scales[-1], "direct": direct, "base": scales[0]}
+        images = {name: to_uint8(value) for name, value in images.items()}
+        with whole_or_nothing(path(shard)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **images, labels=labels, ids=ids)
+        return {"images": len(ids)}
 
+    def finish(context: None) -> dict:
+        with np.load(path(0)) as first:
+            few = {name: first[name][:8] for name in ("base", "direct", "images")}
+        top = few["images"].shape[1]
+        rows = np.concatenate([enlarge(few["base"], top), few["direct"], few["images"]])
+        save_png(folder / "preview.png", image_grid(rows / 127.5 - 1, columns=len(few["images"])))
+        calls, direct = network_calls(plan, method=method)
+        return {"out": str(folder), "num": num, "nfe": calls, "nfe_direct": direct}
 
-def _teacher(meta: dict) -> tuple[dict, dict]:
-    """(U-Net fields, diffusion) of a teacher; refuses other networks."""
-    if "net" not in meta["networks"]:
-        raise ValueError(
-            f"a self-cascade runs a diffusion teacher, but this model is a {meta['stage']} run's "
-            f"{', '.join(meta['networks'])}, which samples in one step: name a pretrain run"
-        )
-    return meta["networks"]["net"], meta["diffusion"]
+    return Job(
+        num_shards=-(-num // per_shard),
+        items_per_shard=per_shard,
+        prepare=lambda: folder.mkdir(parents=True, exist_ok=True),
+        done=lambda shard: path(shard).is_file(),
+        run_shard=run_shard,
+        finish=finish,
+    )

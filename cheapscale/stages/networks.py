@@ -44,11 +44,12 @@ def check_process(diffusion: dict) -> None:
         )
 
 
-def make_denoiser(model: dict, diffusion: dict) -> Callable:
+def make_denoiser(model: dict, diffusion: dict, noise_shift: float = 1.0) -> Callable:
     """bind(params, **apply options) -> D(x [b,h,w,c], sigma [b] or scalar, label=..., augment=...).
 
     model: fields of the U-Net. diffusion: `process`, `prediction`, `sigma_data`. The denoiser's
-    currency is EDM's sigma whatever process the network was trained for.
+    currency is EDM's sigma whatever process the network was trained for. noise_shift: see
+    `denoiser.edm`.
     """
     net = unet(**model)
 
@@ -57,11 +58,30 @@ def make_denoiser(model: dict, diffusion: dict) -> Callable:
             return net.apply({"params": params}, x, noise, **condition, **options)
 
         if diffusion["process"] == "edm":
-            return denoiser.edm(F, diffusion["sigma_data"], net.config.noise_feature)
+            feature = net.config.noise_feature
+            return denoiser.edm(F, diffusion["sigma_data"], feature, noise_shift=noise_shift)
         schedule = process.vp_schedule(diffusion["process"])
-        return denoiser.vp_denoiser(F, schedule, diffusion["prediction"])
+        prediction = diffusion["prediction"]
+        return denoiser.vp_denoiser(F, schedule, prediction, noise_shift=noise_shift)
 
     return bind
+
+
+def make_taps(model: dict, diffusion: dict, names: tuple[str, ...]) -> Callable:
+    """read(params, x [b,h,w,c], sigma [b] or scalar, label) -> {name: what the network holds there}
+    (`UNet.__call__`'s taps), given x as the denoiser gives it. Nothing after the last is run."""
+    net = unet(**model)
+
+    def read(params: PyTree, x: jax.Array, sigma: Any, label: jax.Array) -> dict[str, jax.Array]:
+        if diffusion["process"] == "edm":
+            feature = net.config.noise_feature
+            x_in, noise = denoiser.edm_inputs(x, sigma, diffusion["sigma_data"], feature)
+        else:
+            schedule = process.vp_schedule(diffusion["process"])
+            x_in, noise = denoiser.vp_inputs(x, sigma, schedule)
+        return net.apply({"params": params}, x_in, noise, label, taps=names)[1]
+
+    return read
 
 
 def make_generator(model: dict, diffusion: dict) -> Callable:

@@ -1,0 +1,82 @@
+"""Self-cascade, measured: composition, the choice of K, tuning against fine-tuning, cost.
+
+Paper: Guo et al. 2024 (arXiv 2402.10491), tables 1 and 2 at toy scale: a teacher of scenes at
+16 px, canvases of 32 and 64; E10 and E13 on photographs of clothing.
+Hardware: 2 CPU cores, some hours in all, cell by cell; `smoke` proves nothing.
+
+    python -m launch.cascade_study --config=configs/cascade_study.py --workdir=runs/cascade \\
+        --record=notebooks/results/cascade.json
+    python -m launch.cascade_study --config=configs/cascade_study.py --only=E1,E3 ...
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# name -> argument string of stage=cascade, and changes of config.cascade
+TUNINGS = {
+    "full": ("tune=full", {}),
+    "full identity": ("tune=full", {"init": "identity"}),
+    "neck": ("tune=neck", {}),
+    "neck M": ("tune=neck", {"mode": "M"}),
+    "gain": ("tune=gain", {}),
+    "2k": ("tune=2k", {}),
+    "lora4": ("tune=lora", {"lora_rank": 4}),
+    "lora32": ("tune=lora", {"lora_rank": 32}),
+    "ft": ("tune=ft", {}),
+}
+# E11: what the released code does, one switch at a time, of the full modules with identity start
+VARIANTS = {
+    "code: pivot read at step t": {"features": "step"},
+    "code: unaligned pivot": {"pivot": "sampled"},
+    "code: all times": {"times": "all"},
+    "code: off at the end": {"off_below": "t0.1"},
+    "code: decaying pivot": {"features": "step", "pivot_decay": 0.13025},
+    "code: main stream": {"mode": "M"},
+    "zero gate": {"init": "zero"},
+}
+
+
+def get_config(arg: str = ""):
+    args = common.parse_arg(arg, smoke=False, data_dir="")
+    config = ConfigDict()
+    config.seeds = (0, 1, 2)  # of E2, E6, E7; the rest takes the first
+    config.scenes = "size=cascade"
+    config.photographs = f"size=cpu,data_dir={args.data_dir}"
+    config.vp = ("linear", "cosine")  # E4's other teachers
+    config.num = 256  # images of a cell
+    config.num_real = 2000
+    config.num_base = 1024  # base samples that FD_b compares with
+    config.steps, config.method = 40, "euler"
+    config.ks = tuple(f"t{k / 10:g}" for k in range(2, 10))
+    config.k = "t0.7"
+    config.crop = 16
+    config.bootstrap = 100
+    config.eval_steps = (50, 100, 200, 400)
+    config.batch_size = 16
+    config.tunings = ConfigDict({name: list(value) for name, value in TUNINGS.items()})
+    config.variants = ConfigDict(VARIANTS)
+    config.few = (16, 64, 256)  # E10's numbers of high-resolution images
+    config.timing = ConfigDict({"batch": 16, "rounds": 7})
+    config.smoke = False
+    return smoke(config) if args.smoke else config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The same study on teachers of three steps."""
+    config.smoke = True
+    config.seeds = (0,)
+    config.scenes = config.photographs = "smoke"
+    config.vp = ("linear",)
+    config.num, config.num_real, config.num_base = 12, 24, 24
+    config.steps = 6
+    config.ks = ("t0.7",)
+    config.crop = 8
+    config.bootstrap = 3
+    config.eval_steps = (1, 2)
+    config.batch_size = 8
+    config.tunings = ConfigDict({name: list(TUNINGS[name]) for name in ("gain", "ft")})
+    config.variants = ConfigDict({"zero gate": VARIANTS["zero gate"]})
+    config.few = (8,)
+    config.timing = ConfigDict({"batch": 8, "rounds": 2})
+    return config

@@ -1,0 +1,366 @@
+"""The cells of the self-cascade study (spec 7.4): each one a small experiment with a name.
+
+E1, E2, E3   direct sampling, the enlarged pivot, and the cascade from K, at twice the size
+E4           the same K under other noise schedules
+E5           two stages against one jump
+E6, E7, E8   tuned: designs and sizes, adapters and fine-tuning, by optimiser steps
+E9           seconds
+E10          few high-resolution images (photographs)
+E11          the released code's variants
+E12          other baselines, alone and on top of the cascade
+E13          real images as pivots (photographs)
+
+All cells of one teacher share pivots, labels and noise: image i of each starts from the same.
+"""
+
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cheapscale.data.resize import area_mean
+from cheapscale.evaluation.cost import param_count
+from cheapscale.evaluation.pixels import to_uint8
+from cheapscale.evaluation.quality import embed
+from cheapscale.stages import data
+from cheapscale.stages.cascade_baselines import BASELINES, baseline
+from cheapscale.stages.cascade_sampler import cascade_plan, cascade_sampler, network_calls
+from cheapscale.stages.networks import load_teacher
+from cheapscale.stages.run import run
+from cheapscale.stages.sampling import sampler
+from cheapscale.stages.tuned import load_tuned, tuned_cascade
+from cheapscale.training.checkpoint import Loaded
+from configs import clothing, scenes
+from launch.bench import alternate
+from launch.cascade_measures import make_judge, measure
+
+FILES = {"scenes": scenes, "photographs": clothing}
+
+
+class Cell(NamedTuple):
+    section: str
+    name: str
+    run: Callable[[], dict]
+
+
+class Base(NamedTuple):
+    """What all cells of one teacher share: its samples, which are the pivots, and the features of
+    more of them."""
+
+    labels: np.ndarray
+    pivots: np.ndarray
+    features: np.ndarray
+
+
+class Study:
+    """Teachers, pivots and judges, each made once and kept in `workdir`."""
+
+    def __init__(self, config, workdir: str):
+        self.config, self.workdir = config, pathlib.Path(workdir)
+        self.ids = np.arange(config.num)
+        self.teacher = functools.cache(self._teacher)
+        self.base = functools.cache(self._base)
+        self.judge = functools.cache(self._judge)
+
+    def stage(self, data_name: str, arg: str, seed: int):
+        common = getattr(self.config, data_name)
+        return FILES[data_name].get_config(f"{common},seed={seed},{arg}")
+
+    def _teacher(self, data_name: str, process: str, seed: int) -> Loaded:
+        """Trained where it is not there yet."""
+        config = self.stage(data_name, "stage=pretrain", seed)
+        if process != "edm":
+            changes = {"process": process, "prediction": "eps", "sigma_min": 0.02}
+            config.diffusion.update(changes)
+        config.eval_every = config.total_steps // 2
+        place = self.workdir / f"{data_name}-{process}-seed{seed}"
+        run(config, place)
+        jax.clear_caches()
+        return load_teacher(place)
+
+    def _base(self, *key) -> Base:
+        teacher, num = self.teacher(*key), self.config.num + self.config.num_base
+        path = self.workdir / f"pivots-{'-'.join(map(str, key))}.npz"
+        if not path.is_file():
+            draw = sampler(teacher, steps=self.config.steps, method=self.config.method)
+            images, labels = draw(np.arange(num))
+            np.savez(path, images=images, labels=labels)
+        with np.load(path) as stored:
+            images, labels = stored["images"], stored["labels"]
+        few = self.config.num
+        network = self.judge(key[0], images.shape[1]).reference.network
+        return Base(labels[:few], images[:few], embed(network, to_uint8(images[few:])))
+
+    def _judge(self, data_name: str, resolution: int):
+        config = self.config
+        settings = self.stage(data_name, "stage=pretrain", 0).data
+        return make_judge(
+            settings, resolution, num=config.num, num_real=config.num_real,
+            crop=min(config.crop, resolution), steps=3 if config.smoke else 0,
+        )  # fmt: skip
+
+    def measured(self, images: np.ndarray, key: tuple) -> dict:
+        base = self.base(*key)
+        return measure(
+            images,
+            base.labels,
+            base.pivots,
+            self.judge(key[0], images.shape[1]),
+            self.judge(key[0], base.pivots.shape[1]),
+            base.features,
+            composed=key[0] == "scenes",
+            resamples=self.config.bootstrap,
+        )
+
+    def plan(self, key: tuple, scales: str, k: str, given: bool = True, **options):
+        teacher = self.teacher(*key)
+        side = teacher.meta["networks"]["net"]["resolution"]
+        return cascade_plan(
+            teacher.meta, scales, k=(k,), steps=self.config.steps,
+            pivot_size=(side, side) if given else None, **options,
+        )  # fmt: skip
+
+    def draw(self, key: tuple, scales: str = "2x", k: str = "", tuned: tuple = (), direct=False):
+        """Images of the last scale from the shared pivots, or directly from noise."""
+        teacher, base, method = self.teacher(*key), self.base(*key), self.config.method
+        plan = self.plan(key, scales, k or self.config.k)
+        options = {}
+        if tuned:
+            teacher, options = tuned_cascade(teacher, tuned, plan.sizes)
+        cascade = cascade_sampler(teacher, plan, method=method, batch_size=64, **options)
+        if direct:
+            return cascade.direct(self.ids, base.labels)[0]
+        return cascade.draw(self.ids, base.labels, base.pivots)[0][-1]
+
+    def tune(self, key: tuple, name: str, arg: str, changes: dict, **limits) -> tuple[str, dict]:
+        """(work directory, its summary) of one tuned run at twice the base size."""
+        data_name, _, seed = key
+        teacher = self.teacher(*key)
+        config = self.stage(data_name, f"stage=cascade,{arg}", seed)
+        side = 2 * teacher.meta["networks"]["net"]["resolution"]
+        config.data.resolution = side
+        config.teacher = teacher.workdir
+        config.batch_size = self.config.batch_size
+        config.total_steps = limits.get("steps", self.config.eval_steps[-1])
+        config.save_every = self.config.eval_steps[0]
+        config.keep = 1 + config.total_steps // config.save_every
+        config.eval_every = config.total_steps
+        for field in ("options", "split"):
+            if field in limits:
+                config.data[field] = limits[field]
+        with config.unlocked():
+            config.cascade.update(changes)
+        folder = name.replace(" ", "_").replace(":", "")
+        place = self.workdir / f"{'-'.join(map(str, key))}-{folder}"
+        summary = run(config, place)
+        jax.clear_caches()
+        return str(place), summary
+
+
+def cells(study: Study) -> Iterator[Cell]:
+    """All cells in the order in which they are worth having."""
+    seeds = study.config.seeds
+    first = ("scenes", "edm", seeds[0])
+    yield from composition(study, first, study.config.ks)
+    yield from tuned(study, first)
+    yield from stages(study, first)
+    yield Cell("E9", "seconds", lambda: seconds(study, first))
+    for process in study.config.vp:
+        yield from composition(study, ("scenes", process, seeds[0]), study.config.ks)
+    yield from baselines(study, first)
+    yield from variants(study, first)
+    yield from photographs(study)
+    for seed in seeds[1:]:
+        yield from composition(study, ("scenes", "edm", seed), (study.config.k,))
+        yield from tuned(study, ("scenes", "edm", seed))
+
+
+def composition(study: Study, key: tuple, ks: tuple[str, ...]) -> Iterator[Cell]:
+    """E1, E2, E3 on one teacher; E4 is the same on others."""
+    name, part = f"{key[1]} seed {key[2]}", "E3" if key[1] == "edm" else "E4"
+
+    def reference():
+        base = study.base(*key)
+        return study.measured(base.pivots, key)
+
+    def cell(**options):
+        return lambda: study.measured(study.draw(key, **options), key)
+
+    yield Cell("E1", f"{name}: base", reference)
+    yield Cell("E1", f"{name}: direct", cell(direct=True))
+    yield Cell("E2", f"{name}: enlarged pivot", cell(k="sigma0"))
+    for k in ks:
+        yield Cell("E2" if k == study.config.k else part, f"{name}: K {k}", cell(k=k))
+
+
+def stages(study: Study, key: tuple) -> Iterator[Cell]:
+    """E5; E1's direct sampling at four times the size."""
+    for title, options in (
+        ("two stages", {"scales": "2x,4x"}),
+        ("one jump", {"scales": "4x"}),
+        ("direct", {"scales": "4x", "direct": True}),
+        ("enlarged pivot", {"scales": "4x", "k": "sigma0"}),
+    ):
+        run_cell = functools.partial(lambda o: study.measured(study.draw(key, **o), key), options)
+        yield Cell("E5", f"edm seed {key[2]}: 4x {title}", run_cell)
+
+
+def tuned(study: Study, key: tuple) -> Iterator[Cell]:
+    """E6, E7, E8: every design by optimiser steps, from the pivot; adapters and fine-tuned weights
+    also without one."""
+    for name, (arg, changes) in study.config.tunings.to_dict().items():
+        for steps in study.config.eval_steps:
+            for direct in (False, True) if name.startswith(("lora", "ft")) else (False,):
+                title = f"edm seed {key[2]}: {name} {'direct ' * direct}after {steps}"
+                run_cell = functools.partial(
+                    tuned_cell, study, key, name, arg, changes, steps, direct
+                )
+                yield Cell("E6", title, run_cell)
+
+
+def tuned_cell(study, key, name, arg, changes, steps, direct=False, **limits) -> dict:
+    place, summary = study.tune(key, name, arg, changes, **limits)
+    found = load_tuned(place, study.teacher(*key), step=steps)
+    images = study.draw(key, tuned=(found,), direct=direct)
+    rate = summary["steps_per_second"]
+    return (
+        {"parameters": param_count(found.params)}
+        | ({"steps_per_second": rate} if rate else {})
+        | study.measured(images, key)
+    )
+
+
+def variants(study: Study, key: tuple) -> Iterator[Cell]:
+    """E11, of the released code's design."""
+    steps = study.config.eval_steps[-1]
+    for name, changes in study.config.variants.to_dict().items():
+        whole = {"init": "identity"} | changes
+        run_cell = functools.partial(tuned_cell, study, key, name, "tune=full", whole, steps)
+        yield Cell("E11", f"{name} after {steps}", run_cell)
+
+
+def baselines(study: Study, key: tuple) -> Iterator[Cell]:
+    """E12, and the other baselines of the paper's table."""
+    for name in BASELINES:
+        for added in (False, True):
+            title = f"{name}, {'on top of the cascade' if added else 'alone'}"
+            yield Cell("E12", title, functools.partial(baseline_cell, study, key, name, added))
+
+
+def baseline_cell(study: Study, key: tuple, name: str, added: bool) -> dict:
+    teacher, base = study.teacher(*key), study.base(*key)
+    plan = study.plan(key, "2x", study.config.k, shifted=name == "shifted")
+    denoiser = baseline(name, teacher.meta, plan.sizes[-1])
+    cascade = cascade_sampler(
+        teacher, plan, method=study.config.method, batch_size=64,
+        denoisers=[denoiser, denoiser], direct_denoiser=denoiser,
+    )  # fmt: skip
+    if added:
+        images = cascade.draw(study.ids, base.labels, base.pivots)[0][-1]
+    else:
+        images, _ = cascade.direct(study.ids, base.labels)
+    return study.measured(images, key)
+
+
+def seconds(study: Study, key: tuple) -> dict:
+    """E9: seconds of a batch, in turns: the base, direct sampling, tuning-free, tuned.
+
+    model: 1/C + share of the steps, C being direct sampling over the base, the paper's time model.
+    """
+    teacher, timing = study.teacher(*key), study.config.timing
+    method, ids = study.config.method, np.arange(timing.batch)
+    options = {"method": method, "batch_size": timing.batch}
+    plan = study.plan(key, "2x", study.config.k, given=False)
+    free = cascade_sampler(teacher, plan, **options)
+    base = sampler(teacher, steps=study.config.steps, **options)
+    labels = study.base(*key).labels[: len(ids)]
+    calls: dict[str, Callable[[], Any]] = {
+        "base": lambda: base(ids, labels),
+        "direct": lambda: free.direct(ids, labels),
+        "tuning-free": lambda: free.draw(ids, labels),
+    }
+    for name, (arg, changes) in study.config.tunings.to_dict().items():
+        if name.startswith(("lora", "ft")) or name.endswith("identity"):
+            continue
+        place, _ = study.tune(key, name, arg, changes)
+        subject, denoisers = tuned_cascade(teacher, [load_tuned(place, teacher)], plan.sizes)
+        cascade = cascade_sampler(subject, plan, **options, **denoisers)
+        calls[name] = functools.partial(cascade.draw, ids, labels)
+    walls = {side: np.array(t["wall"]) for side, t in alternate(calls, timing.rounds).items()}
+    median = {side: float(np.median(wall)) for side, wall in walls.items()}
+    (at_base, at_top), alone = network_calls(plan, method=method)
+    C = float(np.median(walls["direct"] / walls["base"]))
+    return {
+        "batch": timing.batch,
+        "seconds": median,
+        "over_direct": {s: float(np.median(w / walls["direct"])) for s, w in walls.items()},
+        "over_tuning_free": {
+            s: float(np.median(w / walls["tuning-free"])) for s, w in walls.items()
+        },
+        "C": C,
+        "share": at_top / alone,
+        "model": at_base / alone / C + at_top / alone,
+    }
+
+
+def photographs(study: Study) -> Iterator[Cell]:
+    """E10 and E13, on real images."""
+    key = ("photographs", "edm", study.config.seeds[0])
+    steps = study.config.eval_steps[-1]
+
+    def cell(**options):
+        return lambda: study.measured(study.draw(key, **options), key)
+
+    yield Cell("E10", "photographs: direct", cell(direct=True))
+    yield Cell("E10", "photographs: enlarged pivot", cell(k="sigma0"))
+    yield Cell("E10", "photographs: tuning-free", cell())
+    for few in study.config.few:
+        for tune in ("neck", "lora", "ft"):
+            limits = (
+                {"options": {"size": few}} if study.config.smoke else {"split": f"train[:{few}]"}
+            )
+            run_cell = functools.partial(
+                tuned_cell, study, key, f"{tune} of {few}", f"tune={tune}", {}, steps, **limits
+            )
+            yield Cell("E10", f"photographs: {tune} of {few} images after {steps}", run_cell)
+    yield Cell("E13", "photographs: real pivots", lambda: real_pivots(study, key))
+
+
+def real_pivots(study: Study, key: tuple) -> dict:
+    """Test images shrunk to the base size, enlarged again: how close to the pivot, how different
+    from seed to seed, and from the photograph itself."""
+    settings = study.stage(key[0], "stage=pretrain", 0).data
+    teacher = study.teacher(*key)
+    side = 2 * teacher.meta["networks"]["net"]["resolution"]
+    source = data.open_data(settings, resolution=side, split=settings["eval_split"])
+    items = [source[i] for i in range(min(len(source), study.config.num))]
+    images = np.stack([item["image"] for item in items])
+    labels = np.array([item["label"] for item in items], np.int32)
+    pivots = np.asarray(area_mean(images, side // 2))
+    plan, ids = study.plan(key, "2x", study.config.k), np.arange(len(images))
+    drawn = [
+        cascade_sampler(teacher, plan, seed=seed, method=study.config.method, batch_size=64).draw(
+            ids, labels, pivots
+        )[0][-1]
+        for seed in (0, 1)
+    ]
+
+    def psnr(a, b):
+        return float(np.mean(10 * np.log10(4 / np.mean((a - b) ** 2, axis=(1, 2, 3)))))
+
+    return {
+        "num": len(images),
+        "psnr_to_pivot": psnr(np.asarray(area_mean(drawn[0], side // 2)), pivots),
+        "psnr_to_photograph": psnr(drawn[0], images),
+        "psnr_between_seeds": psnr(*drawn),
+    }
+
+
+def timed(cell: Cell) -> dict:
+    began = time.monotonic()
+    figures = cell.run()
+    return {"section": cell.section, "figures": figures, "seconds": time.monotonic() - began}

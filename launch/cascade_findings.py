@@ -1,0 +1,131 @@
+"""What the cells of the self-cascade study say about the paper's claims, claim by claim.
+
+Each finding holds the figures it rests on; one whose cells are not all there is left out.
+"""
+
+import re
+
+from cheapscale.diffusion import process
+from cheapscale.diffusion.pivot import restart_sigma
+
+METRICS = ("all", "count", "fd", "patch_fd", "base_fd", "pivot_mse", "contrast")
+
+
+def findings(config: dict, cells: dict) -> dict:
+    """{claim: figures} of the cells {name: {"figures": ...}}."""
+    held = {name: cell["figures"] for name, cell in cells.items()}
+    found = {}
+    for seed in config["seeds"]:
+        found[f"composition, seed {seed}"] = composition(config, held, seed)
+        found[f"tuning, seed {seed}"] = tuning(config, held, seed)
+    found["best K by schedule"] = best_k(config, held)
+    found["two stages against one jump"] = jump(config, held)
+    found["seconds"] = held.get("E9 seconds")
+    return {claim: figures for claim, figures in found.items() if figures}
+
+
+def value(held: dict, name: str, metric: str):
+    """A cell's figure, None where it is not there."""
+    return held[name][metric][0] if name in held and metric in held[name] else None
+
+
+def by_k(config: dict, held: dict, schedule: str, seed: int, metric: str) -> dict:
+    """{K: figure} of one teacher."""
+    pattern = rf"E\d+ {schedule} seed {seed}: K (\S+)"
+    rows = {}
+    for name in held:
+        match = re.fullmatch(pattern, name)
+        if match and metric in held[name]:
+            rows[match[1]] = held[name][metric][0]
+    return rows
+
+
+def composition(config: dict, held: dict, seed: int) -> dict | None:
+    """E1, E2: the rate of right compositions of base, direct sampling and the cascade."""
+    start = f"edm seed {seed}"
+    rates = {
+        "base": value(held, f"E1 {start}: base", "all"),
+        "direct": value(held, f"E1 {start}: direct", "all"),
+        "enlarged pivot": value(held, f"E2 {start}: enlarged pivot", "all"),
+    }
+    if None in rates.values():
+        return None
+    rates |= {f"K {k}": rate for k, rate in by_k(config, held, "edm", seed, "all").items()}
+    distance = by_k(config, held, "edm", seed, "fd")
+    if len(distance) > 1:
+        best = min(distance, key=distance.get)
+        rates |= {"best K by fd": best, "at the best K": rates[f"K {best}"]}
+        rates["points below the base"] = 100 * (rates["base"] - rates[f"K {best}"])
+    return rates
+
+
+def best_k(config: dict, held: dict) -> dict | None:
+    """E3, E4: where the distances are least, in decibels and in each schedule's own time."""
+    rows = {}
+    for schedule in ("edm", *config["vp"]):
+        row = {}
+        for metric in ("fd", "patch_fd", "base_fd"):
+            figures = by_k(config, held, schedule, config["seeds"][0], metric)
+            if len(figures) < max(2, len(config["ks"])):
+                continue
+            best = min(figures, key=figures.get)
+            sigma = restart_sigma(best, area_ratio=4.0, sigma_data=0.5)
+            row[metric] = {"k": best, "decibels": float(process.decibels(sigma))}
+            if schedule != "edm":
+                time = process.vp_schedule(schedule).time_of_sigma(sigma)
+                row[metric]["own_time"] = float(time) / 1000
+        if row:
+            rows[schedule] = row
+    return rows if len(rows) > 1 else None
+
+
+def jump(config: dict, held: dict) -> dict | None:
+    """E5: at four times the size."""
+    titles = ("two stages", "one jump", "direct", "enlarged pivot")
+    start = f"E5 edm seed {config['seeds'][0]}: 4x"
+    rows = {title: held.get(f"{start} {title}") for title in titles}
+    if None in rows.values():
+        return None
+    return {
+        title: {metric: row[metric][0] for metric in METRICS if metric in row}
+        for title, row in rows.items()
+    }
+
+
+def tuning(config: dict, held: dict, seed: int) -> dict | None:
+    """E6, E7, E8: figures by steps; and the steps and seconds that each method takes to reach the
+    tuned neck's and gain's last patch distance (the paper's claim is about fine-tuning, direct)."""
+    pattern = rf"E6 edm seed {seed}: (.+?) after (\d+)"
+    rows: dict = {}
+    for name, figures in held.items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            row = {metric: figures[metric][0] for metric in METRICS if metric in figures}
+            row |= {k: figures[k] for k in ("parameters", "steps_per_second") if k in figures}
+            rows.setdefault(match[1], {})[match[2]] = row
+    if not rows:
+        return None
+    last = str(config["eval_steps"][-1])
+    reached = {}
+    for design in ("neck", "gain", "full"):
+        if last not in rows.get(design, {}):
+            continue
+        target = rows[design][last]["patch_fd"]
+        reached[design] = {"patch_fd": target, "steps": {}}
+        for method, by_steps in rows.items():
+            enough = [int(s) for s, row in by_steps.items() if row["patch_fd"] <= target]
+            reached[design]["steps"][method] = min(enough, default=None)
+    return {"by steps": rows, "steps to reach": reached}
+
+
+def table(cells: dict) -> str:
+    """The cells as text."""
+    lines = [f"{'':58}" + "".join(f"{metric:>18}" for metric in METRICS)]
+    for name, cell in cells.items():
+        figures = cell["figures"]
+        row = [
+            f"{figures[m][0]:10.3f} ±{1.96 * figures[m][1]:6.3f}" if m in figures else " " * 18
+            for m in METRICS
+        ]
+        lines.append(f"{name:58}" + "".join(row))
+    return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""What the self-cascade study measures of a set of images, with intervals."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from cheapscale.data.resize import area_mean
+from cheapscale.evaluation import quality
+from cheapscale.evaluation.fid import frechet_distance
+from cheapscale.evaluation.patches import random_crops
+from cheapscale.evaluation.pixels import to_uint8
+from cheapscale.evaluation.scenes import judge, rates, read
+from cheapscale.stages import data
+from cheapscale.training.classifier import fit_classifier
+
+
+class Judge(NamedTuple):
+    """Real images of one data set and resolution in the features of its metric classifier.
+
+    crop_features: of random crops of the real images; crop_floor: Frechet distance of as many real
+    crops as a cell has to them.
+    """
+
+    reference: quality.Reference
+    crop: int
+    crop_features: np.ndarray
+    crop_floor: float
+
+
+def make_judge(settings, resolution: int, *, num: int, num_real: int, crop: int, steps: int):
+    """settings: config.data of a stage. steps: updates of the classifier, 0 = its default."""
+    train = data.open_data(settings, resolution=resolution)
+    test = data.open_data(settings, resolution=resolution, split=settings["eval_split"])
+    network = fit_classifier(train, purpose="metric", steps=steps or None).network
+    real = quality.reference(network, test, train_source=train, num=num_real, num_train=num_real)
+    unseen = real.train_images[quality.unseen_by_classifier(quality.choice(len(train), num_real))]
+    features = [
+        quality.embed(network, random_crops(images, np.arange(len(images)), crop))
+        for images in (real.images, unseen[:num])
+    ]
+    floor = frechet_distance(features[1], features[0])
+    return Judge(real, crop, features[0], floor)
+
+
+def measure(
+    images: np.ndarray,
+    labels: np.ndarray,
+    pivots: np.ndarray,
+    top: Judge,
+    base: Judge,
+    base_features: np.ndarray,
+    *,
+    composed: bool,
+    resamples: int,
+) -> dict:
+    """{name: [value, standard deviation]} of images [n, R, R, 3] in [-1, 1].
+
+    fd           Frechet distance to real images of that size, minus the real floor
+    patch_fd     the same of random crops at full size
+    base_fd      of the images reduced to the base size, to the base's own samples (biased towards
+                 methods that start from a pivot)
+    pivot_mse    mean square between the block means and the pivot
+    contrast     standard deviation of all pixels over that of real images
+    all, count, shape, extra, missing    rates of the composition asked for by the label (scenes)
+
+    The deviation is the bootstrap's over images: value +- 1.96 of it is an interval.
+    """
+    small = area_mean(images, pivots.shape[1])
+    eight = to_uint8(images)
+    features = quality.embed(top.reference.network, eight)
+    crops = quality.embed(
+        top.reference.network, random_crops(eight, np.arange(len(eight)), top.crop)
+    ).reshape(len(eight), -1, features.shape[1])
+    reduced = quality.embed(base.reference.network, to_uint8(small))
+    error = np.mean((small - pivots) ** 2, axis=(1, 2, 3))
+    spread = (
+        np.std(images, axis=(1, 2, 3))
+        / np.std(top.reference.images / 127.5 - 1.0, (1, 2, 3)).mean()
+    )
+    floor = top.reference.floor(len(features))[0]
+
+    def distances(rows):
+        flat = crops[rows].reshape(-1, crops.shape[-1])
+        return {
+            "fd": frechet_distance(features[rows], top.reference.features) - floor,
+            "patch_fd": frechet_distance(flat, top.crop_features) - top.crop_floor,
+            "base_fd": frechet_distance(reduced[rows], base_features),
+            "pivot_mse": error[rows].mean(),
+            "contrast": spread[rows].mean(),
+        }
+
+    found = with_deviation(distances, len(images), resamples)
+    if composed:
+        verdicts = [judge(read(image), int(label)) for image, label in zip(eight, labels)]
+        for name, rate in rates(verdicts).items():
+            if name != "num":
+                found[name] = [rate, float(np.sqrt(rate * (1 - rate) / len(images)))]
+    return found
+
+
+def with_deviation(figures: Callable[[np.ndarray], dict], n: int, resamples: int) -> dict:
+    """{name: [figures of all rows, bootstrap standard deviation]}."""
+    rng = np.random.default_rng(0)
+    drawn = [figures(rng.integers(0, n, n)) for _ in range(resamples)]
+    return {
+        name: [float(value), float(np.std([row[name] for row in drawn]))]
+        for name, value in figures(np.arange(n)).items()
+    }

@@ -1,0 +1,114 @@
+"""`stage=cascade` through the one loop, and what its runs are good for afterwards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from cheapscale.models.unet import unet
+from cheapscale.stages import tuned
+from cheapscale.stages.cascade_sampler import cascade_plan, cascade_sampler
+from cheapscale.stages.networks import complete, fingerprint, load_teacher
+from cheapscale.stages.run import build, run
+from cheapscale.training import checkpoint, loop
+from configs import scenes
+
+DIFFUSION = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0,
+             "rho": 7.0, "sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}  # fmt: skip
+
+
+def save_teacher(workdir, seed):
+    model = scenes.get_config("stage=pretrain,smoke").model.to_dict()
+    net, rng = unet(**model), np.random.default_rng(seed)
+    shapes = jax.eval_shape(
+        lambda key: net.init(key, jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), label=jnp.zeros(1, int)),
+        jax.random.key(0),
+    )
+    params = jax.tree.map(lambda s: rng.normal(0, 0.1, s.shape).astype("f"), shapes["params"])
+    meta = {
+        "stage": "pretrain", "networks": {"net": complete(model)}, "diffusion": DIFFUSION,
+        "config": {"pretrain": {"label_dropout": 0.0}},
+        "ledger": {"flops": 5.0, "device_seconds": 1.0},
+    }  # fmt: skip
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        state = loop.create_state({"net": params}, {}, {}, ["net"])
+        checkpoints.save(0, state, meta)
+        checkpoints.wait()
+    return str(workdir)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teacher"), 0)
+
+
+def smoke(teacher, tune, **changes):
+    config = scenes.get_config(f"stage=cascade,smoke,tune={tune}")
+    config.teacher = teacher
+    with config.unlocked():
+        config.cascade.update(changes)
+    return config
+
+
+@pytest.mark.parametrize("tune, net", [("gain", "upsampler"), ("lora", "lora"), ("ft", "net")])
+def test_a_tuned_run_trains_saves_and_samples_with_its_teacher(teacher, tune, net, tmp_path):
+    summary = run(smoke(teacher, tune), tmp_path / "tuned")
+    assert summary["step"] == 3 and summary["ledger"]["flops"] > 5.0
+    picture = np.asarray(Image.open(next((tmp_path / "tuned" / "previews").glob("*cascade_grid*"))))
+    assert picture.shape[2] == 3  # rows: base, direct, tuning-free, tuned
+    loaded = load_teacher(teacher)
+    found = tuned.load_tuned(str(tmp_path / "tuned"), loaded)
+    assert found.tune == tune and found.meta["teacher"] == fingerprint(loaded.params)
+    assert set(found.meta["networks"]) == {net}
+    plan = cascade_plan(loaded.meta, "2x", steps=3)
+    subject, options = tuned.tuned_cascade(loaded, [found], plan.sizes)
+    ids = np.arange(8)
+    drawn, labels = cascade_sampler(subject, plan, method="euler", **options).draw(ids)
+    free, _ = cascade_sampler(loaded, plan, method="euler").draw(ids, labels)
+    np.testing.assert_allclose(drawn[0], free[0], atol=1e-5)  # the base is theta's
+    assert drawn[1].shape == (8, 16, 16, 3) and np.abs(drawn[1] - free[1]).max() > 1e-6
+    # only fine-tuned weights and adapters can sample without a pivot
+    alone, _ = cascade_sampler(subject, plan, method="euler", **options).direct(ids)
+    direct, _ = cascade_sampler(loaded, plan, method="euler").direct(ids)
+    assert np.allclose(alone, direct, atol=1e-5) == (tune == "gain")
+    other = load_teacher(save_teacher(tmp_path / "other", 1))
+    with pytest.raises(ValueError, match="was tuned for the teacher .* holds"):
+        tuned.load_tuned(str(tmp_path / "tuned"), other)
+    with pytest.raises(ValueError, match="is a pretrain run, nothing tuned"):
+        tuned.load_tuned(teacher, loaded)
+
+
+def test_tune_none_draws_the_cascade_in_shards_and_resumes(teacher, tmp_path):
+    config = smoke(teacher, "none", out=str(tmp_path / "images"), num=6, method="euler")
+    summary = run(config, tmp_path / "job")
+    assert summary["nfe_direct"] == 2 and summary["num"] == 6
+    shards = [np.load(tmp_path / "images" / f"shard-{i:05d}.npz") for i in range(2)]
+    assert [len(shard["ids"]) for shard in shards] == [4, 2]
+    assert shards[0]["images"].shape == (4, 16, 16, 3) and shards[0]["base"].shape[1] == 8
+    assert (tmp_path / "images" / "preview.png").is_file()
+    loaded = load_teacher(teacher)
+    plan = cascade_plan(loaded.meta, "2x", steps=2)
+    (base, images), labels = cascade_sampler(loaded, plan, method="euler").draw(np.arange(6))
+    np.testing.assert_array_equal(labels, np.concatenate([s["labels"] for s in shards]))
+    found = np.concatenate([s["images"] for s in shards])
+    assert np.abs(found / 127.5 - 1 - images).max() < 1 / 100
+    assert all(map(build(config).done, range(2)))
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs(teacher, tmp_path):
+    with pytest.raises(ValueError, match="tune 'wide' is unknown: choose one of none, neck"):
+        scenes.get_config("stage=cascade,tune=wide")
+    for changes, message in (
+        ({"pivot": "blurred"}, "cascade.pivot is 'blurred'"),
+        ({"times": "late"}, "cascade.times 'late'"),
+        ({"sizes": (8,)}, "cascade.sizes has 8 px"),
+        ({"k": "0.7"}, "K '0.7' is unreadable"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(smoke(teacher, "gain", **changes))
+    with pytest.raises(ValueError, match="cascade.out is empty"):
+        build(smoke(teacher, "none"))
+    config = smoke(teacher, "gain", init_from=teacher)
+    with pytest.raises(ValueError, match="nothing tuned"):
+        build(config).warm_start({"upsampler": {}})
