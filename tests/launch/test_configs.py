@@ -83,6 +83,25 @@ def test_the_papers_values_bind_imagenet():
             assert file.get_config(f"{size},{arg}").data.options.allow_upscale
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_tunes_a_cascade_at_twice_its_base(name):
+    file = module(name)
+    base = file.get_config("stage=pretrain").data.resolution
+    for tune in ("none", "neck", "gain", "2k", "full", "lora", "ft"):
+        config = file.get_config(f"stage=cascade,tune={tune}")
+        json.dumps(config.to_dict())
+        assert config.data.resolution == 2 * base and config.cascade.tune == tune
+        # the paper's choices; adapters and fine-tuned weights also sample without a pivot
+        chosen = config.cascade
+        assert (chosen.k, chosen.mode, chosen.pivot, chosen.features) == (
+            "t0.7", "S", "aligned", "clean",
+        )  # fmt: skip
+        assert chosen.times == ("all" if tune in ("lora", "ft") else "to_k")
+    assert file.get_config("stage=cascade,resolution=128").data.resolution == 128
+    with pytest.raises(ValueError, match="tune 'wide' is unknown"):
+        file.get_config("stage=cascade,tune=wide")
+
+
 def test_words_that_no_file_knows_are_refused_with_those_it_knows():
     file = module("scenes")
     with pytest.raises(ValueError, match="'sise' is unknown: this file takes stage, resolution"):

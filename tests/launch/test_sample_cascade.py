@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cheapscale.models import upsampler
 from cheapscale.models.unet import unet
-from cheapscale.stages.networks import complete
-from cheapscale.training.checkpoint import Checkpoints
+from cheapscale.stages import cascade
+from cheapscale.stages.networks import complete, fingerprint
+from cheapscale.training.checkpoint import Checkpoints, load_network
 from cheapscale.training.state import create_state
+from configs import common
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = {"resolution": 4, "channels": 8, "channel_mult": (1,), "groups": 2, "num_classes": 2}
@@ -97,3 +100,46 @@ def test_cascade_flags_without_a_cascade_are_refused():
     assert errors.strip().splitlines()[-1] == (
         "error: --coupled, --pivot say how to cascade: give --cascade=2x,4x as well"
     )
+
+
+@pytest.fixture(scope="module")
+def tuned(teacher, tmp_path_factory):
+    """Upsamplers of that teacher, saved untrained with gains that do something."""
+    workdir = tmp_path_factory.mktemp("tuned")
+    settings = common.cascade("gain").to_dict() | {"sizes": (8,)}
+    fields = cascade.network_fields(settings, complete(MODEL))
+    params = upsampler.init_upsamplers(upsampler.from_fields(fields), jax.random.key(0))
+    params = jax.tree.map(lambda p: np.full(p.shape, 0.5, "f"), params)
+    meta = {
+        "stage": "cascade", "networks": {"upsampler": fields}, "cascade": settings,
+        "teacher": fingerprint(load_network(teacher).params),
+    }  # fmt: skip
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(7, create_state({"upsampler": params}, {}, {}, ["upsampler"]), meta)
+        checkpoints.wait()
+    return workdir
+
+
+def test_tuned_weights_join_their_teacher_and_the_preview_compares(teacher, tuned, tmp_path):
+    common_words = (f"--model={teacher}", "--cascade=2x", "--num=2", "--steps=8", "--preview=2")
+    lines, errors, status = command(*common_words, f"--out={tmp_path / 'a'}", f"--tuned={tuned}")
+    assert status == 0, errors[-3000:]
+    lines, errors, status = command(*common_words, f"--out={tmp_path / 'b'}")
+    assert status == 0, errors[-3000:]
+    held = {name: np.load(tmp_path / name / "samples.npz")["images"] for name in "ab"}
+    assert np.abs(held["a"].astype(int) - held["b"]).max() > 3
+    preview = np.asarray(Image.open(tmp_path / "a" / "preview.png"))
+    factor = preview.shape[0] // (4 * 10 + 2)
+    sheet = preview[::factor, ::factor]
+    assert sheet.shape == (4 * 10 + 2, 2 * 10 + 2, 3)  # base, direct, tuning-free, tuned
+    np.testing.assert_array_equal(sheet[32:40, 2:10], held["a"][0])
+    np.testing.assert_allclose(sheet[22:30, 2:10].astype(int), held["b"][0], atol=1)
+
+
+def test_a_baseline_runs_on_every_larger_canvas(teacher, tmp_path):
+    words = (f"--model={teacher}", "--cascade=2x", "--num=2", "--steps=4", "--preview=0")
+    _, errors, status = command(*words, f"--out={tmp_path}", "--baseline=shifted", "--direct")
+    assert status == 0, errors[-3000:]
+    assert np.load(tmp_path / "direct.npz")["images"].shape == (2, 8, 8, 3)
+    _, errors, status = command(*words, "--baseline=shifted", "--tuned=x")
+    assert status == 1 and "two methods for the same canvas" in errors.splitlines()[-1]
