@@ -34,9 +34,10 @@ from cheapscale.stages.run import run
 from cheapscale.stages.sampling import sampler
 from cheapscale.stages.tuned import load_tuned, tuned_cascade
 from cheapscale.training.checkpoint import Loaded
+from cheapscale.training.classifier import fit_classifier
 from configs import clothing, scenes
 from launch.bench import alternate
-from launch.cascade_measures import make_judge, measure
+from launch.cascade_measures import Judge, make_judge, measure
 
 FILES = {"scenes": scenes, "photographs": clothing}
 
@@ -95,13 +96,14 @@ class Study:
         network = self.judge(key[0], images.shape[1]).reference.network
         return Base(labels[:few], images[:few], embed(network, to_uint8(images[few:])))
 
-    def _judge(self, data_name: str, resolution: int):
-        config = self.config
-        settings = self.stage(data_name, "stage=pretrain", 0).data
-        return make_judge(
-            settings, resolution, num=config.num, num_real=config.num_real,
-            crop=min(config.crop, resolution), steps=3 if config.smoke else 0,
-        )  # fmt: skip
+    def _judge(self, data_name: str, resolution: int) -> Judge:
+        config, settings = self.config, self.stage(data_name, "stage=pretrain", 0).data
+        train = data.open_data(settings, resolution=resolution)
+        test = data.open_data(settings, resolution=resolution, split=settings.eval_split)
+        steps = 3 if config.smoke else None
+        network = fit_classifier(train, purpose="metric", steps=steps).network
+        crop = min(config.crop, resolution)
+        return make_judge(network, train, test, num=config.num, num_real=config.num_real, crop=crop)
 
     def measured(self, images: np.ndarray, key: tuple) -> dict:
         base = self.base(*key)

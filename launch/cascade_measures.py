@@ -11,8 +11,7 @@ from cheapscale.evaluation.fid import frechet_distance
 from cheapscale.evaluation.patches import random_crops
 from cheapscale.evaluation.pixels import to_uint8
 from cheapscale.evaluation.scenes import judge, rates, read
-from cheapscale.stages import data
-from cheapscale.training.classifier import fit_classifier
+from cheapscale.models.features.network import FeatureNetwork
 
 
 class Judge(NamedTuple):
@@ -28,11 +27,8 @@ class Judge(NamedTuple):
     crop_floor: float
 
 
-def make_judge(settings, resolution: int, *, num: int, num_real: int, crop: int, steps: int):
-    """settings: config.data of a stage. steps: updates of the classifier, 0 = its default."""
-    train = data.open_data(settings, resolution=resolution)
-    test = data.open_data(settings, resolution=resolution, split=settings["eval_split"])
-    network = fit_classifier(train, purpose="metric", steps=steps or None).network
+def make_judge(network: FeatureNetwork, train, test, *, num: int, num_real: int, crop: int):
+    """num: images of a cell. num_real: real images to compare with."""
     real = quality.reference(network, test, train_source=train, num=num_real, num_train=num_real)
     unseen = real.train_images[quality.unseen_by_classifier(quality.choice(len(train), num_real))]
     features = [

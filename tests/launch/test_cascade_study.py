@@ -1,0 +1,129 @@
+"""The self-cascade study: measures, what it concludes from cells, and that it resumes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cheapscale.data.resize import area_mean
+from cheapscale.data.sources import SceneSource
+from cheapscale.evaluation.corruptions import blurred
+from cheapscale.evaluation.pixels import from_uint8, to_uint8
+from cheapscale.models.features.network import FeatureNetwork
+from cheapscale.training.sharding import make_mesh
+from configs import cascade_study as config_file
+from launch import cascade_study
+from launch.cascade_experiment import Cell, Study, cells
+from launch.cascade_findings import findings, table
+from launch.cascade_measures import make_judge, measure, with_deviation
+
+
+def test_the_deviation_is_that_of_the_mean():
+    x = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    value, deviation = with_deviation(lambda rows: {"mean": x[rows].mean()}, 400, 500)["mean"]
+    assert value == pytest.approx(x.mean()) and deviation == pytest.approx(2 / 20, rel=0.12)
+
+
+def sharpness(params, x):
+    """Two features without a fit: how far pixels are from the line through their neighbours."""
+    bends = [jnp.abs(jnp.diff(x, 2, axis=axis)).mean((1, 2, 3)) for axis in (1, 2)]
+    return {"features": 10 * jnp.stack(bends, -1)}
+
+
+def test_real_scenes_measure_as_real_and_blurred_ones_do_not():
+    network = FeatureNetwork("sharpness", lambda params, x: (x,), {}, outputs=sharpness)
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        top, base = (
+            make_judge(
+                network,
+                SceneSource("train", side, size=150),
+                SceneSource("test", side, size=150),
+                num=50, num_real=150, crop=16,
+            )
+            for side in (32, 16)
+        )  # fmt: skip
+        items = [SceneSource("test", 32, size=250)[i] for i in range(200, 250)]
+        images = np.stack([item["image"] for item in items])
+        labels = np.array([item["label"] for item in items])
+        pivots = np.asarray(area_mean(images, 16))
+        own = base.reference.features
+
+        def of(images):
+            return measure(images, labels, pivots, top, base, own, composed=True, resamples=5)
+
+        real, soft = of(images), of(from_uint8(blurred(to_uint8(images), 16)))
+    assert real["all"] == [1.0, 0.0] and real["pivot_mse"][0] < 1e-10
+    assert abs(real["contrast"][0] - 1) < 0.15 and soft["contrast"][0] < real["contrast"][0]
+    for metric in ("fd", "patch_fd"):
+        assert abs(real[metric][0]) < soft[metric][0] / 3
+    # of the base's own features even the blur keeps most
+    assert real["base_fd"][0] < 0.1 and soft["base_fd"][0] < soft["fd"][0]
+
+
+def figures(**values):
+    return {"figures": {name: [value, 0.1] for name, value in values.items()}}
+
+
+def test_findings_name_the_best_k_and_the_steps_to_reach_the_tuned_score():
+    config = config_file.get_config().to_dict() | {"ks": ("t0.5", "t0.7"), "vp": ("linear",)}
+    done = {
+        "E1 edm seed 0: base": figures(all=0.8),
+        "E1 edm seed 0: direct": figures(all=0.1),
+        "E2 edm seed 0: enlarged pivot": figures(all=0.7),
+        "E3 edm seed 0: K t0.5": figures(all=0.78, fd=2.0, patch_fd=1.0, base_fd=0.1),
+        "E2 edm seed 0: K t0.7": figures(all=0.6, fd=1.0, patch_fd=2.0, base_fd=0.2),
+        "E4 linear seed 0: K t0.5": figures(fd=3.0, patch_fd=1.0, base_fd=0.3),
+        "E2 linear seed 0: K t0.7": figures(fd=4.0, patch_fd=2.0, base_fd=0.2),
+        "E6 edm seed 0: neck after 400": figures(patch_fd=1.0),
+        "E6 edm seed 0: ft direct after 100": figures(patch_fd=1.5),
+        "E6 edm seed 0: ft direct after 400": figures(patch_fd=0.9),
+        "E6 edm seed 0: ft after 100": figures(patch_fd=0.8),
+    }
+    found = findings(config, done)
+    right = found["composition, seed 0"]
+    assert right["best K by fd"] == "t0.7" and right["points below the base"] == pytest.approx(20)
+    best = found["best K by schedule"]
+    assert best["edm"]["fd"]["k"] == "t0.7" and best["linear"]["fd"]["k"] == "t0.5"
+    assert best["edm"]["fd"]["decibels"] == pytest.approx(-10.42, abs=0.01)
+    # SNR 0.0907 lies at 0.493 T of the linear schedule (spec 2.2)
+    assert best["linear"]["base_fd"]["own_time"] == pytest.approx(0.493, abs=0.002)
+    reached = found["tuning, seed 0"]["steps to reach"]["neck"]["steps"]
+    assert reached == {"neck": 400, "ft direct": 400, "ft": 100}
+    assert "two stages against one jump" not in found  # its cells are not there
+    assert "E1 edm seed 0: direct" in table(done)
+
+
+def test_every_section_of_the_protocol_has_cells_with_names_of_their_own(tmp_path):
+    planned = list(cells(Study(config_file.get_config(), tmp_path)))
+    sections = {cell.section for cell in planned}
+    assert sections == {f"E{i}" for i in range(1, 14)} - {"E7", "E8"}  # these read E6's cells
+    names = [f"{cell.section} {cell.name}" for cell in planned]
+    assert len(set(names)) == len(names)
+
+
+def test_the_study_goes_on_where_it_stopped_also_from_its_record(tmp_path, monkeypatch):
+    ran = []
+
+    def cell(name):
+        return Cell("E1", name, lambda: (ran.append(name), {"fd": [1.0, 0.1]})[1])
+
+    monkeypatch.setattr(cascade_study, "cells", lambda study: iter([cell("a"), cell("b")]))
+    config, record = config_file.get_config("smoke"), str(tmp_path / "record.json")
+
+    def go(workdir, **changes):
+        options = {"record": record, "only": [], "minutes": 0.0} | changes
+        return cascade_study.study(config, str(tmp_path / workdir), **options)
+
+    assert go("one", minutes=1e-9)["cells"] == 0 and ran == []
+    assert go("one")["cells"] == 2 and ran == ["a", "b"]
+    assert go("one")["cells"] == go("two")["cells"] == 2 and ran == ["a", "b"]
+    held = json.loads((tmp_path / "record.json").read_text())
+    assert list(held) == ["findings", "config", "cells"] and list(held["cells"]) == ["E1 a", "E1 b"]
+    assert held["cells"]["E1 a"]["provenance"]["jax"]
+    with pytest.raises(ValueError, match="--only names E99: choose among E1"):
+        go("one", only=["E99"])
+    config.num = 99
+    with pytest.raises(ValueError, match=r"measured under another config \(num\)"):
+        go("three")
