@@ -227,12 +227,12 @@ def smoke(config: ConfigDict, base: int) -> ConfigDict:
     config.eval_every = 3
     config.save_every = 2
     config.data.name = "scenes"
-    unlabelled = {"unlabelled": True} if config.data.options.get("unlabelled") else {}
-    config.data.options = {"size": 24} | unlabelled
+    kept = {name: True for name in ("unlabelled", "single") if config.data.options.get(name)}
+    config.data.options = {"size": 24} | kept
     if "model" in config:  # the file's own U-Net at a size that compiles in seconds
         config.model.resolution, config.model.channels, config.model.channel_mult = 8, 16, (1, 2)
         config.model.num_blocks, config.model.attention = 1, ()
-        config.model.num_classes = 0 if unlabelled else 8
+        config.model.num_classes = 0 if "unlabelled" in kept else 8
     config.data.split, config.data.eval_split = "train", "test"
     config.data.data_dir = ""
     if "discriminator" in config:

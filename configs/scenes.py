@@ -28,14 +28,14 @@ SIZES = {
         "invert_batch": 200,
         "discriminator_width": 16,
     },
-    # the teacher of the self-cascade study: whole compositions at 16 px, canvases of 32 and 64
+    # the teacher of the self-cascade study: one object a picture, whose repetition is easily seen
     "cascade": {
         "base": 16,
         "top": 64,
-        "options": {"size": 4000},
+        "options": {"size": 4000, "single": True},
         "model": preset("tiny16", channel_mult=(1, 2, 2), attention=(4,)),
         "widths": {32: 32, 64: 32},
-        "pretrain": (3000, 2e-3, 48),
+        "pretrain": (2000, 2e-3, 48),
         "distill": (500, 1e-3, 32),
         "grow": (300, 1e-3, 16),
         "cascade": (400, 1e-3, 16),

@@ -114,7 +114,7 @@ class Study:
             self.judge(key[0], images.shape[1]),
             self.judge(key[0], base.pivots.shape[1]),
             base.features,
-            composed=key[0] == "scenes",
+            counted=key[0] == "scenes",
             resamples=self.config.bootstrap,
         )
 

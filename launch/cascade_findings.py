@@ -8,7 +8,7 @@ import re
 from cheapscale.diffusion import process
 from cheapscale.diffusion.pivot import restart_sigma
 
-METRICS = ("all", "count", "fd", "patch_fd", "base_fd", "pivot_mse", "contrast")
+METRICS = ("single", "objects", "fd", "patch_fd", "base_fd", "pivot_mse", "contrast")
 
 
 def findings(config: dict, cells: dict) -> dict:
@@ -41,16 +41,16 @@ def by_k(config: dict, held: dict, schedule: str, seed: int, metric: str) -> dic
 
 
 def composition(config: dict, held: dict, seed: int) -> dict | None:
-    """E1, E2: the rate of right compositions of base, direct sampling and the cascade."""
+    """E1, E2: the share of single objects of base, direct sampling and the cascade."""
     start = f"edm seed {seed}"
     rates = {
-        "base": value(held, f"E1 {start}: base", "all"),
-        "direct": value(held, f"E1 {start}: direct", "all"),
-        "enlarged pivot": value(held, f"E2 {start}: enlarged pivot", "all"),
+        "base": value(held, f"E1 {start}: base", "single"),
+        "direct": value(held, f"E1 {start}: direct", "single"),
+        "enlarged pivot": value(held, f"E2 {start}: enlarged pivot", "single"),
     }
     if None in rates.values():
         return None
-    rates |= {f"K {k}": rate for k, rate in by_k(config, held, "edm", seed, "all").items()}
+    rates |= {f"K {k}": rate for k, rate in by_k(config, held, "edm", seed, "single").items()}
     distance = by_k(config, held, "edm", seed, "fd")
     if len(distance) > 1:
         best = min(distance, key=distance.get)

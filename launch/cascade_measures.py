@@ -8,9 +8,9 @@ import numpy as np
 from cheapscale.data.resize import area_mean
 from cheapscale.evaluation import quality
 from cheapscale.evaluation.fid import frechet_distance
+from cheapscale.evaluation.objects import count_objects
 from cheapscale.evaluation.patches import random_crops
 from cheapscale.evaluation.pixels import to_uint8
-from cheapscale.evaluation.scenes import judge, rates, read
 from cheapscale.models.features.network import FeatureNetwork
 
 
@@ -47,7 +47,7 @@ def measure(
     base: Judge,
     base_features: np.ndarray,
     *,
-    composed: bool,
+    counted: bool,
     resamples: int,
 ) -> dict:
     """{name: [value, standard deviation]} of images [n, R, R, 3] in [-1, 1].
@@ -58,7 +58,8 @@ def measure(
                  methods that start from a pivot)
     pivot_mse    mean square between the block means and the pivot
     contrast     standard deviation of all pixels over that of real images
-    all, count, shape, extra, missing    rates of the composition asked for by the label (scenes)
+    single       share of pictures of exactly one object (scenes, `counted`)
+    objects      objects in a picture
 
     The deviation is the bootstrap's over images: value +- 1.96 of it is an interval.
     """
@@ -87,11 +88,14 @@ def measure(
         }
 
     found = with_deviation(distances, len(images), resamples)
-    if composed:
-        verdicts = [judge(read(image), int(label)) for image, label in zip(eight, labels)]
-        for name, rate in rates(verdicts).items():
-            if name != "num":
-                found[name] = [rate, float(np.sqrt(rate * (1 - rate) / len(images)))]
+    if counted:
+        counts = count_objects(images)
+        one = with_deviation(
+            lambda rows: {"single": np.mean(counts[rows] == 1), "objects": counts[rows].mean()},
+            len(images),
+            resamples,
+        )
+        found |= one
     return found
 
 

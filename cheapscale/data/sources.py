@@ -14,6 +14,7 @@ A split may carry a slice in percent or in images: "train[:50%]", "train[50%:]",
 The slices [:p%] and [p%:] partition a split.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -68,7 +69,7 @@ def open_source(
 
 
 class SceneSource(Source):
-    """Procedural scenes (see `scenes`): label = shape of the main object."""
+    """Procedural scenes (see `scenes`): label = shape of the main object. single: nothing else."""
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class SceneSource(Source):
         *,
         size: int | None = None,
         seed: int = 0,
+        single: bool = False,
         cache: bool | None = None,
         unlabelled: bool = False,
     ):
@@ -94,11 +96,11 @@ class SceneSource(Source):
             base_length=size,
             class_names=scenes.SHAPES,
             # Not the size: the first images of a larger set are the same ones.
-            identity=[scenes.SCENES_ID, seed],
+            identity=[scenes.SCENES_ID, seed] + ["single"] * single,
             cache=cache,
             unlabelled=unlabelled,
         )
-        self.seed = seed
+        self.seed, self.single = seed, single
 
     def scene(self, i: int) -> scenes.Scene:
         """Ground and objects of image i."""
@@ -109,7 +111,8 @@ class SceneSource(Source):
         return list(self.scene(i).objects)
 
     def _scene(self, base_index: int) -> scenes.Scene:
-        return scenes.scene(self.seed, split_name(self.split), base_index)
+        whole = scenes.scene(self.seed, split_name(self.split), base_index)
+        return dataclasses.replace(whole, objects=whole.objects[:1]) if self.single else whole
 
     def _load(self, base_index: int) -> tuple[np.ndarray, int]:
         picture = self._scene(base_index)

@@ -92,7 +92,7 @@ def test_unlabelled_sources_have_label_zero():
     [
         (("scenes", "validation"), "no split 'validation': choose train or test"),
         (("scenes", "train", {"size": 0}), "size >= 1"),
-        (("scenes", "train", {"siez": 5}), "no option siez: it takes cache, seed, size"),
+        (("scenes", "train", {"siez": 5}), "no option siez: it takes cache, seed, single, size"),
         (
             ("mnist", "train"),
             "no data set 'mnist' in .*, where nothing is prepared: .* data_dir=DIR",
