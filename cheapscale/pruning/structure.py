@@ -17,6 +17,7 @@ weights are multiplied by sqrt(d' / d): the temperature stays.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ class Layout(NamedTuple):
     queries: dict[str, tuple[str, int]]
 
 
+@functools.lru_cache(maxsize=32)
 def layout(config: UNetConfig) -> Layout:
     """The variables of a network and where they are read and written."""
     walk = _Walk(plan(config), FAMILIES[config.family].label_late)
@@ -154,33 +156,6 @@ def prune_optimiser(
         return node
 
     return walk(opt_state)
-
-
-def zeroed_readers(params: PyTree, config: UNetConfig, gone: Mapping[str, np.ndarray]) -> PyTree:
-    """The full-size weights with every weight that reads the channels `gone` set to zero."""
-    found = layout(config)
-
-    def mask(path: str, value: Any) -> np.ndarray:
-        array = np.array(value)
-        for axis, segments in reading_axes(found, path):
-            offset = 0
-            for segment in segments:
-                rows = offset + np.asarray(gone.get(segment.variable, ()), int)
-                index = [slice(None)] * array.ndim
-                index[axis] = rows
-                array[tuple(index)] = 0
-                offset += segment.width
-        return array
-
-    return _map_paths(mask, params)
-
-
-def reading_axes(found: Layout, path: str) -> list[tuple[int, tuple[Segment, ...]]]:
-    """The axes of a weight along which it reads channels: the next-to-last of kernels."""
-    segments = found.leaves[path]
-    if not path.endswith("/kernel"):
-        return []
-    return [(len(segments) - 2, segments[-2])]
 
 
 def flops(config: UNetConfig, size: tuple[int, int] | None = None) -> float:

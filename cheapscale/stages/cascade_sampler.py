@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.diffusion import guidance, process, solvers
+from cheapscale.diffusion import process, solvers
 from cheapscale.diffusion.pivot import (
     KERNELS,
     Size,
@@ -40,7 +40,7 @@ from cheapscale.diffusion.pivot import (
 )
 from cheapscale.evaluation.cost import cost_of_call
 from cheapscale.models.unet import unet
-from cheapscale.stages.networks import check_guidance, make_denoiser
+from cheapscale.stages.networks import check_guidance, make_segments
 from cheapscale.stages.sampling import check_labels, labels_for, levels, prior
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.sharding import in_batches
@@ -137,11 +137,10 @@ def frozen_teacher(
 
     noise_shift: see `denoiser.edm`.
     """
-    bind = make_denoiser(model, diffusion, noise_shift)
+    segments = make_segments(model, diffusion, cfg_scale=cfg_scale, noise_shift=noise_shift)
 
     def denoiser(params, pivot, label, grid):
-        D = guidance.guided(bind(params), cfg_scale, null={"label": model["num_classes"]})
-        return [(lambda x, sigma: D(x, sigma, label=label), grid)]
+        return segments(params, label, grid)
 
     return denoiser
 
@@ -325,7 +324,7 @@ def cascade_cost(
     label = jax.ShapeDtypeStruct((batch_size,), np.int32)
 
     def one_call(params: PyTree, x: jax.Array, label: jax.Array) -> jax.Array:
-        (D, _), = denoiser(params, None, label, plan.grid)  # fmt: skip
+        ((D, _),) = denoiser(params, None, label, plan.grid)
         return D(x, plan.grid[0])
 
     @functools.cache

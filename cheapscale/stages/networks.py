@@ -7,14 +7,14 @@
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.diffusion import denoiser, process
+from cheapscale.diffusion import denoiser, guidance, process
 from cheapscale.models.unet import unet
 from cheapscale.training.checkpoint import Loaded, load_network
 
@@ -65,6 +65,47 @@ def make_denoiser(model: dict, diffusion: dict, noise_shift: float = 1.0) -> Cal
         return denoiser.vp_denoiser(F, schedule, prediction, noise_shift=noise_shift)
 
     return bind
+
+
+def make_segments(
+    model: dict, diffusion: dict, *, cfg_scale: float = 1.0, noise_shift: float = 1.0
+) -> Callable:
+    """segments(params, label [b], grid) -> [(D(x, sigma), its part of the grid)] for `solve`.
+
+    A teacher owns the whole grid. Of a set of specialists (`diffusion["specialists"]`, params a
+    sequence) each owns the steps whose noisier end lies in its group, whichever way the grid runs:
+    steps, not nodes, belong to networks, so that both directions solve the same ODE.
+    """
+    null = {"label": model["num_classes"]}
+    specialists = diffusion.get("specialists")
+    models = specialists["models"] if specialists else [model]
+    binds = [make_denoiser(each, diffusion, noise_shift) for each in models]
+
+    def denoiser_of(bind: Callable, params: PyTree, label: jax.Array) -> Callable:
+        D = guidance.guided(bind(params), cfg_scale, null=null)
+        return lambda x, sigma: D(x, sigma, label=label)
+
+    def segments(params: PyTree, label: jax.Array, grid: np.ndarray) -> list:
+        if specialists is None:
+            return [(denoiser_of(binds[0], params, label), grid)]
+        owners = step_owners(grid, specialists["borders"])
+        starts = [0, *(np.flatnonzero(np.diff(owners)) + 1), len(owners)]
+        return [
+            (denoiser_of(binds[owners[a]], params[owners[a]], label), grid[a : b + 1])
+            for a, b in zip(starts, starts[1:])
+        ]
+
+    return segments
+
+
+def step_owners(grid: np.ndarray, borders: Sequence[float]) -> np.ndarray:
+    """The group that owns each step of a grid (either direction), counted from the cleanest.
+
+    borders: sigmas between the groups, ascending; a step that begins on a border, seen from the
+    noisier end, belongs to the cleaner group.
+    """
+    noisier = np.maximum(grid[:-1], grid[1:])
+    return np.searchsorted(np.asarray(borders, np.float64), noisier * (1 - 1e-9))
 
 
 def make_taps(model: dict, diffusion: dict, names: tuple[str, ...]) -> Callable:

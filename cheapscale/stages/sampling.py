@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.diffusion import guidance, process, solvers
-from cheapscale.stages.networks import check_guidance, make_denoiser, make_generator
+from cheapscale.diffusion import process, solvers
+from cheapscale.stages.networks import check_guidance, make_generator, make_segments
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.sharding import in_batches
 from cheapscale.training.state import stream_key
@@ -65,16 +65,10 @@ def teacher_map(
     "invert": image (taken as living at sigma_min) -> z (spec section 2.1).
     """
     grid = levels(diffusion, steps, direction)
-    bind = make_denoiser(model, diffusion)
-    null = model["num_classes"]
+    segments = make_segments(model, diffusion, cfg_scale=cfg_scale)
 
     def run(params: PyTree, x: jax.Array, label: jax.Array) -> jax.Array:
-        D = guidance.guided(bind(params), cfg_scale, null={"label": null})
-
-        def denoise(x, sigma):
-            return D(x, sigma, label=label)
-
-        return solvers.solve([(denoise, grid)], x, method=method, clip=clip)
+        return solvers.solve(segments(params, label, grid), x, method=method, clip=clip)
 
     return run
 

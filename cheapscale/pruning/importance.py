@@ -1,0 +1,117 @@
+"""Which channels matter (step-adaptive training, spec section 4.4).
+
+With g the gradient of the loss on one group's noise levels only, the score of channel c of a
+variable v is
+
+    (1)  S_v(c) = E_batches [ ( sum over weights that read c of  theta g )^2 ]
+
+Only the reading side counts: removing a channel is setting those weights to zero, and the producing
+side would count the same change twice. Squaring for each batch, not once for the sum, keeps what
+cancels at a trained optimum. Queries and keys are read by each other: either's own weights count.
+
+Controls: the same over all noise levels, the sum squared once (`accumulated`), Diff-Pruning's
+early stop (`informative_levels`), magnitude, and chance.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from cheapscale.models.plan import UNetConfig
+from cheapscale.pruning.structure import Layout, Segment, layout
+
+PyTree = Any
+Scores = dict[str, np.ndarray]
+
+
+def taylor(gradients: Iterable[PyTree], params: PyTree, config: UNetConfig) -> Scores:
+    """Equation (1) over the batches' gradients: {variable: [width]}."""
+    found, total, count = layout(config), {}, 0
+    for grads in gradients:
+        for name, change in _changes(found, params, grads).items():
+            total[name] = total.get(name, 0.0) + change**2
+        count += 1
+    if not count:
+        raise ValueError("no batches to score with: give at least one gradient")
+    return {name: value / count for name, value in total.items()}
+
+
+def accumulated(gradients: Iterable[PyTree], params: PyTree, config: UNetConfig) -> Scores:
+    """The changes summed over the batches, then squared: a control that cancels near an optimum."""
+    found, total, count = layout(config), {}, 0
+    for grads in gradients:
+        for name, change in _changes(found, params, grads).items():
+            total[name] = total.get(name, 0.0) + change
+        count += 1
+    return {name: (value / max(count, 1)) ** 2 for name, value in total.items()}
+
+
+def magnitude(params: PyTree, config: UNetConfig) -> Scores:
+    """Sum of squares of the weights that read a channel."""
+    found = layout(config)
+    return _changes(found, params, params)
+
+
+def chance(config: UNetConfig, seed: int) -> Scores:
+    rng = np.random.default_rng(seed)
+    return {name: rng.random(v.width) for name, v in layout(config).variables.items()}
+
+
+def informative_levels(losses: Iterable[float], threshold: float) -> int:
+    """How many noise levels, from clean to noisy, Diff-Pruning takes gradients of: up to the first
+    whose loss is below `threshold` times the largest so far (Fang et al. 2023; 0.05 on CIFAR-10).
+
+    As the loss of predicted noise falls with noise, this leaves the noisy end out.
+    """
+    largest, count = 0.0, 0
+    for loss in losses:
+        largest = max(largest, float(loss))
+        if float(loss) < threshold * largest:
+            break
+        count += 1
+    return count
+
+
+def gradients(loss: Callable, params: PyTree, batches: Iterable[Any]) -> Iterator[PyTree]:
+    """grad of loss(params, *batch) for each batch, on the host; one compilation."""
+    grad = jax.jit(jax.grad(loss))
+    for batch in batches:
+        yield jax.device_get(grad(params, *batch))
+
+
+def _changes(found: Layout, params: PyTree, grads: PyTree) -> Scores:
+    """sum of theta g over the weights that read each channel, {variable: [width]}."""
+    total: Scores = {}
+
+    def walk(theta, grad, prefix):
+        for name, value in theta.items():
+            path = f"{prefix}{name}"
+            if isinstance(value, dict):
+                walk(value, grad[name], f"{path}/")
+                continue
+            for axis, segments in members(found, path):
+                product = np.asarray(value, np.float64) * np.asarray(grad[name], np.float64)
+                others = tuple(a for a in range(product.ndim) if a != axis)
+                change, offset = product.sum(axis=others), 0
+                for segment in segments:
+                    part = change[offset : offset + segment.width]
+                    if segment.variable:
+                        total[segment.variable] = total.get(segment.variable, 0.0) + part
+                    offset += segment.width
+
+    walk(params, grads, "")
+    return total
+
+
+def members(found: Layout, path: str) -> list[tuple[int, tuple[Segment, ...]]]:
+    """The axes of a weight along which it reads channels; of qkv also the one that writes q."""
+    axes = found.leaves[path]
+    reads = [(len(axes) - 2, axes[-2])] if path.endswith("/kernel") else []
+    if path in found.queries:
+        name, _ = found.queries[path]
+        width = found.variables[name].width
+        rest = sum(segment.width for segment in axes[-1]) - width
+        reads.append((len(axes) - 1, (Segment(name, width), Segment("", rest))))
+    return reads

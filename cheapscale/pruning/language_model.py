@@ -1,0 +1,127 @@
+"""A language model as the proposer of a search: the paper's way, never required (spec 4.1, 4.2).
+
+It speaks to whatever answers POST <url>/chat/completions as OpenAI's interface does. The prompt is
+rebuilt every round from the task and the whole memory, so that the memory is the list of
+(widths, share, score) and not a conversation. A reply that is no JSON, names unknown widths or
+misses the band is answered with what is wrong with it, a few times; then the search stops.
+"""
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cheapscale.pruning.search import Entry, Task, Widths
+
+KEY_VARIABLE = "CHEAPSCALE_LLM_KEY"
+
+
+class LanguageModel:
+    """See the module. The key is read from the environment variable `key_variable`.
+
+    url: such as "http://localhost:8000/v1". attempts: how often one proposal is asked for.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        key_variable: str = KEY_VARIABLE,
+        attempts: int = 4,
+        timeout: float = 120.0,
+    ):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"the language model's url is {url!r}: give http:// or https://")
+        self.url = url.rstrip("/") + "/chat/completions"
+        self.model, self.attempts, self.timeout = model, attempts, timeout
+        self.key = os.environ.get(key_variable, "")
+
+    def propose(
+        self, task: Task, memory: Sequence[Entry], count: int, rng: np.random.Generator
+    ) -> list[Widths]:
+        """One proposal: a round shows it the score of every earlier one."""
+        messages = [{"role": "user", "content": prompt(task, memory)}]
+        for _ in range(self.attempts):
+            reply = self._ask(messages)
+            try:
+                return [checked(task, reply)]
+            except ValueError as wrong:
+                messages += [
+                    {"role": "assistant", "content": reply},
+                    {"role": "user", "content": f"{wrong} Reply with the corrected JSON object."},
+                ]
+        raise ValueError(
+            f"the language model {self.model!r} gave no usable widths in {self.attempts} attempts; "
+            f"its last reply was {reply[:200]!r}: use another model, or prune.proposer='greedy'"
+        )
+
+    def _ask(self, messages: list[dict[str, str]]) -> str:
+        body = json.dumps({"model": self.model, "messages": messages, "temperature": 0})
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self.url, body.encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                return json.load(answer)["choices"][0]["message"]["content"]
+        except (
+            urllib.error.URLError,
+            TimeoutError,
+            KeyError,
+            IndexError,
+            TypeError,
+            ValueError,
+        ) as e:
+            raise ValueError(
+                f"the language model at {self.url} did not answer as expected ({e}): check "
+                "prune.llm_url and the key, or use prune.proposer='greedy'"
+            ) from e
+
+
+def prompt(task: Task, memory: Sequence[Entry]) -> str:
+    """The whole task in words, with every width that may be chosen and every result so far."""
+    menus = "\n".join(f"  {name}: {list(v.menu)}" for name, v in task.variables.items())
+    past = "\n".join(
+        f"  score {entry.score:.6g} at share {entry.share:.4f}: {json.dumps(entry.widths)}"
+        for entry in memory
+    )
+    return (
+        "Choose the channel widths of a pruned U-Net that denoises images at one range of noise "
+        "levels.\n"
+        f"Its FLOPs must be {task.target:.3f} of the full network's, within {task.band:.3f}.\n"
+        "The score is its loss on a fixed set before any recovery: lower is better.\n"
+        f"Allowed widths, in the order of the network:\n{menus}\n"
+        f"Results so far:\n{past or '  none'}\n"
+        "Reply with one JSON object that maps every name to one of its allowed widths, and "
+        "nothing else."
+    )
+
+
+def checked(task: Task, reply: str) -> Widths:
+    """The widths of a reply; ValueError says what is wrong with it."""
+    start, end = reply.find("{"), reply.rfind("}")
+    try:
+        widths: Any = json.loads(reply[start : end + 1])
+    except json.JSONDecodeError:
+        raise ValueError("The reply holds no JSON object.") from None
+    if not isinstance(widths, Mapping) or set(widths) != set(task.variables):
+        missing = sorted(set(task.variables) - set(widths))
+        extra = sorted(set(widths) - set(task.variables))
+        raise ValueError(f"Names are missing ({missing}) or unknown ({extra}).")
+    for name, width in widths.items():
+        if width not in task.variables[name].menu:
+            raise ValueError(
+                f"{name} has the width {width!r}, not one of {list(task.variables[name].menu)}."
+            )
+    share = task.share(widths)
+    if not task.fits(share):
+        raise ValueError(
+            f"The FLOPs are {share:.4f} of the full network's, {share - task.target:+.4f} from "
+            f"the target {task.target:.4f}."
+        )
+    return dict(widths)

@@ -1,0 +1,248 @@
+"""Proxy-based assessment: which widths a group's network gets under its FLOPs (spec 4.1 to 4.3).
+
+    memory <- []                                             every (widths, share, score) so far
+    for round in 1 .. rounds:
+        for widths in proposer(task, memory):                not in the memory yet
+            repair them to within 2 % of F0 of the target, never above target + 2 %
+            score <- loss of the pruned network on a fixed set of images, levels and noise
+            memory += (widths, share, score)
+    the widths of least score
+
+The paper's proposer is a language model with a memory bank; here it is one of three behind one
+interface, and none needs another. The memory is written to a file line by line: it is the audit
+trail, and a search that was interrupted goes on from it.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from cheapscale.models.plan import UNetConfig
+from cheapscale.pruning.structure import PLANS, Variable, flops, keep_best, layout, pruned_config
+
+Widths = dict[str, int]
+BAND = 0.02
+
+
+class Task(NamedTuple):
+    """What is searched: the widths of `variables` whose share of F0 meets the target.
+
+    scores: {variable: importance of its channels}; they choose the channels once a width is set,
+    and tell what a step down loses.
+    """
+
+    config: UNetConfig
+    variables: dict[str, Variable]
+    target: float
+    scores: Mapping[str, np.ndarray]
+    band: float = BAND
+
+    def share(self, widths: Mapping[str, int]) -> float:
+        """F / F0; ValueError where the widths do not fit together."""
+        keep = {name: np.arange(width) for name, width in widths.items()}
+        return flops(pruned_config(self.config, keep)) / flops(self.config)
+
+    def fits(self, share: float) -> bool:
+        return abs(share - self.target) <= self.band
+
+    def keep(self, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """The channels that stay: the best of each variable."""
+        return {
+            name: keep_best(self.variables[name], self.scores[name], width)
+            for name, width in widths.items()
+        }
+
+    def lost(self, name: str, width: int) -> float:
+        """Importance that a variable of that width has lost."""
+        kept = keep_best(self.variables[name], self.scores[name], width)
+        return float(np.sum(self.scores[name]) - np.sum(np.asarray(self.scores[name])[kept]))
+
+
+class Entry(NamedTuple):
+    """One line of the memory."""
+
+    round: int
+    widths: Widths
+    share: float
+    score: float
+
+
+class Proposer(Protocol):
+    def propose(
+        self, task: Task, memory: Sequence[Entry], count: int, rng: np.random.Generator
+    ) -> list[Widths]: ...
+
+
+def make_task(
+    config: UNetConfig, target: float, scores: Mapping[str, np.ndarray], kinds: str = "inner"
+) -> Task:
+    """kinds: a row of structure.PLANS. ValueError where the target is out of reach."""
+    variables = {
+        name: variable
+        for name, variable in layout(config).variables.items()
+        if variable.kind in PLANS[kinds] and len(variable.menu) > 1
+    }
+    task = Task(config, variables, target, scores)
+    least = task.share({name: variable.menu[0] for name, variable in variables.items()})
+    if not least - task.band <= target <= 1:
+        raise ValueError(
+            f"a share of {target:.3f} is out of reach: pruning {', '.join(PLANS[kinds])} leaves "
+            f"{least:.3f} at least; raise prune.k, or prune.plan='all'"
+        )
+    return task
+
+
+def uniform(task: Task) -> Widths:
+    """One ratio for all variables, as near to the target as their menus let it, then repaired."""
+
+    def at(ratio):
+        return {
+            name: max((w for w in v.menu if w <= ratio * v.width + 1e-9), default=v.menu[0])
+            for name, v in task.variables.items()
+        }
+
+    ratios = sorted({w / v.width for v in task.variables.values() for w in v.menu})
+    starts = sorted(map(at, ratios), key=lambda widths: abs(task.share(widths) - task.target))
+    for widths in starts[:-1]:
+        with contextlib.suppress(ValueError):  # a ratio from which nothing leads into the band
+            return repair(task, widths)
+    return repair(task, starts[-1])
+
+
+def repair(task: Task, widths: Mapping[str, int]) -> Widths:
+    """The widths moved step by step into the band: of the steps that come closer, each time the one
+    that loses least importance for the FLOPs it saves, or regains most for those it costs.
+
+    ValueError where no step comes closer any more, as from a start whose streams are too narrow.
+    """
+    widths = dict(widths)
+    share = task.share(widths)
+    while not task.fits(share):
+        moves = []
+        for name, variable in task.variables.items():
+            i = variable.menu.index(widths[name]) + (-1 if share > task.target else 1)
+            if not 0 <= i < len(variable.menu):
+                continue
+            width = variable.menu[i]
+            changed = task.share(widths | {name: width})
+            if abs(changed - task.target) < abs(share - task.target):
+                lost = task.lost(name, width) - task.lost(name, widths[name])
+                moves.append((lost / abs(changed - share), name, width, changed))
+        if not moves:
+            raise ValueError(
+                f"no widths come within {task.band:.0%} of the share {task.target:.3f}: the "
+                f"nearest has {share:.3f}; use a wider network, or fewer norm groups"
+            )
+        _, name, width, share = min(moves)  # what a step up regains is negative
+        widths[name] = width
+    return widths
+
+
+class Greedy:
+    """The best so far with one variable up and another down; the first proposal is uniform."""
+
+    def propose(self, task, memory, count, rng):
+        if not memory:
+            return [uniform(task)]
+        best = min(memory, key=lambda entry: entry.score).widths
+        return [_swapped(task, best, rng) for _ in range(count)]
+
+
+class Evolution:
+    """Crossover and mutation of the better half of the memory."""
+
+    def propose(self, task, memory, count, rng):
+        proposals = [] if memory else [uniform(task)]
+        parents = sorted(memory, key=lambda entry: entry.score)[: max(2, len(memory) // 2)]
+        while len(proposals) < count:
+            if len(parents) < 2:
+                proposals.append(random_widths(task, rng))
+                continue
+            a, b = (parents[i].widths for i in rng.choice(len(parents), 2, replace=False))
+            child = {name: (a if rng.random() < 0.5 else b)[name] for name in a}
+            proposals.append(_swapped(task, child, rng))
+        return proposals
+
+
+class Chance:
+    """Random widths: the control."""
+
+    def propose(self, task, memory, count, rng):
+        return [random_widths(task, rng) for _ in range(count)]
+
+
+def random_widths(task: Task, rng: np.random.Generator) -> Widths:
+    return {name: int(rng.choice(v.menu)) for name, v in task.variables.items()}
+
+
+def _swapped(task, widths, rng):
+    widths = dict(widths)
+    names = list(task.variables)
+    for step in (1, -1):
+        name = names[rng.integers(len(names))]
+        menu = task.variables[name].menu
+        i = menu.index(widths[name]) + step
+        widths[name] = menu[min(max(i, 0), len(menu) - 1)]
+    return widths
+
+
+def search(
+    task: Task,
+    evaluate: Callable[[Widths], float],
+    proposer: Proposer,
+    *,
+    rounds: int,
+    per_round: int,
+    memory_path: str | os.PathLike,
+    seed: int = 0,
+    remember: bool = True,
+) -> tuple[Entry, list[Entry]]:
+    """(the best entry, all of them). Rounds that the file holds already are not run again.
+
+    evaluate(widths) -> score, the lower the better, on a set that is the same for all candidates.
+    remember: False shows each round an empty memory, which is the control for its use.
+    """
+    memory = read_memory(memory_path, task)
+    done = max((entry.round for entry in memory), default=-1) + 1
+    for number in range(done, rounds):
+        rng = np.random.default_rng((seed, number))
+        known = {_key(entry.widths) for entry in memory}
+        fresh = []
+        for proposal in proposer.propose(task, memory if remember else [], per_round, rng):
+            try:
+                widths = repair(task, proposal)
+            except ValueError:  # nothing leads from it into the band: proposed in vain
+                continue
+            if _key(widths) not in known:
+                known.add(_key(widths))
+                fresh.append(Entry(number, widths, task.share(widths), float(evaluate(widths))))
+        memory += fresh
+        with open(memory_path, "a") as file:  # a round is one write
+            file.write("".join(json.dumps(entry._asdict()) + "\n" for entry in fresh))
+    if not memory:
+        raise ValueError(f"{rounds} rounds of {per_round} proposals found nothing: raise them")
+    return min(memory, key=lambda entry: entry.score), memory
+
+
+def read_memory(path: str | os.PathLike, task: Task) -> list[Entry]:
+    """The entries of a file; ValueError where they are of another network or target."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return []
+    entries = [Entry(**json.loads(line)) for line in path.read_text().splitlines() if line]
+    for entry in entries:
+        if set(entry.widths) != set(task.variables) or not task.fits(entry.share):
+            raise ValueError(
+                f"{path} remembers the search of another network or target: name another folder"
+            )
+    return entries
+
+
+def _key(widths: Mapping[str, int]) -> tuple[Any, ...]:
+    return tuple(sorted(widths.items()))

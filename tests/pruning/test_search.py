@@ -1,0 +1,180 @@
+"""The search under a budget: bands, memory, resumption, and a language model over HTTP."""
+
+import functools
+import http.server
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from cheapscale.models.unet import unet
+from cheapscale.pruning import search
+from cheapscale.pruning.language_model import LanguageModel, checked, prompt
+from cheapscale.pruning.structure import layout
+
+FIELDS = dict(resolution=16, channels=32, channel_mult=(1, 2), num_blocks=1, attention=(8,))
+
+
+@functools.cache
+def task(target=0.7, kinds="inner"):
+    config = unet(**FIELDS).config
+    rng = np.random.default_rng(0)
+    scores = {name: rng.exponential(size=v.width) for name, v in layout(config).variables.items()}
+    return search.make_task(config, target, scores, kinds)
+
+
+def score(widths):
+    """A made-up loss: the encoder's width matters, the decoder's hardly."""
+    variables = task().variables
+    return sum(
+        (5.0 if name.startswith("enc") else 0.2) * (1 - width / variables[name].width) ** 2
+        for name, width in widths.items()
+    )
+
+
+@pytest.mark.parametrize(
+    "target, kinds", [(0.6, "inner"), (0.9, "inner"), (0.5, "all"), (0.9, "all")]
+)
+def test_every_start_is_repaired_into_the_band(target, kinds):
+    here, rng = task(target, kinds), np.random.default_rng(1)
+    starts = [search.uniform(here)]
+    if kinds == "inner":
+        starts.append(search.repair(here, search.random_widths(here, rng)))
+    for widths in starts:
+        assert abs(here.share(widths) - target) <= search.BAND
+        assert all(width in here.variables[name].menu for name, width in widths.items())
+        kept = here.keep(widths)
+        assert {name: len(channels) for name, channels in kept.items()} == widths
+
+
+def test_a_target_out_of_reach_is_refused():
+    config = unet(**FIELDS).config
+    with pytest.raises(ValueError, match="share of 0.050 is out of reach: pruning inner, qk, v"):
+        search.make_task(config, 0.05, task().scores)
+
+
+def test_kept_channels_are_those_of_highest_score():
+    here = task()
+    name = next(iter(here.variables))
+    variable, width = here.variables[name], here.variables[name].menu[0]
+    kept = here.keep({name: width})[name]
+    cells = np.asarray(here.scores[name]).reshape(variable.cells, -1)
+    best = cells.argmax(1) + np.arange(variable.cells) * cells.shape[1]
+    if width == variable.cells:
+        np.testing.assert_array_equal(kept, best)
+    assert here.lost(name, variable.width) == 0
+    assert here.lost(name, width) == pytest.approx(
+        here.scores[name].sum() - here.scores[name][kept].sum()
+    )
+
+
+def run(tmp_path, proposer, **options):
+    options = {"rounds": 5, "per_round": 4} | options
+    return search.search(task(), score, proposer, memory_path=tmp_path / "memory.jsonl", **options)
+
+
+@pytest.mark.parametrize("proposer", [search.Greedy(), search.Evolution()])
+def test_searching_improves_on_one_ratio_for_all(proposer, tmp_path):
+    best, memory = run(tmp_path, proposer, rounds=8)
+    start = score(search.uniform(task()))
+    assert memory[0].score == pytest.approx(start) and best.score < 0.9 * start
+    assert len({tuple(entry.widths.items()) for entry in memory}) == len(memory)
+    assert all(task().fits(entry.share) for entry in memory)
+
+
+def test_a_search_that_was_interrupted_goes_on_from_its_memory(tmp_path):
+    whole, memory = run(tmp_path / "whole", search.Greedy())
+    run(tmp_path / "parts", search.Greedy(), rounds=2)
+    again, resumed = run(tmp_path / "parts", search.Greedy())
+    assert resumed == memory and again == whole
+    lines = (tmp_path / "parts" / "memory.jsonl").read_text().splitlines()
+    assert len(lines) == len(memory) and json.loads(lines[0])["round"] == 0
+    with pytest.raises(ValueError, match="another network or target"):
+        search.read_memory(tmp_path / "parts" / "memory.jsonl", task(0.9))
+
+
+def test_without_memory_every_round_starts_anew(tmp_path):
+    """The paper's ablation: without it a greedy proposer only ever says the uniform one."""
+    _, memory = run(tmp_path, search.Greedy(), remember=False)
+    assert len(memory) == 1
+
+
+class Model(http.server.BaseHTTPRequestHandler):
+    """Answers like OpenAI's interface, from a list of replies; keeps what it was asked."""
+
+    replies: list = []
+    asked: list = []
+
+    def do_POST(self):
+        length = int(self.headers["Content-Length"])
+        body = json.loads(self.rfile.read(length))
+        Model.asked.append((self.path, self.headers.get("Authorization"), body))
+        content = Model.replies.pop(0)
+        text = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    Model.replies, Model.asked = [], []
+    with http.server.HTTPServer(("127.0.0.1", 0), Model) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}/v1"
+        httpd.shutdown()
+        thread.join()
+
+
+def test_a_language_model_proposes_sees_the_memory_and_is_corrected(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHEAPSCALE_LLM_KEY", "secret")
+    here = task()
+    good = search.uniform(here)
+    full = {name: v.width for name, v in here.variables.items()}
+    other = search.repair(here, search.random_widths(here, np.random.default_rng(5)))
+    said = f"Here it is: {json.dumps(good)}"
+    Model.replies = ["I would rather not.", json.dumps(full), said, json.dumps(other)]
+    model = LanguageModel(server, "some-model")
+    best, memory = run(tmp_path, model, rounds=2, per_round=1)
+    assert [entry.widths for entry in memory] == [good, other]
+    assert best.score == min(score(good), score(other))
+    path, key, first = Model.asked[0]
+    assert path == "/v1/chat/completions" and key == "Bearer secret"
+    assert first["model"] == "some-model" and first["temperature"] == 0
+    assert first["messages"][0]["content"] == prompt(here, [])
+    # told what was wrong: no object, then 1.0 of the FLOPs
+    assert "holds no JSON object" in Model.asked[1][2]["messages"][-1]["content"]
+    assert "The FLOPs are 1.0000" in Model.asked[2][2]["messages"][-1]["content"]
+    # the second round is a new conversation that shows the first one's score
+    last = Model.asked[3][2]["messages"]
+    assert len(last) == 1 and f"score {memory[0].score:.6g}" in last[0]["content"]
+
+
+def test_a_language_model_that_never_fits_or_answers_stops_the_search(server):
+    Model.replies = ["no"] * 2
+    with pytest.raises(ValueError, match="gave no usable widths in 2 attempts"):
+        LanguageModel(server, "m", attempts=2).propose(task(), [], 1, None)
+    with pytest.raises(ValueError, match="did not answer as expected"):
+        LanguageModel("http://127.0.0.1:9/v1", "m", timeout=2).propose(task(), [], 1, None)
+    with pytest.raises(ValueError, match="url is 'localhost'"):
+        LanguageModel("localhost", "m")
+
+
+def test_replies_are_checked_name_by_name():
+    here = task()
+    good = search.uniform(here)
+    name = next(iter(good))
+    for change, message in (
+        ({name: 7}, f"{name} has the width 7, not one of"),
+        ({"extra": 8}, r"unknown \(\['extra'\]\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checked(here, json.dumps(good | change))
+    with pytest.raises(ValueError, match="Names are missing"):
+        checked(here, "{}")
+    assert checked(here, f"```json\n{json.dumps(good)}\n```") == good
