@@ -111,6 +111,9 @@ class GroupNorm(nn.Module):
     with v_c the variance around the channel's own mean. XLA reduces [b, h, w, c] over (h, w) many
     times faster than it reduces the group's five-axis view, and nothing large is subtracted from
     something large. The number of groups is stored, never derived from the width.
+
+    A variable "mask" [c] of ones and zeros in the collection "keep", where there is one, takes
+    channels out of the moments: what is left is normalised as if they had been cut out.
     """
 
     groups: int
@@ -132,8 +135,13 @@ class GroupNorm(nn.Module):
         var_c = jnp.mean(jnp.square(wide - mean_c), axis=space)
         mean_c = mean_c.reshape(x.shape[0], self.groups, -1)
         var_c = var_c.reshape(x.shape[0], self.groups, -1)
-        mean = jnp.mean(mean_c, axis=2, keepdims=True)
-        var = jnp.mean(var_c + jnp.square(mean_c - mean), axis=2, keepdims=True)
+        if self.has_variable("keep", "mask"):
+            mask = self.get_variable("keep", "mask").reshape(1, self.groups, -1)
+            share = mask / jnp.sum(mask, axis=2, keepdims=True)
+        else:
+            share = jnp.full((1, self.groups, 1), self.groups / channels)
+        mean = jnp.sum(share * mean_c, axis=2, keepdims=True)
+        var = jnp.sum(share * (var_c + jnp.square(mean_c - mean)), axis=2, keepdims=True)
         # y = (x - mean) / std * scale + bias as one multiply-add with [b, c] coefficients
         gain = jax.lax.rsqrt(var + self.eps) * scale.reshape(1, self.groups, -1)
         shift = bias.reshape(1, self.groups, -1) - mean * gain

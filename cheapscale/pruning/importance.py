@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from cheapscale.models.plan import UNetConfig
-from cheapscale.pruning.structure import Layout, Segment, layout
+from cheapscale.pruning.structure import Layout, layout, members
 
 PyTree = Any
 Scores = dict[str, np.ndarray]
@@ -103,15 +103,3 @@ def _changes(found: Layout, params: PyTree, grads: PyTree) -> Scores:
 
     walk(params, grads, "")
     return total
-
-
-def members(found: Layout, path: str) -> list[tuple[int, tuple[Segment, ...]]]:
-    """The axes of a weight along which it reads channels; of qkv also the one that writes q."""
-    axes = found.leaves[path]
-    reads = [(len(axes) - 2, axes[-2])] if path.endswith("/kernel") else []
-    if path in found.queries:
-        name, _ = found.queries[path]
-        width = found.variables[name].width
-        rest = sum(segment.width for segment in axes[-1]) - width
-        reads.append((len(axes) - 1, (Segment(name, width), Segment("", rest))))
-    return reads

@@ -158,6 +158,58 @@ def prune_optimiser(
     return walk(opt_state)
 
 
+def masked(params: PyTree, config: UNetConfig, keep: Mapping[str, np.ndarray]) -> PyTree:
+    """Variables of the full-size network that compute what the pruned one computes: {"params",
+    "keep"}.
+
+    What reads a channel that goes is zero, and norms leave it out of their moments. One compiled
+    program then serves every choice of widths, where each pruned network would need its own. Exact
+    unless a stream narrows beside a seam, where norm groups change their members (section 4.8).
+    """
+    found = layout(config)
+    _check(found.variables, keep)
+
+    def ones(axis: tuple[Segment, ...]) -> np.ndarray:
+        parts = []
+        for segment in axis:
+            mask = np.ones(segment.width, np.float32)
+            if segment.variable in keep:
+                mask = np.isin(np.arange(segment.width), keep[segment.variable]).astype(np.float32)
+            parts.append(mask)
+        return np.concatenate(parts)
+
+    def cut(path: str, value: Any) -> np.ndarray:
+        array = np.asarray(value)
+        for axis, segments in members(found, path):
+            shape = [1] * array.ndim
+            shape[axis] = -1
+            array = array * ones(segments).reshape(shape)
+        return array
+
+    masks: PyTree = {}
+    for path, axes in found.leaves.items():
+        if path.endswith("/scale"):
+            *parents, _ = path.split("/")
+            node = masks
+            for name in parents:
+                node = node.setdefault(name, {})
+            node["mask"] = ones(axes[0])
+    return {"params": _map_paths(cut, params), "keep": masks}
+
+
+def members(found: Layout, path: str) -> list[tuple[int, tuple[Segment, ...]]]:
+    """The axes of a weight along which it reads channels; of qkv also the one that writes q, which
+    only k reads."""
+    axes = found.leaves[path]
+    reads = [(len(axes) - 2, axes[-2])] if path.endswith("/kernel") else []
+    if path in found.queries:
+        name, _ = found.queries[path]
+        width = found.variables[name].width
+        rest = sum(segment.width for segment in axes[-1]) - width
+        reads.append((len(axes) - 1, (Segment(name, width), Segment("", rest))))
+    return reads
+
+
 def flops(config: UNetConfig, size: tuple[int, int] | None = None) -> float:
     """Multiplications and additions of one call for one image, convolutions' padded taps left out
     (as XLA counts). size: of the canvas; None is the native one."""

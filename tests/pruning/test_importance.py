@@ -67,7 +67,7 @@ def test_a_score_is_the_square_of_the_first_order_change(variable):
             }
 
         def factor(value, path):
-            for axis, segments in importance.members(found, path):
+            for axis, segments in structure.members(found, path):
                 parts = [weights if s.variable == variable else jnp.ones(s.width) for s in segments]
                 shape = [1] * value.ndim
                 shape[axis] = -1

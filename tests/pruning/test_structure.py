@@ -52,7 +52,7 @@ def network(family="adm", **changes):
     return config, jax.tree_util.tree_map_with_path(fill, shapes(config))
 
 
-def outputs(config, params):
+def outputs(config, params, **collections):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
     condition = {
@@ -61,7 +61,7 @@ def outputs(config, params):
     }  # fmt: skip
     noise = np.array([0.3, -1.0], np.float32)
     apply = _compiled(config)
-    return np.asarray(apply({"params": params}, x, noise, **condition))
+    return np.asarray(apply({"params": params} | collections, x, noise, **condition))
 
 
 @functools.cache
@@ -159,6 +159,22 @@ def test_a_permutation_across_groups_is_refused_where_it_is_uneven_and_breaks_wh
         structure.prune(params, config, {name: np.zeros(variable.width, int)})
     with pytest.raises(ValueError, match="keep names 'nothing'"):
         structure.prune(params, config, {"nothing": np.arange(3)})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masked_is_pruned_with_real_group_norms(family):
+    """The full-size network with masks computes what the narrower one does, for all of plan A."""
+    config, params = network(family)
+    keep = halved(structure.layout(config), structure.PLANS["inner"])
+    pruned = outputs(structure.pruned_config(config, keep), structure.prune(params, config, keep))
+    variables = structure.masked(params, config, keep)
+    masked = outputs(config, variables["params"], keep=variables["keep"])
+    np.testing.assert_allclose(masked, pruned, atol=5e-5 * np.abs(pruned).max())
+    without = outputs(config, variables["params"])
+    assert np.abs(without - pruned).max() > 0.02 * np.abs(pruned).max()  # the norms' part of it
+    nothing = structure.masked(params, config, {})
+    whole = outputs(config, nothing["params"], keep=nothing["keep"])
+    np.testing.assert_allclose(whole, outputs(config, params), rtol=1e-4, atol=1e-4)
 
 
 def zeroed_readers(params, config, gone):
