@@ -6,7 +6,7 @@ the complete ConfigDict of one stage, stages(arg) the argument strings of the pi
 
 from ml_collections import ConfigDict
 
-STAGES = ("pretrain", "invert", "distill", "grow", "cascade")
+STAGES = ("pretrain", "invert", "distill", "grow", "cascade", "assess", "prune")
 # self-cascade's tunings -> the learning rate of a preset is multiplied by so much
 TUNINGS = {"none": 1, "neck": 1, "gain": 10, "2k": 10, "full": 1, "lora": 1, "ft": 1}
 
@@ -75,7 +75,7 @@ def base_config(stage: str, **fields) -> ConfigDict:
         config.diffusion = edm()
         config.optim = optimiser("adam", 1e-3, warmup_steps=100)
         config.pretrain = ConfigDict({"label_dropout": 0.0, "augment": 0.0, "preview_steps": 20})
-    if stage in ("invert", "distill", "cascade"):
+    if stage in ("invert", "distill", "cascade", "assess", "prune"):
         config.teacher = ""
     if stage in ("invert", "distill", "grow"):
         config.latents = ""
@@ -106,6 +106,11 @@ def base_config(stage: str, **fields) -> ConfigDict:
     if stage == "cascade":
         config.optim = optimiser("adam", 1e-3)
         config.cascade = cascade()
+    if stage in ("assess", "prune"):
+        config.specialists = ""
+        config.prune = prune()
+    if stage == "prune":
+        config.optim = optimiser("adam", 1e-3, warmup_steps=20)
     for name, value in fields.items():
         config[name] = value
     return config
@@ -218,6 +223,41 @@ def cascade(tune: str = "neck") -> ConfigDict:
     )
 
 
+def prune() -> ConfigDict:
+    """Step-adaptive training. The body of the paper was not to be had: all but the formula of the
+    budgets, the SNR in decibels and that there is a memory is reconstruction."""
+    return ConfigDict(
+        {
+            "groups": 5,
+            "partition": "equal",  # equal | decibels | snr | loss | gradient (clustered)
+            "budget": "linear",  # linear (the paper's) | snr | loss | flat
+            "k": 0.5,
+            "order": "snr_up",  # the cleanest group keeps the whole network | snr_down | mid
+            "mean": 0.0,  # solve k (or the shares) for this mean instead; 0: as k says
+            "weigh": "positions",  # what a mean is over: positions | steps, of the sampler
+            "steps": 40,  # of that sampler
+            "plan": "inner",  # widths inside blocks | all: streams too
+            # taylor | accumulated | all_times | diff_pruning | magnitude | chance
+            "importance": "taylor",
+            "threshold": 0.05,  # of diff_pruning
+            "score_batches": 8,
+            "score_images": 128,
+            "proposer": "greedy",  # greedy | evolution | chance | uniform | llm
+            "rounds": 12,
+            "per_round": 8,
+            "remember": True,
+            "proxy_images": 1024,
+            "proxy_levels": 16,
+            "llm_url": "",
+            "llm_model": "",
+            "group": 0,  # of stage=prune, counted from the cleanest
+            "overlap": 1,  # positions trained on beyond the group, on either side
+            "distil": 0.0,  # weight of the base's estimate as the target
+            "start": "base",  # scratch: single-stage training, a control
+        }
+    )
+
+
 def smoke(config: ConfigDict, base: int) -> ConfigDict:
     """The same stage cut down to 3 steps on 24 tiny scenes, base 8 px: what the tests run."""
     config.data.resolution = config.data.resolution * 8 // base
@@ -245,6 +285,10 @@ def smoke(config: ConfigDict, base: int) -> ConfigDict:
         config.invert.per_shard = 16
     if "pretrain" in config:
         config.pretrain.preview_steps = 2
+    if "prune" in config:
+        config.prune.groups, config.prune.rounds, config.prune.per_round = 2, 1, 2
+        config.prune.score_batches, config.prune.score_images = 2, 8
+        config.prune.proxy_images, config.prune.proxy_levels = 16, 4
     if "cascade" in config:
         config.cascade.preview_steps = config.cascade.steps = 2
         config.cascade.num = config.cascade.per_shard = 4
@@ -294,7 +338,7 @@ def image_config(
     if stage == "invert":
         config.batch_size = preset["invert_batch"]
         config.invert.per_shard = preset.get("per_shard", 1024)
-    else:
+    elif stage != "assess":
         if stage not in preset:
             raise ValueError(f"size {args.size!r} has no stage {stage}: choose another size")
         steps, lr, config.batch_size = preset[stage]

@@ -23,6 +23,7 @@ SIZES = {
         "distill": (500, 1e-3, 32),
         "grow": (150, 1e-3, 8),
         "cascade": (300, 1e-3, 16),
+        "prune": (200, 1e-3, 64),
         "b2": 0.99,
         "per_shard": 250,
         "invert_batch": 125,

@@ -31,6 +31,7 @@ COMMON = {
     "pretrain": (600_000, 1e-4, 4096),
     "distill": (210_000, 8e-6, 256),
     "grow": (120_000, 8e-6, 256),
+    "prune": (60_000, 1e-4, 1024),
     "cascade": (10_000, 5e-5, 64),  # self-cascade's steps and rate; its batch is not published
     "invert_batch": 1024,
     "discriminator_width": 64,

@@ -23,6 +23,7 @@ SIZES = {
         "distill": (500, 1e-3, 32),
         "grow": (200, 1e-3, 12),
         "cascade": (300, 1e-3, 16),
+        "prune": (200, 1e-3, 64),
         "b2": 0.99,  # RAdam warms up for some 2 / (1 - b2) updates: 0.999 is for longer runs
         "per_shard": 600,
         "invert_batch": 200,
@@ -39,6 +40,7 @@ SIZES = {
         "distill": (500, 1e-3, 32),
         "grow": (300, 1e-3, 16),
         "cascade": (400, 1e-3, 16),
+        "prune": (300, 1e-3, 48),
         "b2": 0.99,
         "per_shard": 1000,
         "invert_batch": 200,
@@ -54,6 +56,7 @@ SIZES = {
         "distill": (20000, 1e-4, 64),
         "grow": (10000, 1e-4, 64),
         "cascade": (4000, 1e-4, 64),
+        "prune": (5000, 2e-4, 128),
         "invert_batch": 512,
         "discriminator_width": 32,
     },

@@ -180,7 +180,7 @@ def edm_loss(
     key_sigma, key_eps = jax.random.split(key)
     sigma = process.draw_sigma(key_sigma, x.shape[:1], P_mean, P_std, sigma_range)
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * _squared_error(D, x, sigma, key_eps, cond), sigma
+    return weight * squared_error(D, x, sigma, key_eps, cond), sigma
 
 
 def vp_loss(
@@ -201,10 +201,13 @@ def vp_loss(
     key_time, key_eps = jax.random.split(key)
     t = jax.random.randint(key_time, x.shape[:1], 0, steps)
     sigma = jnp.asarray(schedule.sigmas, x.dtype)[t]
-    return _squared_error(D, x, sigma, key_eps, cond) / sigma**2, sigma
+    return squared_error(D, x, sigma, key_eps, cond) / sigma**2, sigma
 
 
-def _squared_error(D, x, sigma, key, cond):
+def squared_error(
+    D: Denoiser, x: jax.Array, sigma: jax.Array, key: jax.Array, cond: dict[str, Any]
+) -> jax.Array:
+    """mean_pixels (D(x + sigma eps; sigma) - x)^2, [b]; sigma [b], cond: D's conditions."""
     noise = process.over_pixels(sigma, x) * jax.random.normal(key, x.shape, x.dtype)
     error = D(x + noise, sigma, **cond) - x
     return jnp.mean(jnp.square(error), axis=tuple(range(1, x.ndim)))

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cheapscale.diffusion import denoiser, guidance, process
-from cheapscale.models.unet import unet
+from cheapscale.models.unet import UNet, unet
+from cheapscale.stages.specialists import is_set, load_set
 from cheapscale.training.checkpoint import Loaded, load_network
 
 PyTree = Any
@@ -54,17 +55,24 @@ def make_denoiser(model: dict, diffusion: dict, noise_shift: float = 1.0) -> Cal
     net = unet(**model)
 
     def bind(params: PyTree, **options):
-        def F(x, noise, **condition):
-            return net.apply({"params": params}, x, noise, **condition, **options)
-
-        if diffusion["process"] == "edm":
-            feature = net.config.noise_feature
-            return denoiser.edm(F, diffusion["sigma_data"], feature, noise_shift=noise_shift)
-        schedule = process.vp_schedule(diffusion["process"])
-        prediction = diffusion["prediction"]
-        return denoiser.vp_denoiser(F, schedule, prediction, noise_shift=noise_shift)
+        return denoiser_of(net, {"params": params}, diffusion, noise_shift, **options)
 
     return bind
+
+
+def denoiser_of(
+    net: UNet, variables: PyTree, diffusion: dict, noise_shift: float = 1.0, **options
+) -> Callable:
+    """D(x, sigma, label=...) of a network with its variables; see `make_denoiser`."""
+
+    def F(x, noise, **condition):
+        return net.apply(variables, x, noise, **condition, **options)
+
+    if diffusion["process"] == "edm":
+        feature = net.config.noise_feature
+        return denoiser.edm(F, diffusion["sigma_data"], feature, noise_shift=noise_shift)
+    schedule = process.vp_schedule(diffusion["process"])
+    return denoiser.vp_denoiser(F, schedule, diffusion["prediction"], noise_shift=noise_shift)
 
 
 def make_segments(
@@ -152,7 +160,7 @@ def load_teacher(workdir: str | pathlib.Path, *, dtype: str = "", **options) -> 
 
     dtype: what the network computes in, in place of what it was trained in.
     """
-    loaded = load_network(workdir, **options)
+    loaded = load_model(workdir, **options)
     if "net" not in loaded.meta["networks"]:
         raise ValueError(
             f"{workdir} holds {list(loaded.meta['networks'])}, not a teacher: "
@@ -160,7 +168,21 @@ def load_teacher(workdir: str | pathlib.Path, *, dtype: str = "", **options) -> 
         )
     if dtype:
         loaded.meta["networks"]["net"] = complete(loaded.meta["networks"]["net"] | {"dtype": dtype})
+        specialists = loaded.meta["diffusion"].get("specialists", {"models": []})
+        specialists["models"][:] = [complete(m | {"dtype": dtype}) for m in specialists["models"]]
     return loaded
+
+
+def load_model(workdir: str | pathlib.Path, *, step: int | None = None, **options) -> Loaded:
+    """The only network of a work directory, or a set of specialists from its folder."""
+    if not is_set(workdir):
+        return load_network(workdir, step=step, **options)
+    if step is not None:
+        raise ValueError(
+            f"--step={step} picks a checkpoint of one run, but {workdir} is a set of specialists: "
+            "leave it out"
+        )
+    return load_set(workdir, **options)
 
 
 def check_guidance(meta: dict, cfg_scale: float) -> None:

@@ -6,7 +6,7 @@ import pathlib
 from cheapscale.training import jobs, loop
 from cheapscale.training.stage import Job, Stage
 
-STAGES = ("pretrain", "invert", "distill", "grow", "cascade")
+STAGES = ("pretrain", "invert", "distill", "grow", "cascade", "assess", "prune")
 
 
 def build(config) -> Stage | Job:

@@ -1,0 +1,298 @@
+"""Step-adaptive training, between its two stages: groups, budgets, widths (spec sections 2 to 4).
+
+    groups    <- contiguous noise levels, counted from the cleanest
+    F_i       <- (i/N + (1 - i/N) k) F0,   i = N at the highest SNR
+    for each group:
+        S     <- importance of every channel on the group's own levels          eq. of importance.py
+        R     <- search of widths within F_i: propose, check FLOPs, prune, proxy loss, remember
+        keep  <- the best channels of each variable, equally many in every norm group
+
+One shard is one group. Everything is pruned from the same base, from its EMA weights; what is
+written is which channels stay. `stage=prune` then fine-tunes one group after another.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cheapscale.data.files import whole_or_nothing
+from cheapscale.models.unet import unet
+from cheapscale.pruning import budget, importance, search
+from cheapscale.pruning.language_model import LanguageModel
+from cheapscale.pruning.structure import masked
+from cheapscale.stages import data
+from cheapscale.stages.groups import Groups, draw_levels, level_loss, make_groups, weight
+from cheapscale.stages.networks import denoiser_of, fingerprint, load_teacher
+from cheapscale.stages.sampling import levels
+from cheapscale.stages.specialists import assessment_path, read_assessment, write_manifest
+from cheapscale.training.checkpoint import Loaded
+from cheapscale.training.stage import Job
+from cheapscale.training.state import stream_key
+
+PyTree = Any
+SCORES = ("taylor", "accumulated", "all_times", "diff_pruning", "magnitude", "chance")
+BUDGETS = ("linear", "snr", "loss", "flat")
+PROPOSERS = ("greedy", "evolution", "chance", "uniform", "llm")
+ANCHORS = 50
+
+
+class Proxy(NamedTuple):
+    """Images and noise that are the same for every candidate."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def build(config) -> Job:
+    """The job of one set of specialists, into the folder `config.specialists`."""
+    settings, folder = config.prune.to_dict(), config.specialists
+    if not folder:
+        raise ValueError("config.specialists is empty: name the folder of the set")
+    check_settings(settings)
+    teacher = load_teacher(config.teacher)
+    if "specialists" in teacher.meta["diffusion"]:
+        raise ValueError(f"{config.teacher} is a set of specialists: prune its base")
+    source = data.open_data(config.data)
+    data.check_model(teacher.meta["networks"]["net"], source)
+
+    def prepare() -> "Assessment":
+        proxy = read_proxy(source, max(settings["proxy_images"], settings["score_images"]))
+        return Assessment(teacher, proxy, settings, config.seed, folder)
+
+    def run_shard(assessment: "Assessment", group: int, mesh) -> dict:
+        found = assessment.assess(group)
+        with whole_or_nothing(assessment_path(folder, group)) as temporary:
+            temporary.write_text(json.dumps(found) + "\n")
+        return {"share": found["share"], "score": found["score"]}
+
+    def finish(assessment: "Assessment") -> dict:
+        found = [read_assessment(folder, group) for group in range(settings["groups"])]
+        manifest = assessment.manifest([row["share"] for row in found])
+        write_manifest(folder, manifest)
+        return {"specialists": folder} | {
+            name: manifest[name] for name in ("edges", "targets", "shares", "mean_shares")
+        }
+
+    return Job(
+        num_shards=settings["groups"],
+        items_per_shard=1,
+        prepare=prepare,
+        done=lambda group: assessment_path(folder, group).is_file(),
+        run_shard=run_shard,
+        finish=finish,
+    )
+
+
+def check_settings(settings: dict) -> None:
+    """Refuse unknown choices before anything is read."""
+    for field, known in (("importance", SCORES), ("budget", BUDGETS), ("proposer", PROPOSERS)):
+        if settings[field] not in known:
+            raise ValueError(
+                f"prune.{field} is {settings[field]!r}: choose one of {', '.join(known)}"
+            )
+    if settings["proposer"] == "llm" and not settings["llm_url"]:
+        raise ValueError("prune.proposer is 'llm': name the model's prune.llm_url and llm_model")
+
+
+def read_proxy(source, num: int) -> Proxy:
+    """The first images of a fixed shuffle."""
+    pick = np.random.default_rng(0).permutation(len(source))[:num]
+    items = [source[int(i)] for i in pick]
+    labels = np.array([item.get("label", 0) for item in items], np.int32)
+    return Proxy(np.stack([item["image"] for item in items]), labels)
+
+
+class Assessment:
+    """What all groups of a set share: the base, its levels, the proxy images, one compiled loss."""
+
+    def __init__(self, teacher: Loaded, proxy: Proxy, settings: dict, seed: int, folder: str):
+        self.teacher, self.proxy, self.settings, self.seed = teacher, proxy, settings, seed
+        self.folder = folder
+        self.diffusion = teacher.meta["diffusion"]
+        self.net = unet(**teacher.meta["networks"]["net"])
+        self.loss = jax.jit(self._loss)
+        self.groups = self._groups()
+        self.targets = self._targets()
+
+    def _loss(self, variables, x, label, sigma, key):
+        """[b] at given levels; variables may carry masks."""
+        D = denoiser_of(self.net, variables, self.diffusion)
+        return level_loss(D, x, sigma, key, self.diffusion, label=label)
+
+    def assess(self, group: int) -> dict:
+        """Widths and channels of one group."""
+        scores = self.scores(group)
+        target = float(self.targets[group])
+        if target >= 1:  # the whole network, only fine-tuned
+            return {"widths": {}, "keep": {}, "share": 1.0, "score": self.score({}, group)}
+        settings = self.settings
+        task = search.make_task(self.net.config, target, scores, settings["plan"])
+        widths = search.uniform(task)
+        if settings["proposer"] != "uniform":
+            best, _ = search.search(
+                task,
+                lambda candidate: self.score(task.keep(candidate), group),
+                self.proposer(),
+                rounds=settings["rounds"],
+                per_round=settings["per_round"],
+                memory_path=f"{self.folder}/memory-{group}.jsonl",
+                seed=self.seed,
+                remember=settings["remember"],
+            )
+            widths = best.widths
+        keep = task.keep(widths)
+        return {
+            "widths": widths,
+            "keep": {name: np.asarray(channels).tolist() for name, channels in keep.items()},
+            "share": task.share(widths),
+            "score": self.score(keep, group),
+        }
+
+    def proposer(self) -> search.Proposer:
+        name = self.settings["proposer"]
+        if name == "llm":
+            return LanguageModel(self.settings["llm_url"], self.settings["llm_model"])
+        return {"greedy": search.Greedy, "evolution": search.Evolution, "chance": search.Chance}[
+            name
+        ]()
+
+    def score(self, keep: dict, group: int) -> float:
+        """Proxy loss of the network cut to `keep`: fixed images, noise and stratified levels."""
+        num = self.settings["proxy_images"]
+        first, last = self.groups.positions(group)
+        count = min(self.settings["proxy_levels"], last - first + 1)
+        strata = first + (np.arange(count) + 0.5) * (last - first + 1) / count
+        sigma = self.groups.levels[np.floor(strata).astype(int)]
+        sigma = np.resize(sigma, num).astype(np.float32)
+        variables = masked(self.teacher.params, self.net.config, keep)
+        return float(np.mean(self._in_batches(variables, sigma, "proxy")))
+
+    def _in_batches(self, variables, sigma, stream, size=64):
+        out = []
+        for start in range(0, len(sigma), size):
+            rows = np.arange(start, start + size) % len(sigma)  # one shape, one program
+            key = stream_key(self.seed, stream, start)
+            images, labels = self.proxy.images[rows], self.proxy.labels[rows]
+            loss = self.loss(variables, images, labels, sigma[rows], key)
+            out.append(np.asarray(loss)[: len(sigma) - start])
+        return np.concatenate(out)
+
+    def scores(self, group: int) -> importance.Scores:
+        """Importance of every channel, by the chosen criterion."""
+        kind, config, params = self.settings["importance"], self.net.config, self.teacher.params
+        if kind == "magnitude":
+            return importance.magnitude(params, config)
+        if kind == "chance":
+            return importance.chance(config, self.seed + group)
+        whole = Groups(self.groups.levels, np.array([0, len(self.groups.levels)]))
+        if kind == "diff_pruning":
+            cut = importance.informative_levels(self.anchor_losses(), self.settings["threshold"])
+            last = self.anchors()[max(cut, 1) - 1] + 1
+            whole = Groups(self.groups.levels, np.array([0, last, len(self.groups.levels)]))
+        where = (self.groups, group) if kind in ("taylor", "accumulated") else (whole, 0)
+        grads = importance.gradients(self._mean_loss, params, self.batches(*where))
+        summed = kind in ("accumulated", "diff_pruning")
+        return (importance.accumulated if summed else importance.taylor)(grads, params, config)
+
+    def _mean_loss(self, params, x, label, sigma, key):
+        return self._loss({"params": params}, x, label, sigma, key).mean()
+
+    def batches(self, groups: Groups, group: int):
+        """The fixed batches that channels are scored on."""
+        count, size = self.settings["score_batches"], self.settings["score_images"]
+        for i in range(count):
+            k_level, k_noise = jax.random.split(stream_key(self.seed, f"score {group}", i))
+            rows = np.random.default_rng((self.seed, i)).permutation(len(self.proxy.images))[:size]
+            sigma = draw_levels(k_level, len(rows), self.diffusion, groups, group, 0)
+            yield self.proxy.images[rows], self.proxy.labels[rows], sigma, k_noise
+
+    def anchors(self) -> np.ndarray:
+        n = len(self._levels())
+        return np.unique(np.linspace(0, n - 1, min(ANCHORS, n)).round().astype(int))
+
+    def _levels(self):
+        return make_groups(self.diffusion, 1).levels
+
+    def anchor_losses(self) -> np.ndarray:
+        """The base's squared error of predicted noise at every anchor."""
+        variables, size = {"params": self.teacher.params}, self.settings["score_images"]
+        found = []
+        for anchor in self.anchors():
+            sigma = np.full(size, self._levels()[anchor], np.float32)
+            weighted = self._in_batches(variables, sigma, "anchor").mean()
+            # from the teacher's own weight to the error of predicted noise, x0's over sigma^2
+            found.append(weighted / (sigma[0] ** 2 * weight(self.diffusion, sigma[0])))
+        return np.array(found)
+
+    def _groups(self) -> Groups:
+        settings, kind = self.settings, self.settings["partition"]
+        measured = None
+        if kind == "loss":
+            measured = np.log(self.anchor_losses())
+        elif kind == "gradient":
+            measured = self.anchor_gradients()
+        return make_groups(
+            self.diffusion, settings["groups"], kind, anchors=self.anchors(), measured=measured
+        )
+
+    def anchor_gradients(self) -> np.ndarray:
+        """The loss's gradient at every anchor, [anchors, weights]."""
+        size = self.settings["score_images"]
+        images, labels = self.proxy.images[:size], self.proxy.labels[:size]
+        key = stream_key(self.seed, "anchor", 0)
+        batches = (
+            (images, labels, np.full(len(images), self._levels()[anchor], np.float32), key)
+            for anchor in self.anchors()
+        )
+        return np.stack([
+            np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
+            for grads in importance.gradients(self._mean_loss, self.teacher.params, batches)
+        ])  # fmt: skip
+
+    def _targets(self) -> np.ndarray:
+        """F_i / F0 of every group, from the cleanest."""
+        settings, count = self.settings, self.settings["groups"]
+        kind, mean = settings["budget"], settings["mean"]
+        weights = self.sampler_steps() if settings["weigh"] == "steps" else None
+        if kind == "flat":
+            return np.full(count, mean or 0.8)
+        if kind == "linear":
+            k = settings["k"]
+            if mean:
+                k = budget.solve_k(count, mean, order=settings["order"], weights=weights)
+            return budget.shares(count, k, settings["order"])
+        if kind == "snr":
+            difficulty = np.clip(self.groups.decibels(), -20, 20)
+        else:
+            losses, owner = np.log(self.anchor_losses()), self.anchors()
+            difficulty = np.array([
+                losses[(owner >= a) & (owner < b)].mean()
+                for a, b in zip(self.groups.edges, self.groups.edges[1:])
+            ])  # fmt: skip
+        return budget.by_difficulty(difficulty, mean or 0.8, weights)
+
+    def sampler_steps(self) -> np.ndarray:
+        """Steps of the sampler's grid that each group owns."""
+        grid = levels(self.diffusion, self.settings["steps"], "sample")
+        return budget.steps_of_groups(grid, self.groups.borders)
+
+    def manifest(self, shares: list[float]) -> dict:
+        steps, sizes = self.sampler_steps(), np.diff(self.groups.edges)
+        return {
+            "teacher": fingerprint(self.teacher.params),
+            "base": self.teacher.meta,
+            "owner": "a step belongs to the group of its noisier end",
+            "edges": self.groups.edges.tolist(),
+            "borders": list(self.groups.borders),
+            "decibels": self.groups.decibels().tolist(),
+            "targets": np.asarray(self.targets).tolist(),
+            "shares": shares,
+            "mean_shares": {
+                "positions": budget.mean_share(shares, sizes),
+                f"{self.settings['steps']} sampler steps": budget.mean_share(shares, steps),
+            },
+            "sampler_steps": steps.tolist(),
+            "settings": self.settings,
+        }

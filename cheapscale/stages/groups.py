@@ -1,0 +1,121 @@
+"""Groups of noise levels for a teacher of either process, and the loss inside one (spec 2, 5.2).
+
+Positions are counted from clean to noisy. Of a VP teacher they are the times of its table; of an
+EDM teacher the nodes of its 40-node sampling grid, between which its levels are continuous.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cheapscale.diffusion import process
+from cheapscale.diffusion.denoiser import squared_error
+from cheapscale.pruning import partition
+
+NODES = 40  # of the grid whose nodes are an EDM teacher's positions
+KINDS = ("equal", "decibels", "snr", "loss", "gradient")
+
+
+class Groups(NamedTuple):
+    """levels: sigmas of the positions, ascending. edges: see `partition`."""
+
+    levels: np.ndarray
+    edges: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return len(self.edges) - 1
+
+    @property
+    def borders(self) -> tuple[float, ...]:
+        """Sigmas between the groups, ascending: the highest level of each group but the last."""
+        return tuple(float(self.levels[edge - 1]) for edge in self.edges[1:-1])
+
+    def positions(self, group: int, overlap: int = 0) -> tuple[int, int]:
+        """First and last position that a group's specialist trains on."""
+        return partition.with_overlap(self.edges, overlap)[group]
+
+    def decibels(self) -> np.ndarray:
+        """Mean SNR of each group."""
+        snr = process.decibels(self.levels)
+        return np.array([snr[a:b].mean() for a, b in zip(self.edges, self.edges[1:])])
+
+
+def levels_of(diffusion: dict) -> np.ndarray:
+    """The sigmas of a teacher's positions, ascending."""
+    if diffusion["process"] == "edm":
+        ends = {name: diffusion[name] for name in ("sigma_min", "sigma_max", "rho")}
+        return process.karras_grid(NODES, **ends)[::-1].copy()
+    return process.vp_schedule(diffusion["process"]).sigmas
+
+
+def make_groups(
+    diffusion: dict,
+    count: int,
+    kind: str = "equal",
+    *,
+    anchors: np.ndarray | None = None,
+    measured: np.ndarray | None = None,
+) -> Groups:
+    """Cut a teacher's levels into groups.
+
+    kind: "equal" many positions (an EDM teacher's borders then are solver nodes); "decibels" of
+    equal width, clipped to 20; or clustered by dynamic programming over SNR in decibels ("snr"),
+    the loss ("loss") or the gradient ("gradient") `measured` at the positions `anchors`.
+    """
+    levels = levels_of(diffusion)
+    if kind == "equal":
+        return Groups(levels, partition.equal_length(len(levels), count))
+    if kind == "decibels":
+        return Groups(levels, partition.equal_decibels(process.decibels(levels), count))
+    if kind == "snr":
+        anchors = np.unique(np.linspace(0, len(levels) - 1, 50).round().astype(int))
+        measured = process.decibels(levels[anchors])
+    elif kind not in KINDS:
+        raise ValueError(f"prune.partition is {kind!r}: choose one of {', '.join(KINDS)}")
+    if anchors is None or measured is None:
+        raise ValueError(f"prune.partition {kind!r} needs a measurement at some positions")
+    cost = (partition.conflict if kind == "gradient" else partition.spread)(measured)
+    edges = partition.cluster(cost, count)
+    return Groups(levels, partition.from_anchors(anchors, edges, len(levels)))
+
+
+def draw_levels(
+    key: jax.Array, count: int, diffusion: dict, groups: Groups, group: int, overlap: int
+) -> jax.Array:
+    """sigma [count] of one group: the teacher's own distribution cut to the group and its overlap.
+
+    Half of the draws are mirrored inside the interval (t' = lo + hi - t; of ln sigma, the opposite
+    quantile), as the base's antithetic pairs are over all levels.
+    """
+    first, last = groups.positions(group, overlap)
+    u = jax.random.uniform(key, ((count + 1) // 2,))
+    if diffusion["process"] == "edm":
+        low = float(groups.levels[first]) if first else 0.0
+        high = float(groups.levels[last]) if last < len(groups.levels) - 1 else np.inf
+        P_mean, P_std = diffusion["P_mean"], diffusion["P_std"]
+        a, b = (
+            jax.scipy.stats.norm.cdf((np.log(edge) - P_mean) / P_std) if 0 < edge < np.inf else end
+            for edge, end in ((low, 0.0), (high, 1.0))
+        )
+        u = jnp.concatenate([u, 1 - u])[:count]
+        u = jnp.clip(a + (b - a) * u, 1e-6, 1 - 1e-6)
+        return jnp.exp(P_mean + P_std * jax.scipy.special.ndtri(u))
+    t = first + jnp.floor(u * (last - first + 1)).astype(jnp.int32)
+    t = jnp.concatenate([t, first + last - t])[:count]
+    return jnp.asarray(groups.levels, jnp.float32)[t]
+
+
+def weight(diffusion: dict, sigma: jax.Array) -> jax.Array:
+    """What the teacher's own loss multiplies the squared error of x0 by."""
+    if diffusion["process"] == "edm":
+        total = sigma**2 + diffusion["sigma_data"] ** 2
+        return total / (sigma * diffusion["sigma_data"]) ** 2
+    return 1 / sigma**2
+
+
+def level_loss(D, x: jax.Array, sigma: jax.Array, key: jax.Array, diffusion: dict, **cond):
+    """The teacher's loss at given levels, [b]."""
+    return weight(diffusion, sigma) * squared_error(D, x, sigma, key, cond)

@@ -1,0 +1,166 @@
+"""Step-adaptive training, stage 2: one specialist for one group of noise levels (spec section 5).
+
+    theta_j <- the base's EMA weights, cut to the channels that the assessment kept
+    for (x, y) in data:
+        sigma ~ the base's own levels, cut to the group and an overlap; half of them mirrored in it
+        minimise  (1 - d) L(D_j; x, sigma) + d L(D_j; D_base, sigma)
+        ema   <- restarted at theta_j
+
+The optimiser starts fresh. Groups are independent: N jobs, or one after the other. The work
+directory is `specialists.group_folder`, so that the set finds its members.
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cheapscale.diffusion import process
+from cheapscale.models.unet import unet
+from cheapscale.pruning.structure import prune, pruned_config
+from cheapscale.stages import data
+from cheapscale.stages.groups import Groups, draw_levels, levels_of, weight
+from cheapscale.stages.networks import complete, fingerprint, load_teacher, make_denoiser
+from cheapscale.stages.one_step import init_generator
+from cheapscale.stages.pretrain import augmented
+from cheapscale.stages.specialists import read_assessment, read_manifest
+from cheapscale.training.optim import make_optimiser
+from cheapscale.training.stage import Stage, denoise_step, noise_bins
+from cheapscale.training.state import Optimiser
+
+PyTree = Any
+STARTS = ("base", "scratch")
+
+
+def build(config) -> Stage:
+    """One group's specialist. Raises ValueError where set, teacher and data do not fit."""
+    settings, folder = config.prune.to_dict(), config.specialists
+    manifest = read_manifest(folder)
+    group, count = settings["group"], len(manifest["edges"]) - 1
+    if not 0 <= group < count:
+        raise ValueError(f"prune.group is {group}, but {folder} has groups 0 ... {count - 1}")
+    if settings["start"] not in STARTS:
+        raise ValueError(f"prune.start is {settings['start']!r}: choose one of {', '.join(STARTS)}")
+    teacher = load_teacher(config.teacher)
+    if fingerprint(teacher.params) != manifest["teacher"]:
+        raise ValueError(
+            f"{folder} was assessed on the teacher {manifest['teacher']}, but {config.teacher} "
+            f"holds {fingerprint(teacher.params)}: name the teacher of the assessment"
+        )
+    source = data.open_data(config.data)
+    base = teacher.meta["networks"]["net"]
+    data.check_model(base, source)
+    found = read_assessment(folder, group)
+    keep = {name: np.asarray(channels) for name, channels in found["keep"].items()}
+    whole = unet(**base).config
+    narrow = pruned_config(whole, keep)
+    model = complete(base | {"overrides": narrow.overrides})
+    diffusion = teacher.meta["diffusion"]
+    groups = Groups(levels_of(diffusion), np.asarray(manifest["edges"]))
+    optimiser = Optimiser(make_optimiser(**config.optim))
+    distil = settings["distil"]
+    pretrain = teacher.meta["config"]["pretrain"]
+
+    def cut(params: PyTree) -> PyTree:
+        if settings["start"] == "scratch":
+            return params
+        return {"net": prune(teacher.params, whole, keep)}
+
+    return Stage(
+        init_params=lambda key: ({"net": init_generator(model, key)}, {"net": noise_bins()}),
+        optimisers={"net": optimiser},
+        step=functools.partial(
+            denoise_step,
+            loss_fn=functools.partial(
+                group_loss,
+                bind=make_denoiser(model, diffusion),
+                bind_base=make_denoiser(base, diffusion),
+                diffusion=diffusion,
+                groups=groups,
+                group=group,
+                overlap=settings["overlap"],
+                distil=distil,
+                null_label=base["num_classes"],
+                label_dropout=pretrain["label_dropout"],
+            ),
+            optimiser=optimiser,
+            ema_decay=config.ema.decay,
+        ),
+        batches=functools.partial(
+            data.real_batches,
+            source,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            num_threads=config.data.num_threads,
+            transform=functools.partial(
+                augmented, flips=config.data.flip, probability=pretrain["augment"]
+            ),
+        ),
+        load_frozen=lambda: ({"base": teacher.params} if distil else {}, {}),
+        frozen_shapes=lambda: (
+            {"base": jax.eval_shape(lambda p: p, teacher.params)} if distil else {}
+        ),
+        warm_start=cut,
+        evals={},
+        meta={
+            "stage": "prune",
+            "networks": {"net": model},
+            "diffusion": diffusion,
+            "data": data.describe(source),
+            "teacher": manifest["teacher"],
+            "specialist": {
+                "set": pathlib.Path(folder).name,
+                "group": group,
+                "positions": groups.positions(group),
+                "overlap": settings["overlap"],
+                "share": found["share"],
+                "keep": found["keep"],
+            },
+            "ledger": teacher.meta["ledger"],
+            "frozen_networks": teacher.meta.get("frozen_networks", {}),
+        },
+        batch_size=config.batch_size,
+        fits={},
+    )
+
+
+def group_loss(
+    params: PyTree,
+    frozen: PyTree,
+    batch: PyTree,
+    key: jax.Array,
+    *,
+    bind,
+    bind_base,
+    diffusion: dict,
+    groups: Groups,
+    group: int,
+    overlap: int,
+    distil: float,
+    null_label: int,
+    label_dropout: float,
+) -> tuple[jax.Array, jax.Array]:
+    """(weighted loss [b], sigma [b]) of one batch {image, label[, augment]} (section 5.2, 5.3)."""
+    k_level, k_noise, k_drop, k_label = jax.random.split(key, 4)
+    x, label = batch["image"], batch["label"]
+    condition = {"label": label}
+    if label_dropout:
+        dropped = jax.random.bernoulli(k_label, label_dropout, label.shape)
+        condition["label"] = jnp.where(dropped, null_label, label)
+    if "augment" in batch:
+        condition["augment"] = batch["augment"]
+    sigma = draw_levels(k_level, len(x), diffusion, groups, group, overlap)
+    noisy = x + process.over_pixels(sigma, x) * jax.random.normal(k_noise, x.shape, x.dtype)
+    estimate = bind(params, train=True, rngs={"dropout": k_drop})(noisy, sigma, **condition)
+
+    def error(target):
+        return jnp.mean(jnp.square(estimate - target), axis=tuple(range(1, x.ndim)))
+
+    loss = error(x)
+    if distil:
+        theirs = jax.lax.stop_gradient(bind_base(frozen["base"])(noisy, sigma, **condition))
+        loss = (1 - distil) * loss + distil * error(theirs)
+    return weight(diffusion, sigma) * loss, sigma

@@ -1,0 +1,87 @@
+"""A set of specialists as one artefact: a folder that is accepted wherever a teacher is (10.3).
+
+    manifest.json            groups, owner rule, budgets, what was searched, the base's fingerprint
+    group-<j>/checkpoints    the specialist of group j, counted from the cleanest; its meta holds
+                             its widths and the channels kept
+
+The specialists share the base's noise process and are told its global noise levels; each owns the
+steps of a sampler whose noisier end lies in its group.
+"""
+
+import json
+import pathlib
+
+from cheapscale.data.files import whole_or_nothing
+from cheapscale.training.checkpoint import Loaded, load_network
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+def is_set(folder: str | pathlib.Path) -> bool:
+    return (pathlib.Path(folder) / MANIFEST).is_file()
+
+
+def group_folder(folder: str | pathlib.Path, group: int) -> str:
+    return str(pathlib.Path(folder) / f"group-{group}")
+
+
+def assessment_path(folder: str | pathlib.Path, group: int) -> pathlib.Path:
+    """Widths and channels of a group, as the assessment left them."""
+    return pathlib.Path(folder) / f"assessment-{group}.json"
+
+
+def read_assessment(folder: str | pathlib.Path, group: int) -> dict:
+    return json.loads(assessment_path(folder, group).read_text())
+
+
+def write_manifest(folder: str | pathlib.Path, manifest: dict) -> None:
+    with whole_or_nothing(pathlib.Path(folder) / MANIFEST) as temporary:
+        temporary.write_text(json.dumps({"version": VERSION} | manifest, indent=1) + "\n")
+
+
+def read_manifest(folder: str | pathlib.Path) -> dict:
+    """Raises FileNotFoundError where there is none, ValueError where it is of another version."""
+    path = pathlib.Path(folder) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: run stage=assess into that folder first")
+    manifest = json.loads(path.read_text())
+    if manifest["version"] != VERSION:
+        raise ValueError(
+            f"{path} has version {manifest['version']}, this program reads {VERSION}: assess again"
+        )
+    return manifest
+
+
+def load_set(folder: str | pathlib.Path, *, ema: bool = True) -> Loaded:
+    """All specialists as one teacher: params a tuple, one tree for each group.
+
+    meta is the base's, with the groups and each specialist's network under
+    diffusion["specialists"]. Raises FileNotFoundError naming the first group that is not trained.
+    """
+    manifest = read_manifest(folder)
+    loaded, models = [], []
+    for group in range(len(manifest["edges"]) - 1):
+        place = group_folder(folder, group)
+        network = load_network(place, "net", ema=ema)
+        if network.meta["teacher"] != manifest["teacher"]:
+            raise ValueError(
+                f"{place} was pruned from the teacher {network.meta['teacher']}, but the set's is "
+                f"{manifest['teacher']}: train that group again"
+            )
+        loaded.append(network)
+        models.append(network.meta["networks"]["net"])
+    base = manifest["base"]
+    specialists = {"borders": manifest["borders"], "models": models}
+    ledger = {
+        unit: base["ledger"][unit]
+        + sum(network.meta["ledger"][unit] - base["ledger"][unit] for network in loaded)
+        for unit in base["ledger"]
+    }
+    meta = base | {
+        "diffusion": base["diffusion"] | {"specialists": specialists},
+        "ledger": ledger,
+        "frozen_networks": base.get("frozen_networks", {}),
+    }
+    step = min(network.step for network in loaded)
+    return Loaded(tuple(network.params for network in loaded), meta, step, str(folder))

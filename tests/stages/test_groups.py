@@ -1,0 +1,91 @@
+"""Groups of noise levels: who owns a step, and what a group trains on."""
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from cheapscale.diffusion import process
+from cheapscale.stages.groups import NODES, draw_levels, levels_of, make_groups, weight
+from cheapscale.stages.networks import step_owners
+
+EDM = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
+       "sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}  # fmt: skip
+VP = EDM | {"process": "linear", "prediction": "eps"}
+
+
+def test_an_edm_teachers_borders_are_nodes_of_its_own_grid():
+    groups = make_groups(EDM, 5)
+    grid = process.sampling_grid(NODES, 0.002, 80.0, 7.0)
+    assert set(groups.borders) < set(grid) and len(groups.borders) == 4
+    owners = step_owners(grid, groups.borders)
+    assert np.bincount(owners).tolist() == [8] * 5  # as many steps each
+    assert owners[0] == 4 and owners[-1] == 0  # the noisiest group first
+
+
+@pytest.mark.parametrize("diffusion", [EDM, VP])
+def test_steps_belong_to_the_same_group_in_both_directions(diffusion):
+    groups = make_groups(diffusion, 4)
+    for grid in (process.karras_grid(18), process.karras_grid(7)):
+        down, up = (step_owners(g, groups.borders) for g in (grid, grid[::-1]))
+        np.testing.assert_array_equal(down, up[::-1])
+        assert np.all(np.diff(down) <= 0)
+    # a step that begins on a border belongs to the cleaner group
+    border = groups.borders[1]
+    assert step_owners(np.array([border, border / 2]), groups.borders)[0] == 1
+    assert step_owners(np.array([border * 1.01, border]), groups.borders)[0] == 2
+
+
+def test_vp_groups_are_intervals_of_time():
+    groups = make_groups(VP, 4)
+    assert groups.edges.tolist() == [0, 250, 500, 750, 1000]
+    np.testing.assert_array_equal(levels_of(VP), process.vp_schedule("linear").sigmas)
+    np.testing.assert_allclose(groups.decibels(), (9.5, -5.1, -17.4, -33.9), atol=0.06)
+    assert groups.positions(1, overlap=20) == (230, 519)
+
+
+@pytest.mark.parametrize("group", [0, 1, 3])
+def test_vp_draws_are_uniform_in_the_interval_and_mirrored_inside_it(group):
+    groups, n = make_groups(VP, 4), 20000
+    sigma = np.asarray(draw_levels(jax.random.key(group), n, VP, groups, group, 20))
+    t = np.searchsorted(groups.levels, sigma * (1 - 1e-5))
+    first, last = groups.positions(group, 20)
+    assert t.min() == first and t.max() == last
+    np.testing.assert_array_equal(t[n // 2 :], first + last - t[: n // 2])
+    counts, _ = np.histogram(t, bins=8, range=(first, last + 1))
+    assert np.abs(counts / n - 1 / 8).max() < 0.012
+
+
+@pytest.mark.parametrize("group", [0, 2, 4])
+def test_edm_draws_follow_the_teachers_own_density_cut_to_the_group(group):
+    groups, n = make_groups(EDM, 5), 20000
+    sigma = np.asarray(draw_levels(jax.random.key(0), n, EDM, groups, group, 1), np.float64)
+    first, last = groups.positions(group, 1)
+    low = np.log(groups.levels[first]) if first else -np.inf
+    high = np.log(groups.levels[last]) if last < NODES - 1 else np.inf
+    assert np.all(np.log(sigma) >= low - 1e-3) and np.all(np.log(sigma) <= high + 1e-3)
+    a, b = ((edge + 1.2) / 1.2 for edge in (low, high))
+    law = stats.truncnorm(a, b, loc=-1.2, scale=1.2)
+    # mirrored draws are pairs of quantiles: the first half alone is independent
+    assert stats.kstest(np.log(sigma[: n // 2]), law.cdf).pvalue > 1e-3
+    quantiles = law.cdf(np.log(sigma))
+    np.testing.assert_allclose(quantiles[: n // 2] + quantiles[n // 2 :], 1, atol=0.01)
+
+
+def test_clustered_groups_need_their_measurement_and_follow_it():
+    with pytest.raises(ValueError, match="prune.partition 'loss' needs a measurement"):
+        make_groups(EDM, 3, "loss")
+    with pytest.raises(ValueError, match="prune.partition is 'odd'"):
+        make_groups(EDM, 3, "odd")
+    anchors = np.arange(NODES)
+    measured = np.repeat([5.0, 1.0, 0.0], [4, 16, 20])
+    groups = make_groups(EDM, 3, "loss", anchors=anchors, measured=measured)
+    assert groups.edges.tolist() == [0, 4, 20, 40]
+    assert len(make_groups(VP, 4, "snr").edges) == 5
+    assert len(make_groups(VP, 4, "decibels").edges) == 5
+
+
+def test_the_weight_is_the_teachers_own():
+    sigma = np.array([0.1, 2.0])
+    np.testing.assert_allclose(weight(VP, sigma), 1 / sigma**2)
+    np.testing.assert_allclose(weight(EDM, sigma), (sigma**2 + 0.25) / (0.5 * sigma) ** 2)

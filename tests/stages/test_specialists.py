@@ -1,0 +1,200 @@
+"""A set of specialists through the stages, and wherever a teacher is accepted."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cheapscale.models.unet import unet
+from cheapscale.pruning.structure import layout, prune, pruned_config
+from cheapscale.stages import specialists
+from cheapscale.stages.cascade_sampler import cascade_plan, cascade_sampler
+from cheapscale.stages.groups import make_groups
+from cheapscale.stages.invert import round_trip
+from cheapscale.stages.networks import complete, fingerprint, load_model, load_teacher
+from cheapscale.stages.run import build, run
+from cheapscale.stages.sampling import levels, sample
+from cheapscale.training import checkpoint, loop
+from cheapscale.training.checkpoint import Loaded
+from cheapscale.training.sharding import make_mesh
+from configs import scenes
+
+DIFFUSION = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0,
+             "rho": 7.0, "sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}  # fmt: skip
+LEDGER = {"flops": 5.0, "device_seconds": 1.0}
+
+
+def base_meta():
+    model = complete(scenes.get_config("stage=pretrain,smoke").model.to_dict() | {"groups": 4})
+    return {
+        "stage": "pretrain", "networks": {"net": model}, "diffusion": DIFFUSION,
+        "config": {"pretrain": {"label_dropout": 0.0, "augment": 0.0}}, "ledger": LEDGER,
+        "data": {"name": "scenes"},
+    }  # fmt: skip
+
+
+def weights(seed=0):
+    net, rng = unet(**base_meta()["networks"]["net"]), np.random.default_rng(seed)
+    shapes = jax.eval_shape(
+        lambda key: net.init(key, jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), label=jnp.zeros(1, int)),
+        jax.random.key(0),
+    )
+    return jax.tree.map(lambda s: rng.normal(0, 0.1, s.shape).astype("f"), shapes["params"])
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("teacher")
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        state = loop.create_state({"net": weights()}, {}, {}, ["net"])
+        checkpoints.save(0, state, base_meta())
+        checkpoints.wait()
+    return str(workdir)
+
+
+def as_set(*members, models=None, borders=None):
+    """A set in memory: members' weights, by default all of the base's shape."""
+    meta = base_meta()
+    groups = make_groups(DIFFUSION, len(members))
+    chosen = {
+        "borders": groups.borders if borders is None else borders,
+        "models": models or [meta["networks"]["net"]] * len(members),
+    }
+    return Loaded(members, meta | {"diffusion": DIFFUSION | {"specialists": chosen}}, 0, "set")
+
+
+def test_specialists_that_are_the_base_are_the_base():
+    """Sampling, inversion and self-cascade: the same ODE, cut into segments."""
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        one = Loaded(weights(), base_meta(), 0, "base")
+        three = as_set(weights(), weights(), weights())
+        ids = np.arange(3)
+        for options in ({"steps": 9}, {"steps": 5, "method": "euler"}):
+            a, labels = sample(one, ids, **options)
+            b, _ = sample(three, ids, labels=labels, **options)
+            np.testing.assert_allclose(a, b, atol=2e-5)
+        z, back = round_trip(one, nodes=8)(a, labels)
+        z3, back3 = round_trip(three, nodes=8)(a, labels)
+        np.testing.assert_allclose(z3, z, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(back3, back, atol=1e-4)
+        plan = cascade_plan(one.meta, "2x", steps=6)
+        large, same = (cascade_sampler(m, plan).draw(ids, labels)[0][1] for m in (one, three))
+        np.testing.assert_allclose(large, same, atol=2e-5)
+
+
+def test_each_specialist_runs_its_own_steps_and_no_other():
+    """Weights that are not a number show who was called."""
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        broken = jax.tree.map(lambda p: np.full_like(p, np.nan), weights())
+        grid = levels(DIFFUSION, 6, "sample")
+        above = as_set(weights(), broken, borders=[float(grid[0])])
+        images, _ = sample(above, np.arange(2), steps=6)  # all steps begin at or below the border
+        assert np.isfinite(images).all()
+        below = as_set(weights(), broken, borders=[float(grid[1])])
+        assert np.isnan(sample(below, np.arange(2), steps=6)[0]).all()
+
+
+def test_pruned_specialists_of_different_widths_sample_together():
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        base = unet(**base_meta()["networks"]["net"]).config
+        variables = layout(base).variables
+        keep = {n: np.arange(v.width) for n, v in variables.items()}
+        for name, variable in variables.items():
+            if variable.kind == "inner" and len(variable.menu) > 1:
+                size = variable.width // variable.cells
+                keep[name] = np.concatenate(
+                    [np.arange(i * size, i * size + size // 2) for i in range(variable.cells)]
+                )
+        narrow = complete(
+            base_meta()["networks"]["net"] | {"overrides": pruned_config(base, keep).overrides}
+        )
+        models = [base_meta()["networks"]["net"], narrow]
+        mixed = as_set(weights(), prune(weights(), base, keep), models=models)
+        images, _ = sample(mixed, np.arange(2), steps=6)
+        assert np.isfinite(images).all()
+
+
+def configured(stage, teacher, folder, **changes):
+    config = scenes.get_config(f"stage={stage},smoke")
+    config.teacher, config.specialists = teacher, str(folder)
+    with config.unlocked():
+        config.prune.update(changes)
+    return config
+
+
+def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
+    folder = tmp_path / "set"
+    config = configured("assess", teacher, folder, k=0.6, plan="inner")
+    summary = run(config, tmp_path / "assess")
+    assert summary["targets"] == [1.0, 0.8] and summary["shares"][0] == 1.0
+    assert abs(summary["shares"][1] - 0.8) <= 0.02
+    manifest = specialists.read_manifest(folder)
+    assert manifest["teacher"] == fingerprint(load_teacher(teacher).params)
+    assert sum(manifest["sampler_steps"]) == 40
+    memory = (folder / "memory-1.jsonl").read_text().splitlines()
+    best = min(map(json.loads, memory), key=lambda entry: entry["score"])
+    assert specialists.read_assessment(folder, 1)["widths"] == best["widths"]
+    assert all(build(config).done(group) for group in (0, 1))
+    with pytest.raises(FileNotFoundError, match="group-0"):
+        specialists.load_set(folder)
+    for group in (0, 1):
+        config = configured("prune", teacher, folder, group=group, distil=0.5 * group)
+        done = run(config, specialists.group_folder(folder, group))
+        assert done["step"] == 3 and done["ledger"]["flops"] > LEDGER["flops"]
+    loaded = load_model(folder)
+    sizes = [sum(map(np.size, jax.tree.leaves(params))) for params in loaded.params]
+    assert sizes[1] < sizes[0]
+    # group 0 was only fine-tuned, group 1 started from the base's own channels
+    model = loaded.meta["diffusion"]["specialists"]["models"][1]
+    assert model["overrides"] and not loaded.meta["networks"]["net"]["overrides"]
+    assert loaded.meta["ledger"]["flops"] > LEDGER["flops"]
+    images, _ = sample(loaded, np.arange(8), steps=4)
+    assert images.shape == (8, 8, 8, 3) and np.isfinite(images).all()
+    with pytest.raises(ValueError, match="is a set of specialists: prune its base"):
+        build(configured("assess", str(folder), tmp_path / "again"))
+
+
+def test_a_specialist_starts_as_the_cut_base(teacher, tmp_path):
+    folder = tmp_path / "set"
+    settings = {"k": 0.6, "proposer": "uniform", "importance": "magnitude"}
+    run(configured("assess", teacher, folder, **settings), tmp_path / "assess")
+    stage = build(configured("prune", teacher, folder, group=1))
+    keep = {n: np.array(c) for n, c in specialists.read_assessment(folder, 1)["keep"].items()}
+    config = unet(**base_meta()["networks"]["net"]).config
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        stage.warm_start({})["net"],
+        prune(weights(), config, keep),
+    )
+    scratch = build(configured("prune", teacher, folder, group=1, start="scratch"))
+    assert scratch.warm_start({"net": "as drawn"}) == {"net": "as drawn"}
+    whole = build(configured("prune", teacher, folder, group=0))
+    jax.tree.map(np.testing.assert_array_equal, whole.warm_start({})["net"], weights())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"importance": "gut"}, "prune.importance is 'gut'"),
+        ({"proposer": "llm"}, "name the model's prune.llm_url"),
+        ({"budget": "none"}, "prune.budget is 'none'"),
+    ],
+)
+def test_choices_that_do_not_exist_are_refused(teacher, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(configured("assess", teacher, tmp_path, **changes))
+
+
+def test_a_set_that_is_not_whole_or_of_another_base_is_refused(teacher, tmp_path):
+    with pytest.raises(FileNotFoundError, match="run stage=assess into that folder first"):
+        build(configured("prune", teacher, tmp_path))
+    manifest = {"teacher": "another", "edges": [0, 20, 40], "base": base_meta(), "borders": [1.0]}
+    specialists.write_manifest(tmp_path, manifest)
+    with pytest.raises(ValueError, match="was assessed on the teacher another"):
+        build(configured("prune", teacher, tmp_path))
+    with pytest.raises(ValueError, match="prune.group is 2, but .* has groups 0 ... 1"):
+        build(configured("prune", teacher, tmp_path, group=2))
+    with pytest.raises(ValueError, match="picks a checkpoint of one run"):
+        load_model(tmp_path, step=3)
