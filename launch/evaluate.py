@@ -37,10 +37,11 @@ from cheapscale.stages.evaluate_settings import (
     Inputs,
     Settings,
 )
+from cheapscale.stages.networks import load_model
 from cheapscale.stages.sampler_cost import sampler_cost
 from cheapscale.stages.sampling import check_labels
 from cheapscale.training import jobs
-from cheapscale.training.checkpoint import Loaded, load_network
+from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.classifier import fit_classifier
 from cheapscale.training.logging import image_grid, save_png
 from cheapscale.training.loop import provenance
@@ -233,7 +234,7 @@ def run() -> dict:
     """Evaluate as the flags say; returns the summary."""
     if (FLAGS.model is None) == (FLAGS.images is None):
         raise ValueError("give either --model=WORKDIR or --images=FOLDER_OR_NPZ")
-    loaded = load_network(FLAGS.model, ema=FLAGS.ema, step=FLAGS.step) if FLAGS.model else None
+    loaded = load_model(FLAGS.model, ema=FLAGS.ema, step=FLAGS.step) if FLAGS.model else None
     trained = loaded.meta["config"]["data"] if loaded else {}
     name = FLAGS.data or trained.get("name")
     if loaded:

@@ -27,14 +27,17 @@ from cheapscale.diffusion.process import decibels
 from cheapscale.evaluation.pixels import to_uint8
 from cheapscale.stages import cascade_sampler as cascade
 from cheapscale.stages.cascade_baselines import BASELINES, baseline
+from cheapscale.stages.networks import load_model
 from cheapscale.stages.pivot_images import read_pivots
 from cheapscale.stages.sampling import sample
 from cheapscale.stages.tuned import load_tuned, tuned_cascade
-from cheapscale.training.checkpoint import Loaded, load_network
+from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.logging import image_grid, save_png
 from launch.command import execute
 
-flags.DEFINE_string("model", None, "Work directory of a pretrain, distill or grow run.")
+flags.DEFINE_string(
+    "model", None, "Work directory of a pretrain, distill or grow run, or a set of specialists."
+)
 flags.DEFINE_string("out", None, "Folder for the results (default: <model>/samples).")
 flags.DEFINE_integer("num", 64, "How many images.", lower_bound=1)
 flags.DEFINE_integer("start", 0, "Number of the first image.", lower_bound=0)
@@ -81,7 +84,7 @@ def run() -> dict:
     stray = [f"--{name}" for name in OF_CASCADES if FLAGS[name].present and not FLAGS.cascade]
     if stray:
         raise ValueError(f"{', '.join(stray)} say how to cascade: give --cascade=2x,4x as well")
-    loaded = load_network(FLAGS.model, ema=FLAGS.ema, step=FLAGS.step)
+    loaded = load_model(FLAGS.model, ema=FLAGS.ema, step=FLAGS.step)
     ids = np.arange(FLAGS.start, FLAGS.start + FLAGS.num)
     labels = None
     if FLAGS.labels:

@@ -38,9 +38,9 @@ from cheapscale.diffusion.pivot import (
     restart_grid,
     restart_sigma,
 )
-from cheapscale.evaluation.cost import cost_of_call
 from cheapscale.models.unet import unet
 from cheapscale.stages.networks import check_guidance, make_segments
+from cheapscale.stages.sampler_cost import segment_calls
 from cheapscale.stages.sampling import check_labels, labels_for, levels, prior
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.sharding import in_batches
@@ -319,29 +319,28 @@ def cascade_cost(
     over network calls of a compiled one. A scale of given images makes no call.
     """
     model, diffusion = _teacher(loaded.meta)
-    denoiser = frozen_teacher(model, diffusion)
-    params = jax.eval_shape(lambda p: p, loaded.params)
-    label = jax.ShapeDtypeStruct((batch_size,), np.int32)
+    guided = 1 if cfg_scale in (0.0, 1.0) else 2
 
-    def one_call(params: PyTree, x: jax.Array, label: jax.Array) -> jax.Array:
-        ((D, _),) = denoiser(params, None, label, plan.grid)
-        return D(x, plan.grid[0])
+    def row(size: Size, grid: np.ndarray | None) -> dict:
+        if grid is None or len(grid) < 2:
+            return {"size": size, "nfe": 0, "flops_per_call": 0.0, "flops_per_image": 0.0}
+        shape = (batch_size, *size, model["in_channels"])
+        parts = segment_calls(model, diffusion, loaded.params, shape, grid, method=method)
+        calls, flops = (guided * sum(n * each for n, each in rows) for rows in (
+            [(n, 1) for n, _ in parts], parts))  # fmt: skip
+        return {
+            "size": size, "nfe": calls, "flops_per_call": flops / calls, "flops_per_image": flops,
+        }  # fmt: skip
 
-    @functools.cache
-    def flops(size: Size) -> float:
-        x = jax.ShapeDtypeStruct((batch_size, *size, model["in_channels"]), np.float32)
-        return cost_of_call(one_call, params, x, label).flops / batch_size
-
-    def row(size: Size, calls: int) -> dict:
-        call = flops(size) if calls else 0.0
-        return {"size": size, "nfe": calls, "flops_per_call": call, "flops_per_image": calls * call}
-
-    calls, alone = network_calls(plan, method=method, cfg_scale=cfg_scale)
-    scales = [row(size, n) for size, n in zip(plan.sizes, calls)]
-    direct, total = row(plan.sizes[-1], alone), sum(scale["flops_per_image"] for scale in scales)
+    grids = (None if plan.given else plan.grid, *plan.restarts)
+    scales = [row(size, grid) for size, grid in zip(plan.sizes, grids)]
+    direct, total = (
+        row(plan.sizes[-1], plan.direct),
+        sum(scale["flops_per_image"] for scale in scales),
+    )
     return {
         "scales": scales,
-        "nfe": sum(calls),
+        "nfe": sum(scale["nfe"] for scale in scales),
         "flops_per_image": total,
         "direct": direct,
         "flops_ratio": total / direct["flops_per_image"],

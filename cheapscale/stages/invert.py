@@ -22,10 +22,17 @@ import numpy as np
 from cheapscale.data import latents
 from cheapscale.data.augment import flip
 from cheapscale.data.resize import RESIZE_ID
+from cheapscale.diffusion import solvers
 from cheapscale.evaluation.pixels import from_uint8, to_uint8
 from cheapscale.stages import data
-from cheapscale.stages.networks import check_guidance, fingerprint, load_teacher, make_denoiser
-from cheapscale.stages.sampling import network_calls, teacher_map
+from cheapscale.stages.networks import (
+    check_guidance,
+    fingerprint,
+    load_teacher,
+    make_segments,
+    segment_grids,
+)
+from cheapscale.stages.sampling import levels, network_calls, teacher_map
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.footprint import traced_bytes, traced_flops, tree_bytes
 from cheapscale.training.sharding import in_batches
@@ -81,7 +88,7 @@ def build(config) -> Job:
 
     def prepare() -> float:
         store.begin()
-        return calls * flops_of_call(teacher, store.manifest["shape"])
+        return flops_of_path(teacher, store.manifest["shape"], config.invert, direction)
 
     def run_shard(flops_per_latent: float, shard: int, mesh) -> dict:
         began = time.monotonic()
@@ -113,13 +120,22 @@ def build(config) -> Job:
             store,
             run,
             calls=calls,
+            flops=functools.partial(
+                flops_of_path, teacher, store.manifest["shape"], config.invert, direction
+            ),
             batch_size=min(config.batch_size, config.invert.per_shard),
         ),
     )
 
 
 def describe(
-    teacher: Loaded, store: latents.LatentWriter, run: Callable, *, calls: int, batch_size: int
+    teacher: Loaded,
+    store: latents.LatentWriter,
+    run: Callable,
+    *,
+    calls: int,
+    flops: Callable[[], float],
+    batch_size: int,
 ) -> dict:
     """What inverting costs, from shapes: nothing is computed or written.
 
@@ -131,7 +147,7 @@ def describe(
     params = jax.eval_shape(lambda p: p, teacher.params)
     x = jax.ShapeDtypeStruct((rows, *store.manifest["shape"]), np.float32)
     label = jax.ShapeDtypeStruct((rows,), np.int32)
-    call = flops_of_call(teacher, store.manifest["shape"])
+    each = flops()
     weights, values = tree_bytes(params), traced_bytes(run, params, x, label)
     todo = [shard for shard in range(store.num_shards) if not store.is_done(shard)]
     total, left = 2 * store.manifest["num_images"], sum(len(store.records(s)) for s in todo)
@@ -140,10 +156,10 @@ def describe(
         "latents": total,
         "latents_left": left,
         "network_calls_per_latent": calls,
-        "flops_per_network_call": call,
-        "flops_per_latent": calls * call,
-        "flops_total": calls * call * total,
-        "flops_left": calls * call * left,
+        "flops_per_network_call": each / calls,
+        "flops_per_latent": each,
+        "flops_total": each * total,
+        "flops_left": each * left,
         "memory": {"bytes_per_device": weights + values, "weights": weights, "values": values},
         "disk": str(store.folder),
         "payload_bytes": sum(store.payload_bytes(shard) for shard in todo),
@@ -151,13 +167,24 @@ def describe(
     }
 
 
-def flops_of_call(teacher: Loaded, shape: Sequence[int]) -> float:
-    """FLOPs of the teacher's denoiser for one image, from shapes; counted in a batch of 8."""
-    bind = make_denoiser(teacher.meta["networks"]["net"], teacher.meta["diffusion"])
+def flops_of_path(teacher: Loaded, shape: Sequence[int], settings, direction: str) -> float:
+    """FLOPs of the teacher's calls along a path for one image, from shapes; counted in a batch of
+    8, for each specialist of a set by itself. settings: config.invert."""
+    model, diffusion = teacher.meta["networks"]["net"], teacher.meta["diffusion"]
+    grid = levels(diffusion, settings.nodes, direction)
+    segments = make_segments(model, diffusion, cfg_scale=settings.cfg_scale)
     params = jax.eval_shape(lambda p: p, teacher.params)
     x = jax.ShapeDtypeStruct((8, *shape), np.float32)
     label = jax.ShapeDtypeStruct((8,), np.int32)
-    return traced_flops(lambda p, x, y: bind(p)(x, 1.0, label=y), params, x, label) / 8
+    total = 0.0
+    for i, part in enumerate(segment_grids(diffusion, grid)):
+
+        def one_call(params, x, label, i=i):
+            return segments(params, label, grid)[i][0](x, 1.0)
+
+        calls = sum(solvers.nfe([(None, part)]))
+        total += calls * traced_flops(one_call, params, x, label) / 8
+    return total
 
 
 def oriented(source, index: int, flipped: int) -> tuple[np.ndarray, int]:

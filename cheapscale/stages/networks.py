@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.diffusion import denoiser, guidance, process
+from cheapscale.diffusion import denoiser, guidance, process, solvers
 from cheapscale.models.unet import UNet, unet
 from cheapscale.stages.specialists import is_set, load_set
 from cheapscale.training.checkpoint import Loaded, load_network
@@ -89,21 +89,29 @@ def make_segments(
     models = specialists["models"] if specialists else [model]
     binds = [make_denoiser(each, diffusion, noise_shift) for each in models]
 
-    def denoiser_of(bind: Callable, params: PyTree, label: jax.Array) -> Callable:
+    def of_label(bind: Callable, params: PyTree, label: jax.Array) -> Callable:
         D = guidance.guided(bind(params), cfg_scale, null=null)
         return lambda x, sigma: D(x, sigma, label=label)
 
     def segments(params: PyTree, label: jax.Array, grid: np.ndarray) -> list:
         if specialists is None:
-            return [(denoiser_of(binds[0], params, label), grid)]
-        owners = step_owners(grid, specialists["borders"])
-        starts = [0, *(np.flatnonzero(np.diff(owners)) + 1), len(owners)]
+            return [(of_label(binds[0], params, label), grid)]
+        parts = segment_grids(diffusion, grid)
+        owners = [step_owners(part, specialists["borders"])[0] for part in parts]
         return [
-            (denoiser_of(binds[owners[a]], params[owners[a]], label), grid[a : b + 1])
-            for a, b in zip(starts, starts[1:])
+            (of_label(binds[owner], params[owner], label), part)
+            for owner, part in zip(owners, parts)
         ]
 
     return segments
+
+
+def segment_grids(diffusion: dict, grid: np.ndarray) -> list[np.ndarray]:
+    """A grid cut where another network takes over: whole for a teacher."""
+    if "specialists" not in diffusion:
+        return [grid]
+    owners = step_owners(grid, diffusion["specialists"]["borders"])
+    return solvers.split_grid(grid, np.flatnonzero(np.diff(owners)) + 1)
 
 
 def step_owners(grid: np.ndarray, borders: Sequence[float]) -> np.ndarray:

@@ -10,11 +10,12 @@ import pytest
 from cheapscale.models.unet import unet
 from cheapscale.pruning.structure import layout, prune, pruned_config
 from cheapscale.stages import specialists
-from cheapscale.stages.cascade_sampler import cascade_plan, cascade_sampler
+from cheapscale.stages.cascade_sampler import cascade_cost, cascade_plan, cascade_sampler
 from cheapscale.stages.groups import make_groups
-from cheapscale.stages.invert import round_trip
+from cheapscale.stages.invert import flops_of_path, round_trip
 from cheapscale.stages.networks import complete, fingerprint, load_model, load_teacher
 from cheapscale.stages.run import build, run
+from cheapscale.stages.sampler_cost import segment_calls
 from cheapscale.stages.sampling import levels, sample
 from cheapscale.training import checkpoint, loop
 from cheapscale.training.checkpoint import Loaded
@@ -82,6 +83,25 @@ def test_specialists_that_are_the_base_are_the_base():
         plan = cascade_plan(one.meta, "2x", steps=6)
         large, same = (cascade_sampler(m, plan).draw(ids, labels)[0][1] for m in (one, three))
         np.testing.assert_allclose(large, same, atol=2e-5)
+
+
+def test_the_cost_of_a_set_is_the_sum_of_its_members_calls():
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        one = Loaded(weights(), base_meta(), 0, "base")
+        three = as_set(weights(), weights(), weights())
+        grid = levels(DIFFUSION, 9, "sample")
+        model = one.meta["networks"]["net"]
+        (whole,) = segment_calls(model, DIFFUSION, one.params, (2, 8, 8, 3), grid)
+        parts = segment_calls(model, three.meta["diffusion"], three.params, (2, 8, 8, 3), grid)
+        assert len(parts) == 3 and sum(n for n, _ in parts) == whole[0] == 17
+        assert {flops for _, flops in parts} == {whole[1]}
+        plan = cascade_plan(one.meta, "2x", steps=9)
+        ours, base = (cascade_cost(m, plan, batch_size=2) for m in (three, one))
+        assert ours["nfe"] == base["nfe"]
+        assert ours["flops_per_image"] == pytest.approx(base["flops_per_image"])
+        settings = scenes.get_config("stage=invert,smoke").invert
+        traced = [flops_of_path(m, (8, 8, 3), settings, "invert") for m in (three, one)]
+        assert traced[0] == pytest.approx(traced[1]) and traced[0] > 0
 
 
 def test_each_specialist_runs_its_own_steps_and_no_other():
