@@ -21,6 +21,7 @@ from cheapscale.training import checkpoint, loop
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.sharding import make_mesh
 from configs import scenes
+from launch.specialists import make_set
 
 DIFFUSION = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0,
              "rho": 7.0, "sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}  # fmt: skip
@@ -145,9 +146,12 @@ def configured(stage, teacher, folder, **changes):
 
 
 def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
+    """`launch.specialists`, whose folder then is a teacher."""
     folder = tmp_path / "set"
-    config = configured("assess", teacher, folder, k=0.6, plan="inner")
-    summary = run(config, tmp_path / "assess")
+    arguments = {"path": "configs/scenes.py", "arg": "smoke", "teacher": teacher}
+    with pytest.raises(ValueError, match="--set=kk=1: config.prune has no field 'kk'"):
+        make_set(**arguments, folder=str(folder), changes=["kk=1"], groups=[])
+    summary = make_set(**arguments, folder=str(folder), changes=["k=0.6", "distil=0.5"], groups=[1])
     assert summary["targets"] == [1.0, 0.8] and summary["shares"][0] == 1.0
     assert abs(summary["shares"][1] - 0.8) <= 0.02
     manifest = specialists.read_manifest(folder)
@@ -156,13 +160,13 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
     memory = (folder / "memory-1.jsonl").read_text().splitlines()
     best = min(map(json.loads, memory), key=lambda entry: entry["score"])
     assert specialists.read_assessment(folder, 1)["widths"] == best["widths"]
-    assert all(build(config).done(group) for group in (0, 1))
     with pytest.raises(FileNotFoundError, match="group-0"):
-        specialists.load_set(folder)
-    for group in (0, 1):
-        config = configured("prune", teacher, folder, group=group, distil=0.5 * group)
-        done = run(config, specialists.group_folder(folder, group))
-        assert done["step"] == 3 and done["ledger"]["flops"] > LEDGER["flops"]
+        load_model(folder)
+    again = make_set(
+        **arguments, folder=str(folder), changes=["k=0.6", "distil=0.5"], groups=[0, 1]
+    )
+    assert [member["step"] for member in again["members"]] == [3, 3]
+    assert all(member["ledger"]["flops"] > LEDGER["flops"] for member in again["members"])
     loaded = load_model(folder)
     sizes = [sum(map(np.size, jax.tree.leaves(params))) for params in loaded.params]
     assert sizes[1] < sizes[0]

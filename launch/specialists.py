@@ -1,0 +1,71 @@
+"""A whole set of specialists of one teacher: assess, then fine-tune one group after another.
+
+    python -m launch.specialists --config=configs/scenes.py --arg=size=cascade \\
+        --teacher=runs/teacher --workdir=runs/specialists --set=k=0.5 --set=groups=5
+
+The work directory is the set, which every command that takes a teacher accepts as --model or
+config.teacher. Groups are independent, so on several machines the same is `launch.train` with
+stage=assess once and stage=prune for each --config.prune.group, into <set>/group-<j>. Running it
+again resumes. `--groups=0,3` fine-tunes those alone.
+"""
+
+import jax
+from absl import app, flags, logging
+
+from cheapscale.stages import specialists
+from cheapscale.stages.run import run
+from launch.command import execute
+from launch.pipeline import load_module
+
+
+def stage_config(path: str, arg: str, stage: str, teacher: str, folder: str, changes: list[str]):
+    """One stage's config with its paths, and NAME=VALUE changes of config.prune."""
+    config = load_module(path).get_config(",".join(filter(None, (arg, f"stage={stage}"))))
+    config.teacher, config.specialists = teacher, folder
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in config.prune:
+            known = ", ".join(config.prune)
+            raise ValueError(f"--set={change}: config.prune has no field {name!r}, only {known}")
+        kind = type(config.prune[name])
+        config.prune[name] = value in ("1", "true", "True") if kind is bool else kind(value)
+    return config
+
+
+def make_set(
+    path: str, arg: str, teacher: str, folder: str, changes: list[str], groups: list[int]
+) -> dict:
+    """The summary of the assessment and of every group's fine-tuning."""
+    summary = run(stage_config(path, arg, "assess", teacher, folder, changes), f"{folder}/assess")
+    count = len(specialists.read_manifest(folder)["edges"]) - 1
+    members = []
+    for group in groups or range(count):
+        logging.info("group %d of %d", group, count)
+        config = stage_config(path, arg, "prune", teacher, folder, [*changes, f"group={group}"])
+        members.append(run(config, specialists.group_folder(folder, group)))
+        jax.clear_caches()
+    return summary | {"members": members}
+
+
+def main(argv) -> None:
+    del argv
+    options = flags.FLAGS
+    groups = [int(group) for group in options.groups]
+    execute(
+        "specialists",
+        options.workdir,
+        lambda: make_set(
+            options.config, options.arg, options.teacher, options.workdir, options.set, groups
+        ),
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("config", None, "Config file with get_config.")
+    flags.DEFINE_string("arg", "", "Argument string for the config file.")
+    flags.DEFINE_string("teacher", None, "Work directory of the teacher to prune.")
+    flags.DEFINE_string("workdir", None, "The folder of the set.")
+    flags.DEFINE_multi_string("set", [], "NAME=VALUE of a field of config.prune; may be repeated.")
+    flags.DEFINE_list("groups", [], "Fine-tune only these groups, counted from the cleanest.")
+    flags.mark_flags_as_required(["config", "teacher", "workdir"])
+    app.run(main)
