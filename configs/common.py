@@ -204,10 +204,9 @@ def cascade(tune: str = "neck") -> ConfigDict:
             "pivot": "aligned",  # the image downsampled | "sampled": a base sample of its class
             "pivot_steps": 18,
             "pivot_decay": 1.0,
-            # levels trained at; adapters and fine-tuned weights also sample without a pivot
-            "times": "all" if tune in ("lora", "ft") else "to_k",
+            "times": "",  # levels trained at: to_k | all; "": all for lora and ft, else to_k
             "off_below": "",  # no injection below this level, written as k is
-            "label_dropout": 0.0,  # for guidance, as the teacher was trained
+            "label_dropout": -1.0,  # for guidance; below 0: as the teacher was trained
             "lora_rank": 4,
             "lora_scale": 1.0,
             "init_from": "",  # work directory of the stage before
@@ -229,7 +228,7 @@ def prune() -> ConfigDict:
     return ConfigDict(
         {
             "groups": 5,
-            "partition": "equal",  # equal | decibels | snr | loss | gradient (clustered)
+            "partition": "equal",  # equal | nodes | decibels | snr | loss | gradient (clustered)
             "budget": "linear",  # linear (the paper's) | snr | loss | flat
             "k": 0.5,
             "order": "snr_up",  # the cleanest group keeps the whole network | snr_down | mid
@@ -251,7 +250,7 @@ def prune() -> ConfigDict:
             "llm_url": "",
             "llm_model": "",
             "group": 0,  # of stage=prune, counted from the cleanest
-            "overlap": 1,  # positions trained on beyond the group, on either side
+            "overlap": 1,  # steps of that sampler trained on beyond the group, on either side
             "distil": 0.0,  # weight of the base's estimate as the target
             "start": "base",  # scratch: single-stage training, a control
         }

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cheapscale.data.files import whole_or_nothing
 from cheapscale.data.resize import area_mean
 from cheapscale.evaluation.cost import param_count
 from cheapscale.evaluation.pixels import to_uint8
@@ -63,6 +64,8 @@ class Study:
     def __init__(self, config, workdir: str):
         self.config, self.workdir = config, pathlib.Path(workdir)
         self.ids = np.arange(config.num)
+        for name in FILES:  # missing data end the study at once, not after hours
+            data.open_data(self.stage(name, "stage=pretrain", 0).data)
         self.teacher = functools.cache(self._teacher)
         self.base = functools.cache(self._base)
         self.judge = functools.cache(self._judge)
@@ -88,8 +91,11 @@ class Study:
         path = self.workdir / f"pivots-{'-'.join(map(str, key))}.npz"
         if not path.is_file():
             draw = sampler(teacher, steps=self.config.steps, method=self.config.method)
-            images, labels = draw(np.arange(num))
-            np.savez(path, images=images, labels=labels)
+            settings = self.stage(key[0], "stage=pretrain", 0).data
+            test = data.open_data(settings, split=settings.eval_split)
+            images, labels = draw(np.arange(num), data.class_mix(test, num))
+            with whole_or_nothing(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, images=images, labels=labels)
         with np.load(path) as stored:
             images, labels = stored["images"], stored["labels"]
         few = self.config.num
@@ -123,6 +129,7 @@ class Study:
         side = teacher.meta["networks"]["net"]["resolution"]
         return cascade_plan(
             teacher.meta, scales, k=(k,), steps=self.config.steps,
+            spacing="karras" if key[1] == "edm" else "leading",  # each schedule's own grid
             pivot_size=(side, side) if given else None, **options,
         )  # fmt: skip
 
@@ -132,7 +139,7 @@ class Study:
         plan = self.plan(key, scales, k or self.config.k)
         options = {}
         if tuned:
-            teacher, options = tuned_cascade(teacher, tuned, plan.sizes)
+            teacher, options = tuned_cascade(teacher, tuned, plan)
         cascade = cascade_sampler(teacher, plan, method=method, batch_size=64, **options)
         if direct:
             return cascade.direct(self.ids, base.labels)[0]
@@ -148,7 +155,8 @@ class Study:
         config.teacher = teacher.workdir
         config.batch_size = self.config.batch_size
         config.total_steps = limits.get("steps", self.config.eval_steps[-1])
-        config.save_every = self.config.eval_steps[0]
+        config.save_every = 50 if config.total_steps >= 50 else 1
+        config.optim.lr = limits.get("lr", 0.0) or config.optim.lr
         config.keep = 1 + config.total_steps // config.save_every
         config.eval_every = config.total_steps
         for field in ("options", "split"):
@@ -174,16 +182,20 @@ def cells(study: Study) -> Iterator[Cell]:
     for process in study.config.vp:
         yield from composition(study, ("scenes", process, seeds[0]), study.config.ks)
     yield from baselines(study, first)
-    yield from variants(study, first)
-    yield from photographs(study)
+    yield from variants(study, ("scenes", study.config.vp[0], seeds[0]))
     for seed in seeds[1:]:
         yield from composition(study, ("scenes", "edm", seed), (study.config.k,))
         yield from tuned(study, ("scenes", "edm", seed))
+    yield from photographs(study)
 
 
 def composition(study: Study, key: tuple, ks: tuple[str, ...]) -> Iterator[Cell]:
     """E1, E2, E3 on one teacher; E4 is the same on others."""
-    name, part = f"{key[1]} seed {key[2]}", "E3" if key[1] == "edm" else "E4"
+    name = f"{key[1]} seed {key[2]}"
+    first = key[2] == study.config.seeds[0]
+    direct, restored, others = ("E4",) * 3 if key[1] != "edm" else ("E1", "E2", "E3")
+    if not first:  # the further seeds of E2
+        direct = "E2"
 
     def reference():
         base = study.base(*key)
@@ -192,11 +204,20 @@ def composition(study: Study, key: tuple, ks: tuple[str, ...]) -> Iterator[Cell]
     def cell(**options):
         return lambda: study.measured(study.draw(key, **options), key)
 
-    yield Cell("E1", f"{name}: base", reference)
-    yield Cell("E1", f"{name}: direct", cell(direct=True))
-    yield Cell("E2", f"{name}: enlarged pivot", cell(k="sigma0"))
+    yield Cell(direct, f"{name}: base", reference)
+    yield Cell(direct, f"{name}: direct", cell(direct=True))
+    yield Cell(restored, f"{name}: enlarged pivot", cell(k="sigma0"))
     for k in ks:
-        yield Cell("E2" if k == study.config.k else part, f"{name}: K {k}", cell(k=k))
+        section = restored if k == study.config.k else others
+        yield Cell(section, f"{name}: K {k}", functools.partial(restarted, study, key, k))
+
+
+def restarted(study: Study, key: tuple, k: str) -> dict:
+    """The cascade from K, and the level that its grid really restarts at."""
+    grid = study.plan(key, "2x", k).restarts[0]
+    share = (len(grid) - 1) / study.config.steps
+    found = study.measured(study.draw(key, k=k), key)
+    return {"restart_sigma": float(grid[0]), "share_of_steps": share} | found
 
 
 def stages(study: Study, key: tuple) -> Iterator[Cell]:
@@ -214,19 +235,31 @@ def stages(study: Study, key: tuple) -> Iterator[Cell]:
 def tuned(study: Study, key: tuple) -> Iterator[Cell]:
     """E6, E7, E8: every design by optimiser steps, from the pivot; adapters and fine-tuned weights
     also without one."""
-    for name, (arg, changes) in study.config.tunings.to_dict().items():
-        for steps in study.config.eval_steps:
-            for direct in (False, True) if name.startswith(("lora", "ft")) else (False,):
+    for name, (arg, changes, lr) in study.config.tunings.to_dict().items():
+        control = name.startswith(("lora", "ft"))
+        every = study.config.control_steps if control else study.config.eval_steps
+        for steps in every:
+            for direct in (False, True) if control else (False,):
                 title = f"edm seed {key[2]}: {name} {'direct ' * direct}after {steps}"
                 run_cell = functools.partial(
-                    tuned_cell, study, key, name, arg, changes, steps, direct
+                    tuned_cell,
+                    study,
+                    key,
+                    name,
+                    arg,
+                    changes,
+                    steps,
+                    direct,
+                    lr=lr,
+                    steps=every[-1],
                 )
                 yield Cell("E6", title, run_cell)
 
 
-def tuned_cell(study, key, name, arg, changes, steps, direct=False, **limits) -> dict:
+def tuned_cell(study, key, name, arg, changes, after, direct=False, **limits) -> dict:
+    """One tuned run after so many steps; limits: of the run, see `Study.tune`."""
     place, summary = study.tune(key, name, arg, changes, **limits)
-    found = load_tuned(place, study.teacher(*key), step=steps)
+    found = load_tuned(place, study.teacher(*key), step=after)
     images = study.draw(key, tuned=(found,), direct=direct)
     rate = summary["steps_per_second"]
     return (
@@ -285,11 +318,11 @@ def seconds(study: Study, key: tuple) -> dict:
         "direct": lambda: free.direct(ids, labels),
         "tuning-free": lambda: free.draw(ids, labels),
     }
-    for name, (arg, changes) in study.config.tunings.to_dict().items():
+    for name, (arg, changes, _) in study.config.tunings.to_dict().items():
         if name.startswith(("lora", "ft")) or name.endswith("identity"):
             continue
         place, _ = study.tune(key, name, arg, changes)
-        subject, denoisers = tuned_cascade(teacher, [load_tuned(place, teacher)], plan.sizes)
+        subject, denoisers = tuned_cascade(teacher, [load_tuned(place, teacher)], plan)
         cascade = cascade_sampler(subject, plan, **options, **denoisers)
         calls[name] = functools.partial(cascade.draw, ids, labels)
     walls = {side: np.array(t["wall"]) for side, t in alternate(calls, timing.rounds).items()}

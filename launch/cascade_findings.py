@@ -6,7 +6,6 @@ Each finding holds the figures it rests on; one whose cells are not all there is
 import re
 
 from cheapscale.diffusion import process
-from cheapscale.diffusion.pivot import restart_sigma
 
 METRICS = ("single", "objects", "fd", "patch_fd", "base_fd", "pivot_mse", "contrast")
 
@@ -69,7 +68,7 @@ def best_k(config: dict, held: dict) -> dict | None:
             if len(figures) < max(2, len(config["ks"])):
                 continue
             best = min(figures, key=figures.get)
-            sigma = restart_sigma(best, area_ratio=4.0, sigma_data=0.5)
+            sigma = restart_of(held, schedule, config["seeds"][0], best)
             row[metric] = {"k": best, "decibels": float(process.decibels(sigma))}
             if schedule != "edm":
                 time = process.vp_schedule(schedule).time_of_sigma(sigma)
@@ -77,6 +76,12 @@ def best_k(config: dict, held: dict) -> dict | None:
         if row:
             rows[schedule] = row
     return rows if len(rows) > 1 else None
+
+
+def restart_of(held: dict, schedule: str, seed: int, k: str) -> float:
+    """The level that a teacher's grid restarts at for K."""
+    pattern = rf"E\d+ {schedule} seed {seed}: K {re.escape(k)}"
+    return next(row["restart_sigma"] for name, row in held.items() if re.fullmatch(pattern, name))
 
 
 def jump(config: dict, held: dict) -> dict | None:
@@ -93,8 +98,9 @@ def jump(config: dict, held: dict) -> dict | None:
 
 
 def tuning(config: dict, held: dict, seed: int) -> dict | None:
-    """E6, E7, E8: figures by steps; and the steps and seconds that each method takes to reach the
-    tuned neck's and gain's last patch distance (the paper's claim is about fine-tuning, direct)."""
+    """E6, E7, E8: figures by steps; and the steps and seconds that each method takes to reach what
+    an upsampler has after each of its numbers of steps (the paper's claim: fine-tuning takes five
+    times as many)."""
     pattern = rf"E6 edm seed {seed}: (.+?) after (\d+)"
     rows: dict = {}
     for name, figures in held.items():
@@ -105,17 +111,32 @@ def tuning(config: dict, held: dict, seed: int) -> dict | None:
             rows.setdefault(match[1], {})[match[2]] = row
     if not rows:
         return None
-    last = str(config["eval_steps"][-1])
     reached = {}
-    for design in ("neck", "gain", "full"):
-        if last not in rows.get(design, {}):
-            continue
-        target = rows[design][last]["patch_fd"]
-        reached[design] = {"patch_fd": target, "steps": {}}
-        for method, by_steps in rows.items():
-            enough = [int(s) for s, row in by_steps.items() if row["patch_fd"] <= target]
-            reached[design]["steps"][method] = min(enough, default=None)
+    for design in ("full", "neck", "gain", "2k"):
+        for after, row in rows.get(design, {}).items():
+            target = row["patch_fd"]
+            reached[f"{design} after {after}"] = {
+                "patch_fd": target,
+                "steps": {
+                    method: first_below(by_steps, target) for method, by_steps in rows.items()
+                },
+                "seconds": {
+                    method: seconds_below(by_steps, target) for method, by_steps in rows.items()
+                },
+            }
     return {"by steps": rows, "steps to reach": reached}
+
+
+def first_below(by_steps: dict, target: float) -> int | None:
+    """The fewest steps whose patch distance is at most the target."""
+    return min((int(s) for s, row in by_steps.items() if row["patch_fd"] <= target), default=None)
+
+
+def seconds_below(by_steps: dict, target: float) -> float | None:
+    """The same in seconds of training; None where the rate was not measured."""
+    steps = first_below(by_steps, target)
+    rates = [row["steps_per_second"] for row in by_steps.values() if "steps_per_second" in row]
+    return round(steps / rates[0], 1) if steps and rates else None
 
 
 def table(cells: dict) -> str:

@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cheapscale.data.files import whole_or_nothing
+from cheapscale.training.checkpoint import claim_workdir
 from cheapscale.training.loop import provenance
 from launch.cascade_experiment import Study, cells, timed
 from launch.cascade_findings import findings, table
@@ -30,6 +31,7 @@ def study(config, workdir: str, record: str, only: list[str], minutes: float) ->
     began, folder = time.monotonic(), pathlib.Path(workdir) / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(config.to_dict()))
+    claim_workdir(workdir, plain, ())  # cells of another config would be taken for these
     known = from_record(record, plain)
     planned = list(cells(Study(config, workdir)))
     unknown = set(only) - {cell.section for cell in planned}

@@ -181,7 +181,7 @@ def cascade_denoisers(loaded: Loaded, plan: cascade.CascadePlan) -> tuple[Loaded
         )
     if FLAGS.tuned:
         tuned = [load_tuned(folder, loaded, ema=FLAGS.ema) for folder in FLAGS.tuned]
-        return tuned_cascade(loaded, tuned, plan.sizes, FLAGS.cfg_scale)
+        return tuned_cascade(loaded, tuned, plan, FLAGS.cfg_scale)
     if FLAGS.baseline:
         stages = [
             baseline(FLAGS.baseline, loaded.meta, size, FLAGS.cfg_scale) for size in plan.sizes

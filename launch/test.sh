@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh "[test]"
-exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -70,7 +70,7 @@ class ResBlock(nn.Module):
         h = layers.GroupNorm(block.groups2, block.eps, name="norm2")(x).reshape(b, -1, c)
         qkv = layers.Dense(2 * block.qk + block.v, init, name="qkv")(h)
         q, k, v = jnp.split(qkv, (block.qk, 2 * block.qk), axis=-1)
-        if self.steady_entropy:  # of the softmax over more positions than the native ones
+        if self.steady_entropy and block.resolution > 1:  # over more positions than native
             q = q * math.sqrt(math.log(height * width) / math.log(block.resolution**2))
         h = layers.attention(q, k, v, block.heads)
         h = layers.Dense(block.out_channels, zero, name="proj")(h)

@@ -73,6 +73,11 @@ class UpsamplerConfig:
                 "cascade.init 'identity' cannot pass through a neck narrower than its features: "
                 "use init 'zero', or tune=full"
             )
+        if self.design == "neck" and self.width % norm_groups(self, self.width):
+            raise ValueError(
+                f"cascade.width {self.width} does not divide into {norm_groups(self, self.width)} "
+                f"norm groups: make it a multiple of {self.group_size}"
+            )
         shared = SHARED if self.design == "2k" else 1
         uneven = [name for name, channels in self.channels if channels % shared]
         if uneven:
@@ -80,6 +85,11 @@ class UpsamplerConfig:
                 f"tune=2k shares a gain among {SHARED} channels, but {uneven[0]} has "
                 f"{dict(self.channels)[uneven[0]]}: use tune=gain"
             )
+
+
+def norm_groups(config: UpsamplerConfig, width: int) -> int:
+    """Groups of a norm of `width` channels, by the network's own rule."""
+    return max(1, min(config.groups, width // config.group_size))
 
 
 def places(config: UNetConfig) -> tuple[str, ...]:
@@ -100,11 +110,16 @@ def places(config: UNetConfig) -> tuple[str, ...]:
 
 
 def upsampler_config(model: UNetConfig, design: str, **fields: Any) -> UpsamplerConfig:
-    """The modules that fit a network."""
-    blocks = {block.name: block for block in plan(model)}
+    """The modules that fit a network; ValueError where it has no four places for them."""
+    blocks, chosen = {block.name: block for block in plan(model)}, places(model)
+    if len(chosen) != PLACES:
+        raise ValueError(
+            f"the network offers {len(chosen)} places for upsamplers instead of {PLACES}: it needs "
+            "at least three encoder blocks whose output the decoder takes"
+        )
     return UpsamplerConfig(
         design,
-        tuple((name, blocks[name].out_channels) for name in places(model)),
+        tuple((name, blocks[name].out_channels) for name in chosen),
         blocks["map_layer1"].out_channels,
         groups=model.groups,
         group_size=model.group_size,
@@ -216,7 +231,7 @@ class TimeBlock(nn.Module):
     zero_conv: bool
 
     def setup(self):
-        groups = max(1, min(self.config.groups, self.width // self.config.group_size))
+        groups = norm_groups(self.config, self.width)
         init = layers.uniform(*FAMILIES["adm"].init)
         self.norm0 = layers.GroupNorm(groups, 1e-5)
         self.conv0 = layers.Conv(self.width, init)

@@ -8,7 +8,7 @@ mean is over training positions or over the steps of a sampler, by its weights; 
 and so does what "80 %" means.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -134,18 +134,3 @@ def steps_of_groups(sigmas: np.ndarray, borders: Sequence[float]) -> np.ndarray:
     starts = np.asarray(sigmas, np.float64)[:-1]
     group = np.searchsorted(np.asarray(borders, np.float64), starts * (1 - 1e-9))
     return np.bincount(group, minlength=len(borders) + 1)
-
-
-def ratio_for(share: float, flops: Callable[[float], float], low: float = 1 / 32) -> float:
-    """The width ratio whose FLOPs are `share` of those at 1, by bisection; flops must rise."""
-    target = share * flops(1.0)
-    if flops(low) > target:
-        raise ValueError(
-            f"a share of {share:.3f} is below what narrowing alone reaches "
-            f"({flops(low) / flops(1.0):.3f}): raise k, or prune the streams too"
-        )
-    high = 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if flops(middle) <= target else (low, middle)
-    return low

@@ -45,7 +45,9 @@ def accumulated(gradients: Iterable[PyTree], params: PyTree, config: UNetConfig)
         for name, change in _changes(found, params, grads).items():
             total[name] = total.get(name, 0.0) + change
         count += 1
-    return {name: (value / max(count, 1)) ** 2 for name, value in total.items()}
+    if not count:
+        raise ValueError("no batches to score with: give at least one gradient")
+    return {name: (value / count) ** 2 for name, value in total.items()}
 
 
 def magnitude(params: PyTree, config: UNetConfig) -> Scores:
@@ -54,7 +56,7 @@ def magnitude(params: PyTree, config: UNetConfig) -> Scores:
     return _changes(found, params, params)
 
 
-def chance(config: UNetConfig, seed: int) -> Scores:
+def chance(config: UNetConfig, seed: int | tuple[int, ...]) -> Scores:
     rng = np.random.default_rng(seed)
     return {name: rng.random(v.width) for name, v in layout(config).variables.items()}
 
@@ -74,9 +76,8 @@ def informative_levels(losses: Iterable[float], threshold: float) -> int:
     return count
 
 
-def gradients(loss: Callable, params: PyTree, batches: Iterable[Any]) -> Iterator[PyTree]:
-    """grad of loss(params, *batch) for each batch, on the host; one compilation."""
-    grad = jax.jit(jax.grad(loss))
+def gradients(grad: Callable, params: PyTree, batches: Iterable[Any]) -> Iterator[PyTree]:
+    """grad(params, *batch) for each batch, on the host. grad: compiled once by the caller."""
     for batch in batches:
         yield jax.device_get(grad(params, *batch))
 

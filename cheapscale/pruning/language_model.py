@@ -6,9 +6,9 @@ rebuilt every round from the task and the whole memory, so that the memory is th
 misses the band is answered with what is wrong with it, a few times; then the search stops.
 """
 
+import http.client
 import json
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,7 +49,7 @@ class LanguageModel:
         for _ in range(self.attempts):
             reply = self._ask(messages)
             try:
-                return [checked(task, reply)]
+                return [checked(task, reply, memory)]
             except ValueError as wrong:
                 messages += [
                     {"role": "assistant", "content": reply},
@@ -68,15 +68,11 @@ class LanguageModel:
         request = urllib.request.Request(self.url, body.encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                return json.load(answer)["choices"][0]["message"]["content"]
-        except (
-            urllib.error.URLError,
-            TimeoutError,
-            KeyError,
-            IndexError,
-            TypeError,
-            ValueError,
-        ) as e:
+                reply = json.load(answer)["choices"][0]["message"]["content"]
+                if not isinstance(reply, str):
+                    raise TypeError(f"its content is {reply!r}")
+                return reply
+        except (OSError, http.client.HTTPException, LookupError, TypeError, ValueError) as e:
             raise ValueError(
                 f"the language model at {self.url} did not answer as expected ({e}): check "
                 "prune.llm_url and the key, or use prune.proposer='greedy'"
@@ -102,7 +98,7 @@ def prompt(task: Task, memory: Sequence[Entry]) -> str:
     )
 
 
-def checked(task: Task, reply: str) -> Widths:
+def checked(task: Task, reply: str, memory: Sequence[Entry] = ()) -> Widths:
     """The widths of a reply; ValueError says what is wrong with it."""
     start, end = reply.find("{"), reply.rfind("}")
     try:
@@ -114,7 +110,7 @@ def checked(task: Task, reply: str) -> Widths:
         extra = sorted(set(widths) - set(task.variables))
         raise ValueError(f"Names are missing ({missing}) or unknown ({extra}).")
     for name, width in widths.items():
-        if width not in task.variables[name].menu:
+        if type(width) is not int or width not in task.variables[name].menu:
             raise ValueError(
                 f"{name} has the width {width!r}, not one of {list(task.variables[name].menu)}."
             )
@@ -124,4 +120,6 @@ def checked(task: Task, reply: str) -> Widths:
             f"The FLOPs are {share:.4f} of the full network's, {share - task.target:+.4f} from "
             f"the target {task.target:.4f}."
         )
+    if any(entry.widths == widths for entry in memory):
+        raise ValueError("These widths are among the results already: choose others.")
     return dict(widths)

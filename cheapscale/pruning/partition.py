@@ -35,15 +35,6 @@ def equal_decibels(
     return _whole(edges, "equal decibels: clip them less, or use fewer groups")
 
 
-def solver_nodes(sigmas: np.ndarray, groups: int) -> np.ndarray:
-    """Groups of equally many steps of a sampler (section 2.4): edges are node numbers of its grid.
-
-    sigmas: the grid's nodes, clean to noisy. Step s lies between nodes s and s + 1 and belongs to
-    one group, in both directions; borders are nodes.
-    """
-    return equal_length(len(sigmas) - 1, groups)
-
-
 def cluster(cost: np.ndarray, groups: int) -> np.ndarray:
     """The contiguous groups of least total cost, exactly, by dynamic programming (ANT, 2.4).
 
@@ -98,20 +89,6 @@ def from_anchors(anchors: np.ndarray, edges: np.ndarray, n: int) -> np.ndarray:
     between the anchors on both sides of a border."""
     inner = [(int(anchors[e - 1]) + int(anchors[e]) + 1) // 2 for e in edges[1:-1]]
     return _whole([0, *inner, n], "clustering its anchors: use more of them")
-
-
-def with_overlap(edges: np.ndarray, overlap: int) -> list[tuple[int, int]]:
-    """What each group trains on: first and last position, `overlap` more on either side (5.2)."""
-    n = int(edges[-1])
-    return [
-        (max(int(a) - overlap, 0), min(int(b) - 1 + overlap, n - 1))
-        for a, b in zip(edges, edges[1:])
-    ]
-
-
-def owners(edges: np.ndarray) -> np.ndarray:
-    """The group of every position, [n]."""
-    return np.repeat(np.arange(len(edges) - 1), np.diff(edges))
 
 
 def _check(n, groups):

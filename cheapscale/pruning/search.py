@@ -15,6 +15,7 @@ trail, and a search that was interrupted goes on from it.
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from cheapscale.data.files import whole_or_nothing
 from cheapscale.models.plan import UNetConfig
 from cheapscale.pruning.structure import PLANS, Variable, flops, keep_best, layout, pruned_config
 
@@ -144,11 +146,12 @@ def repair(task: Task, widths: Mapping[str, int]) -> Widths:
 
 
 class Greedy:
-    """The best so far with one variable up and another down; the first proposal is uniform."""
+    """The best so far with one variable up and another down; at first, the uniform one."""
 
     def propose(self, task, memory, count, rng):
         if not memory:
-            return [uniform(task)]
+            start = uniform(task)
+            return [start, *(_swapped(task, start, rng) for _ in range(count - 1))]
         best = min(memory, key=lambda entry: entry.score).widths
         return [_swapped(task, best, rng) for _ in range(count)]
 
@@ -207,8 +210,7 @@ def search(
     evaluate(widths) -> score, the lower the better, on a set that is the same for all candidates.
     remember: False shows each round an empty memory, which is the control for its use.
     """
-    memory = read_memory(memory_path, task)
-    done = max((entry.round for entry in memory), default=-1) + 1
+    memory, done = read_memory(memory_path, task)
     for number in range(done, rounds):
         rng = np.random.default_rng((seed, number))
         known = {_key(entry.widths) for entry in memory}
@@ -220,28 +222,45 @@ def search(
                 continue
             if _key(widths) not in known:
                 known.add(_key(widths))
-                fresh.append(Entry(number, widths, task.share(widths), float(evaluate(widths))))
+                score = float(evaluate(widths))
+                # a loss that is no number is the worst there is
+                score = score if math.isfinite(score) else math.inf
+                fresh.append(Entry(number, widths, task.share(widths), score))
         memory += fresh
-        with open(memory_path, "a") as file:  # a round is one write
-            file.write("".join(json.dumps(entry._asdict()) + "\n" for entry in fresh))
+        lines = [*(json.dumps(entry._asdict()) for entry in fresh), json.dumps({"done": number})]
+        with open(memory_path, "a") as file:
+            file.write("".join(f"{line}\n" for line in lines))
     if not memory:
         raise ValueError(f"{rounds} rounds of {per_round} proposals found nothing: raise them")
     return min(memory, key=lambda entry: entry.score), memory
 
 
-def read_memory(path: str | os.PathLike, task: Task) -> list[Entry]:
-    """The entries of a file; ValueError where they are of another network or target."""
+def read_memory(path: str | os.PathLike, task: Task) -> tuple[list[Entry], int]:
+    """(entries of a file, rounds that are done); a round that was cut short is left out.
+
+    ValueError where the entries are of another network or target.
+    """
     path = pathlib.Path(path)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        return []
-    entries = [Entry(**json.loads(line)) for line in path.read_text().splitlines() if line]
+        return [], 0
+    lines = path.read_text().splitlines()
+    held = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # the last one of a writer that was killed
+            held.append(json.loads(line))
+    done = max((row["done"] for row in held if "done" in row), default=-1) + 1
+    entries = [Entry(**row) for row in held if "done" not in row and row["round"] < done]
     for entry in entries:
         if set(entry.widths) != set(task.variables) or not task.fits(entry.share):
             raise ValueError(
                 f"{path} remembers the search of another network or target: name another folder"
             )
-    return entries
+    if len(entries) + sum("done" in row for row in held) < len(lines):  # a round was cut short
+        rows = [*(entry._asdict() for entry in entries), *([{"done": done - 1}] if done else [])]
+        with whole_or_nothing(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return entries, done
 
 
 def _key(widths: Mapping[str, int]) -> tuple[Any, ...]:

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cheapscale.data.digest import digest
 from cheapscale.data.files import whole_or_nothing
 from cheapscale.models.unet import unet
 from cheapscale.pruning import budget, importance, search
 from cheapscale.pruning.language_model import LanguageModel
-from cheapscale.pruning.structure import masked
+from cheapscale.pruning.structure import PLANS, masked
 from cheapscale.stages import data
-from cheapscale.stages.groups import Groups, draw_levels, level_loss, make_groups, weight
+from cheapscale.stages.groups import KINDS, Groups, draw_levels, level_loss, make_groups, weight
 from cheapscale.stages.networks import denoiser_of, fingerprint, load_teacher
 from cheapscale.stages.sampling import levels
 from cheapscale.stages.specialists import assessment_path, read_assessment, write_manifest
@@ -36,6 +37,12 @@ SCORES = ("taylor", "accumulated", "all_times", "diff_pruning", "magnitude", "ch
 BUDGETS = ("linear", "snr", "loss", "flat")
 PROPOSERS = ("greedy", "evolution", "chance", "uniform", "llm")
 ANCHORS = 50
+OF_TRAINING = (
+    "group",
+    "overlap",
+    "distil",
+    "start",
+)  # fields of config.prune that stage=prune reads
 
 
 class Proxy(NamedTuple):
@@ -57,19 +64,34 @@ def build(config) -> Job:
     source = data.open_data(config.data)
     data.check_model(teacher.meta["networks"]["net"], source)
 
+    same = digest({
+        "teacher": fingerprint(teacher.params), "data": source.fingerprint(), "seed": config.seed,
+        "settings": {k: v for k, v in settings.items() if k not in OF_TRAINING},
+    })  # fmt: skip
+
+    def done(group: int) -> bool:
+        if not assessment_path(folder, group).is_file():
+            return False
+        if read_assessment(folder, group)["identity"] != same:
+            raise ValueError(
+                f"{assessment_path(folder, group)} is of another teacher, data set or "
+                "config.prune: name another config.specialists"
+            )
+        return True
+
     def prepare() -> "Assessment":
         proxy = read_proxy(source, max(settings["proxy_images"], settings["score_images"]))
         return Assessment(teacher, proxy, settings, config.seed, folder)
 
     def run_shard(assessment: "Assessment", group: int, mesh) -> dict:
-        found = assessment.assess(group)
+        found = assessment.assess(group) | {"identity": same}
         with whole_or_nothing(assessment_path(folder, group)) as temporary:
             temporary.write_text(json.dumps(found) + "\n")
         return {"share": found["share"], "score": found["score"]}
 
     def finish(assessment: "Assessment") -> dict:
         found = [read_assessment(folder, group) for group in range(settings["groups"])]
-        manifest = assessment.manifest([row["share"] for row in found])
+        manifest = assessment.manifest([row["share"] for row in found]) | {"identity": same}
         write_manifest(folder, manifest)
         return {"specialists": folder} | {
             name: manifest[name] for name in ("edges", "targets", "shares", "mean_shares")
@@ -79,7 +101,7 @@ def build(config) -> Job:
         num_shards=settings["groups"],
         items_per_shard=1,
         prepare=prepare,
-        done=lambda group: assessment_path(folder, group).is_file(),
+        done=done,
         run_shard=run_shard,
         finish=finish,
     )
@@ -87,13 +109,30 @@ def build(config) -> Job:
 
 def check_settings(settings: dict) -> None:
     """Refuse unknown choices before anything is read."""
-    for field, known in (("importance", SCORES), ("budget", BUDGETS), ("proposer", PROPOSERS)):
+    for field, known in (
+        ("importance", SCORES),
+        ("budget", BUDGETS),
+        ("proposer", PROPOSERS),
+        ("partition", KINDS),
+        ("order", budget.ORDERS),
+        ("plan", tuple(PLANS)),
+        ("weigh", ("positions", "steps")),
+    ):
         if settings[field] not in known:
             raise ValueError(
                 f"prune.{field} is {settings[field]!r}: choose one of {', '.join(known)}"
             )
-    if settings["proposer"] == "llm" and not settings["llm_url"]:
-        raise ValueError("prune.proposer is 'llm': name the model's prune.llm_url and llm_model")
+    if settings["proposer"] == "llm":
+        if not settings["llm_url"] or not settings["llm_model"]:
+            raise ValueError(
+                "prune.proposer is 'llm': name the model's prune.llm_url and llm_model"
+            )
+        LanguageModel(settings["llm_url"], settings["llm_model"])
+    if not 0 < settings["k"] <= 1 or not 0 <= settings["mean"] <= 1:
+        raise ValueError(
+            f"prune.k is {settings['k']} and prune.mean {settings['mean']}: k lies above 0 and at "
+            "most at 1, a mean between 0 (as k says) and 1"
+        )
 
 
 def read_proxy(source, num: int) -> Proxy:
@@ -113,6 +152,7 @@ class Assessment:
         self.diffusion = teacher.meta["diffusion"]
         self.net = unet(**teacher.meta["networks"]["net"])
         self.loss = jax.jit(self._loss)
+        self.grad = jax.jit(jax.grad(self._mean_loss))
         self.groups = self._groups()
         self.targets = self._targets()
 
@@ -173,8 +213,9 @@ class Assessment:
         out = []
         for start in range(0, len(sigma), size):
             rows = np.arange(start, start + size) % len(sigma)  # one shape, one program
+            pick = rows % len(self.proxy.images)  # a small set serves several times
             key = stream_key(self.seed, stream, start)
-            images, labels = self.proxy.images[rows], self.proxy.labels[rows]
+            images, labels = self.proxy.images[pick], self.proxy.labels[pick]
             loss = self.loss(variables, images, labels, sigma[rows], key)
             out.append(np.asarray(loss)[: len(sigma) - start])
         return np.concatenate(out)
@@ -185,14 +226,14 @@ class Assessment:
         if kind == "magnitude":
             return importance.magnitude(params, config)
         if kind == "chance":
-            return importance.chance(config, self.seed + group)
+            return importance.chance(config, (self.seed, group))
         whole = Groups(self.groups.levels, np.array([0, len(self.groups.levels)]))
         if kind == "diff_pruning":
             cut = importance.informative_levels(self.anchor_losses(), self.settings["threshold"])
             last = self.anchors()[max(cut, 1) - 1] + 1
             whole = Groups(self.groups.levels, np.array([0, last, len(self.groups.levels)]))
         where = (self.groups, group) if kind in ("taylor", "accumulated") else (whole, 0)
-        grads = importance.gradients(self._mean_loss, params, self.batches(*where))
+        grads = importance.gradients(self.grad, params, self.batches(*where))
         summed = kind in ("accumulated", "diff_pruning")
         return (importance.accumulated if summed else importance.taylor)(grads, params, config)
 
@@ -205,7 +246,7 @@ class Assessment:
         for i in range(count):
             k_level, k_noise = jax.random.split(stream_key(self.seed, f"score {group}", i))
             rows = np.random.default_rng((self.seed, i)).permutation(len(self.proxy.images))[:size]
-            sigma = draw_levels(k_level, len(rows), self.diffusion, groups, group, 0)
+            sigma = draw_levels(k_level, len(rows), self.diffusion, groups, groups.positions(group))
             yield self.proxy.images[rows], self.proxy.labels[rows], sigma, k_noise
 
     def anchors(self) -> np.ndarray:
@@ -234,7 +275,12 @@ class Assessment:
         elif kind == "gradient":
             measured = self.anchor_gradients()
         return make_groups(
-            self.diffusion, settings["groups"], kind, anchors=self.anchors(), measured=measured
+            self.diffusion,
+            settings["groups"],
+            kind,
+            grid=levels(self.diffusion, settings["steps"], "sample"),
+            anchors=self.anchors(),
+            measured=measured,
         )
 
     def anchor_gradients(self) -> np.ndarray:
@@ -248,14 +294,15 @@ class Assessment:
         )
         return np.stack([
             np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
-            for grads in importance.gradients(self._mean_loss, self.teacher.params, batches)
+            for grads in importance.gradients(self.grad, self.teacher.params, batches)
         ])  # fmt: skip
 
     def _targets(self) -> np.ndarray:
         """F_i / F0 of every group, from the cleanest."""
         settings, count = self.settings, self.settings["groups"]
         kind, mean = settings["budget"], settings["mean"]
-        weights = self.sampler_steps() if settings["weigh"] == "steps" else None
+        by_steps = settings["weigh"] == "steps"
+        weights = self.sampler_steps() if by_steps else np.diff(self.groups.edges)
         if kind == "flat":
             return np.full(count, mean or 0.8)
         if kind == "linear":

@@ -15,6 +15,7 @@ tune=none trains nothing: a job that draws the tuning-free cascade, its base and
 
 import dataclasses
 import functools
+import json
 import pathlib
 from typing import Any
 
@@ -44,7 +45,7 @@ from cheapscale.stages.tuned import (
     stage_denoiser,
     upsampled_denoiser,
 )
-from cheapscale.training.checkpoint import Loaded
+from cheapscale.training.checkpoint import Loaded, claim_workdir
 from cheapscale.training.logging import enlarge, image_grid, save_png
 from cheapscale.training.optim import make_optimiser
 from cheapscale.training.stage import Job, Stage, denoise_step, noise_bins
@@ -72,11 +73,25 @@ def build(config) -> Stage | Job:
         )
     if tune == "none":
         return sampling_job(config, teacher)
+    diffusion = teacher.meta["diffusion"]
+    if "specialists" in diffusion:
+        raise ValueError(
+            f"{config.teacher} is a set of specialists, whose members hold different features: "
+            "tune beside its base"
+        )
+    settings |= {
+        # adapters and fine-tuned weights also sample without a pivot
+        "times": settings["times"] or ("all" if tune in ("lora", "ft") else "to_k"),
+        "label_dropout": teacher.meta["config"]["pretrain"]["label_dropout"]
+        if settings["label_dropout"] < 0
+        else settings["label_dropout"],
+    }
+    check_settings(settings, diffusion)
     sizes = trained_sizes(settings, source.resolution, model)
-    check_settings(settings)
     net = NETS[tune]
     fields = network_fields(settings, model)
     optimiser = Optimiser(make_optimiser(**config.optim))
+    before = run_before(settings, fields, teacher)
 
     def init_params(key: jax.Array) -> tuple[PyTree, PyTree]:
         if net == "upsampler":
@@ -88,24 +103,18 @@ def build(config) -> Stage | Job:
         return {net: params}, {net: noise_bins()}
 
     def warm_start(params: PyTree) -> PyTree:
-        if settings["init_from"]:  # of the stage before
-            old = load_tuned(settings["init_from"], teacher)
-            if jax.tree.map(jnp.shape, old.params) != jax.tree.map(jnp.shape, params[net]):
-                raise ValueError(
-                    f"cascade.init_from {settings['init_from']!r} holds other modules than "
-                    f"tune={tune} has here: start from a run of the same tune, width and rank"
-                )
-            return {net: old.params}
+        if before:
+            return {net: before.params}
         return {net: teacher.params} if tune == "ft" else params
 
     meta = {
         "stage": "cascade",
         "networks": {net: fields},
-        "diffusion": teacher.meta["diffusion"],
+        "diffusion": diffusion,
         "data": data.describe(source),
         "teacher": fingerprint(teacher.params),
         "cascade": settings | {"sizes": sizes},
-        "ledger": teacher.meta["ledger"],
+        "ledger": (before.meta if before else teacher.meta)["ledger"],
         "frozen_networks": teacher.meta.get("frozen_networks", {}),
     }
     return Stage(
@@ -118,7 +127,7 @@ def build(config) -> Stage | Job:
                 settings=settings,
                 fields=fields,
                 model=model,
-                diffusion=teacher.meta["diffusion"],
+                diffusion=diffusion,
                 sizes=sizes,
             ),
             optimiser=optimiser,
@@ -150,21 +159,46 @@ def build(config) -> Stage | Job:
 
 def trained_sizes(settings: dict, resolution: int, model: dict) -> tuple[int, ...]:
     """The sides of the canvases to tune at: one pair of scales, or several that share weights."""
-    sizes, stride = tuple(settings["sizes"]) or (resolution,), unet(**model).config.stride
+    sizes, ratio, base = tuple(settings["sizes"]) or (resolution,), settings["ratio"], model
+    if ratio < 2:
+        raise ValueError(f"cascade.ratio is {ratio}: a canvas is at least twice its pivot")
+    reached = [model["resolution"] * ratio]
+    while reached[-1] < resolution:
+        reached.append(reached[-1] * ratio)
     for side in sizes:
-        pivot = side / settings["ratio"]
-        if resolution % side or pivot % stride or pivot < model["resolution"]:
+        if resolution % side or side not in reached:
             raise ValueError(
-                f"cascade.sizes has {side} px, whose pivot is {pivot:g}: sizes divide "
-                f"data.resolution {resolution}, and their pivots are multiples of the stride "
-                f"{stride} not below the teacher's {model['resolution']} px"
+                f"cascade.sizes has {side} px: sizes divide data.resolution {resolution} and are "
+                f"the trained {base['resolution']} px times powers of cascade.ratio {ratio}"
             )
     return sizes
 
 
-def check_settings(settings: dict) -> None:
+def run_before(settings: dict, fields: dict, teacher: Loaded) -> Tuned | None:
+    """The run of the stage before, where there is one; ValueError if its weights mean another
+    thing."""
+    if not settings["init_from"]:
+        return None
+    old = load_tuned(settings["init_from"], teacher)
+    (held,) = old.meta["networks"].values()
+    same = ("tune", "mode", "features")
+    differ = [name for name in same if old.meta["cascade"][name] != settings[name]]
+    if differ or json.loads(json.dumps(fields)) != held:
+        raise ValueError(
+            f"cascade.init_from {settings['init_from']!r} holds other modules than tune="
+            f"{settings['tune']} has here ({', '.join(differ) or 'their fields'}): start from a "
+            "run of the same kind"
+        )
+    return old
+
+
+def check_settings(settings: dict, diffusion: dict) -> None:
     """Refuse unknown choices before anything is built."""
-    injection(settings)
+    injection(settings, diffusion["sigma_data"])
+    if not sigma_of_k(settings, diffusion) > 0:
+        raise ValueError(
+            f"cascade.k is {settings['k']!r}, below which there is nothing to tune at: raise it"
+        )
     if settings["pivot"] not in PIVOTS or settings["times"] not in TIMES:
         raise ValueError(
             f"cascade.pivot is {settings['pivot']!r} and cascade.times {settings['times']!r}: "
@@ -238,10 +272,7 @@ def injected(theta, phi, pivot, settings, fields, model, diffusion):
 
 def noise_loss(D, x, key, settings, diffusion, **cond):
     """The teacher's own loss, at the levels up to sigma_K (or at all)."""
-    cut = settings["times"] == "to_k"
-    sigma_K = restart_sigma(
-        settings["k"], area_ratio=settings["ratio"] ** 2, sigma_data=diffusion["sigma_data"]
-    )
+    cut, sigma_K = settings["times"] == "to_k", sigma_of_k(settings, diffusion)
     if diffusion["process"] == "edm":
         P = {name: diffusion[name] for name in ("P_mean", "P_std", "sigma_data")}
         levels = (0.0, sigma_K) if cut else None
@@ -249,6 +280,12 @@ def noise_loss(D, x, key, settings, diffusion, **cond):
     schedule = process.vp_schedule(diffusion["process"])
     steps = int(np.sum(schedule.sigmas <= sigma_K * (1 + 1e-9))) if cut else None
     return denoiser.vp_loss(D, x, key, schedule, steps=steps, **cond)
+
+
+def sigma_of_k(settings: dict, diffusion: dict) -> float:
+    """The level that the stages restart at."""
+    area = settings["ratio"] ** 2
+    return restart_sigma(settings["k"], area_ratio=area, sigma_data=diffusion["sigma_data"])
 
 
 def sampled_pivot(theta, shape, label, key, model, diffusion, settings):
@@ -296,14 +333,13 @@ def sampling_job(config, teacher: Loaded) -> Job:
     """tune=none: `cascade.num` images in shards shard-<n>.npz (images, direct, base, labels, ids)
     in `cascade.out`, and preview.png: in rows the base enlarged, direct sampling, tuning-free."""
     settings = config.cascade.to_dict()
-    model = teacher.meta["networks"]["net"]
     folder = pathlib.Path(settings["out"])
     if not settings["out"]:
         raise ValueError("cascade.out is empty: name the folder that takes the images of tune=none")
     steps, method = settings["steps"], settings["method"]
-    ratio = config.data.resolution / model["resolution"]
+    side = config.data.resolution
     plan = cascade_plan(
-        teacher.meta, settings["scales"] or f"{ratio:g}x", k=(settings["k"],), steps=steps
+        teacher.meta, settings["scales"] or f"{side}x{side}", k=(settings["k"],), steps=steps
     )
     sampler = cascade_sampler(
         teacher, plan, seed=config.seed, batch_size=config.batch_size, method=method
@@ -312,6 +348,11 @@ def sampling_job(config, teacher: Loaded) -> Job:
 
     def path(shard: int) -> pathlib.Path:
         return folder / f"shard-{shard:05d}.npz"
+
+    def prepare() -> None:  # images of other settings are refused, not taken for these
+        folder.mkdir(parents=True, exist_ok=True)
+        made_by = {"teacher": fingerprint(teacher.params), "seed": config.seed}
+        claim_workdir(folder, made_by | {"cascade": settings, "resolution": side})
 
     def run_shard(context: None, shard: int, mesh) -> dict:
         ids = np.arange(shard * per_shard, min((shard + 1) * per_shard, num))
@@ -335,7 +376,7 @@ def sampling_job(config, teacher: Loaded) -> Job:
     return Job(
         num_shards=-(-num // per_shard),
         items_per_shard=per_shard,
-        prepare=lambda: folder.mkdir(parents=True, exist_ok=True),
+        prepare=prepare,
         done=lambda shard: path(shard).is_file(),
         run_shard=run_shard,
         finish=finish,

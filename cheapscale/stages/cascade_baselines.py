@@ -3,7 +3,7 @@
     attention   logits times sqrt(log N / log N_native): attention stays as sharp over more
                 positions (Jin et al. 2023, arXiv 2306.08645)
     dilated     3x3 convolutions of the encoder and the middle spread their taps by the scale, in
-                the first 40 % of the steps (ScaleCrafter, He et al. 2024: 20 of 50 at 4x pixels)
+                at the levels above time 0.6 T (ScaleCrafter, He et al. 2024: 20 of 50 steps)
     shifted     a schedule with the base's SNR in block means: levels times the scale, the network
                 told the level divided by it (MegaFusion, Wu et al. 2024)
     windows     the mean of the base model over windows of its own size, half overlapping
@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.diffusion.pivot import Size
+from cheapscale.diffusion.pivot import Size, restart_sigma
 from cheapscale.stages.cascade_sampler import StageDenoiser, frozen_teacher, schedule_shift
 from cheapscale.stages.networks import complete
 
 PyTree = Any
 BASELINES = ("attention", "dilated", "shifted", "windows")
-DILATED_SHARE = 0.4
+DILATED_ABOVE = "t0.6"
 
 
 def baseline(name: str, meta: dict, size: Size, cfg_scale: float = 1.0) -> StageDenoiser:
@@ -34,6 +34,11 @@ def baseline(name: str, meta: dict, size: Size, cfg_scale: float = 1.0) -> Stage
     "shifted" needs a plan that is `shifted` too.
     """
     model, diffusion = meta["networks"]["net"], meta["diffusion"]
+    if "specialists" in diffusion:
+        raise ValueError(
+            f"baseline {name!r} changes one network, but this teacher is a set of specialists: "
+            "name the work directory of its base"
+        )
     if name == "attention":
         return frozen_teacher(complete(model | {"steady_entropy": True}), diffusion, cfg_scale)
     if name == "dilated":
@@ -52,13 +57,11 @@ def dilated(model: dict, diffusion: dict, size: Size, cfg_scale: float) -> Stage
     spread = complete(model | {"dilation": factor, "dilated": ("enc_", middle(model))})
     early = frozen_teacher(spread, diffusion, cfg_scale)
     late = frozen_teacher(model, diffusion, cfg_scale)
+    border = restart_sigma(DILATED_ABOVE, area_ratio=1.0, sigma_data=diffusion["sigma_data"])
 
     def denoiser(params, pivot, label, grid):
-        steps = len(grid) - 1
-        cut = min(max(round(DILATED_SHARE * steps), 1), steps - 1)
-        if steps < 2:
-            return late(params, pivot, label, grid)
-        first = early(params, pivot, label, grid[: cut + 1])
+        cut = int(np.sum(grid > border))  # steps are owned by their noisier end
+        first = early(params, pivot, label, grid[: cut + 1]) if cut else []
         return [*first, *late(params, pivot, label, grid[cut:])]
 
     return denoiser
@@ -75,6 +78,11 @@ def windowed(base: StageDenoiser, side: int) -> StageDenoiser:
     def denoiser(params, pivot, label, grid):
         def estimate(x: jax.Array, sigma: Any) -> jax.Array:
             b, height, width, channels = x.shape
+            if min(height, width) < side:
+                raise ValueError(
+                    f"a canvas of {height}x{width} px holds no window of the trained {side} px: "
+                    "windows need canvases at least as large on both sides"
+                )
             corners = [(i, j) for i in starts(height, side) for j in starts(width, side)]
             crops = [x[:, i : i + side, j : j + side] for i, j in corners]
             labels = jnp.tile(label, len(corners))

@@ -284,7 +284,9 @@ def scale_noise(
     plain sampling."""
     if scale == 0:
         return prior(seeds[0], ids, shapes[0], 1.0)
-    fresh = prior(seeds[scale], ids, shapes[scale], 1.0, stream=f"cascade {scale}")
+    # by size, not by number of stages: two stages, one jump and direct sampling end on the same
+    stream = "cascade " + named(shapes[scale][:2])
+    fresh = prior(seeds[scale], ids, shapes[scale], 1.0, stream=stream)
     if not coupled:
         return fresh
     below = scale_noise(scale - 1, ids, seeds=seeds, shapes=shapes, coupled=True)

@@ -29,6 +29,11 @@ def build(config) -> Stage:
     """Stage 2 from its config. Raises ValueError where teacher, data and latents do not fit."""
     source = data.open_data(config.data)
     teacher = load_teacher(config.teacher)
+    if "specialists" in teacher.meta["diffusion"]:
+        raise ValueError(
+            f"config.teacher {config.teacher!r} is a set of specialists, which may invert, but the "
+            "generator starts as a copy of one network: name the work directory of its base"
+        )
     model = teacher.meta["networks"]["net"] | {"dropout": 0.0}
     data.check_model(model, source)
     loss = config.distill.to_dict()

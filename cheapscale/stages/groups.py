@@ -15,7 +15,7 @@ from cheapscale.diffusion.denoiser import squared_error
 from cheapscale.pruning import partition
 
 NODES = 40  # of the grid whose nodes are an EDM teacher's positions
-KINDS = ("equal", "decibels", "snr", "loss", "gradient")
+KINDS = ("equal", "nodes", "decibels", "snr", "loss", "gradient")
 
 
 class Groups(NamedTuple):
@@ -33,9 +33,26 @@ class Groups(NamedTuple):
         """Sigmas between the groups, ascending: the highest level of each group but the last."""
         return tuple(float(self.levels[edge - 1]) for edge in self.edges[1:-1])
 
-    def positions(self, group: int, overlap: int = 0) -> tuple[int, int]:
-        """First and last position that a group's specialist trains on."""
-        return partition.with_overlap(self.edges, overlap)[group]
+    def positions(
+        self, group: int, overlap: int = 0, grid: np.ndarray | None = None
+    ) -> tuple[int, int]:
+        """First and last position that a group's specialist trains on.
+
+        overlap: so many nodes of a sampler's grid beyond the group on either side. One is what a
+        corrector needs, which is called at the cleaner end of the group's last step.
+        """
+        first, last = int(self.edges[group]), int(self.edges[group + 1]) - 1
+        if not overlap:
+            return first, last
+        levels = np.sort(np.asarray(grid))
+        nodes = np.searchsorted(self.levels, levels[levels > 0] * (1 - 1e-9))
+        nodes = np.unique(np.clip(nodes, 0, len(self.levels) - 1))
+        below, above = nodes[nodes < first], nodes[nodes > last]
+        if len(below):
+            first = int(below[-min(overlap, len(below))])
+        if len(above):
+            last = int(above[min(overlap, len(above)) - 1])
+        return first, last
 
     def decibels(self) -> np.ndarray:
         """Mean SNR of each group."""
@@ -56,18 +73,25 @@ def make_groups(
     count: int,
     kind: str = "equal",
     *,
+    grid: np.ndarray | None = None,
     anchors: np.ndarray | None = None,
     measured: np.ndarray | None = None,
 ) -> Groups:
     """Cut a teacher's levels into groups.
 
-    kind: "equal" many positions (an EDM teacher's borders then are solver nodes); "decibels" of
-    equal width, clipped to 20; or clustered by dynamic programming over SNR in decibels ("snr"),
+    kind: "equal" many positions; "nodes", equally many steps of a sampler's `grid`, whose nodes
+    then are the borders (for an EDM teacher and 40 steps the same); "decibels" of equal width,
+    clipped to 20; or clustered by dynamic programming over SNR in decibels ("snr"),
     the loss ("loss") or the gradient ("gradient") `measured` at the positions `anchors`.
     """
     levels = levels_of(diffusion)
     if kind == "equal":
         return Groups(levels, partition.equal_length(len(levels), count))
+    if kind == "nodes":
+        nodes = np.sort(grid[grid > 0])
+        cut = partition.equal_length(len(nodes), count)[1:-1]
+        inner = np.searchsorted(levels, nodes[cut - 1] * (1 - 1e-9)) + 1
+        return Groups(levels, np.array([0, *inner, len(levels)]))
     if kind == "decibels":
         return Groups(levels, partition.equal_decibels(process.decibels(levels), count))
     if kind == "snr":
@@ -83,17 +107,18 @@ def make_groups(
 
 
 def draw_levels(
-    key: jax.Array, count: int, diffusion: dict, groups: Groups, group: int, overlap: int
+    key: jax.Array, count: int, diffusion: dict, groups: Groups, positions: tuple[int, int]
 ) -> jax.Array:
-    """sigma [count] of one group: the teacher's own distribution cut to the group and its overlap.
+    """sigma [count]: the teacher's own distribution cut to `positions` (first, last).
 
-    Half of the draws are mirrored inside the interval (t' = lo + hi - t; of ln sigma, the opposite
-    quantile), as the base's antithetic pairs are over all levels.
+    Between two nodes of an EDM teacher the levels belong to the noisier one's group, so that groups
+    without overlap leave no gap. Half of the draws are mirrored inside the interval (t' = lo + hi -
+    t; of ln sigma, the opposite quantile), the interval's form of antithetic pairs.
     """
-    first, last = groups.positions(group, overlap)
+    first, last = positions
     u = jax.random.uniform(key, ((count + 1) // 2,))
     if diffusion["process"] == "edm":
-        low = float(groups.levels[first]) if first else 0.0
+        low = float(groups.levels[first - 1]) if first else 0.0
         high = float(groups.levels[last]) if last < len(groups.levels) - 1 else np.inf
         P_mean, P_std = diffusion["P_mean"], diffusion["P_std"]
         a, b = (

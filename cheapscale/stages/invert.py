@@ -213,8 +213,16 @@ def check_teacher(teacher: Loaded, source) -> None:
 def make_manifest(teacher: Loaded, source, **settings) -> dict:
     """What a latent store says about itself: enough to refuse any pair that does not belong."""
     diffusion = teacher.meta["diffusion"]
+    by = {"teacher": fingerprint(teacher.params)}
+    if "specialists" in diffusion:  # the student will be a copy of their base
+        specialists = diffusion["specialists"]
+        by = {
+            "teacher": specialists["base"],
+            "specialists": by["teacher"],
+            "borders": list(specialists["borders"]),
+        }
     return {
-        "teacher": fingerprint(teacher.params),
+        **by,
         "teacher_step": teacher.step,
         "compute_dtype": teacher.meta["networks"]["net"]["dtype"],
         "sigma_min": diffusion["sigma_min"],

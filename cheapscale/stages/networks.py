@@ -96,8 +96,9 @@ def make_segments(
     def segments(params: PyTree, label: jax.Array, grid: np.ndarray) -> list:
         if specialists is None:
             return [(of_label(binds[0], params, label), grid)]
-        parts = segment_grids(diffusion, grid)
-        owners = [step_owners(part, specialists["borders"])[0] for part in parts]
+        # who is called is who was trained on the level that the network is told
+        parts = segment_grids(diffusion, grid, noise_shift)
+        owners = [step_owners(part / noise_shift, specialists["borders"])[0] for part in parts]
         return [
             (of_label(binds[owner], params[owner], label), part)
             for owner, part in zip(owners, parts)
@@ -106,11 +107,11 @@ def make_segments(
     return segments
 
 
-def segment_grids(diffusion: dict, grid: np.ndarray) -> list[np.ndarray]:
+def segment_grids(diffusion: dict, grid: np.ndarray, noise_shift: float = 1.0) -> list[np.ndarray]:
     """A grid cut where another network takes over: whole for a teacher."""
     if "specialists" not in diffusion:
         return [grid]
-    owners = step_owners(grid, diffusion["specialists"]["borders"])
+    owners = step_owners(grid / noise_shift, diffusion["specialists"]["borders"])
     return solvers.split_grid(grid, np.flatnonzero(np.diff(owners)) + 1)
 
 
@@ -184,7 +185,13 @@ def load_teacher(workdir: str | pathlib.Path, *, dtype: str = "", **options) -> 
 def load_model(workdir: str | pathlib.Path, *, step: int | None = None, **options) -> Loaded:
     """The only network of a work directory, or a set of specialists from its folder."""
     if not is_set(workdir):
-        return load_network(workdir, step=step, **options)
+        loaded = load_network(workdir, step=step, **options)
+        if loaded.meta["stage"] == "prune":
+            raise ValueError(
+                f"{workdir} holds one specialist, which knows its own levels only: name the folder "
+                "of its set"
+            )
+        return loaded
     if step is not None:
         raise ValueError(
             f"--step={step} picks a checkpoint of one run, but {workdir} is a set of specialists: "

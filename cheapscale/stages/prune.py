@@ -26,6 +26,7 @@ from cheapscale.stages.groups import Groups, draw_levels, levels_of, weight
 from cheapscale.stages.networks import complete, fingerprint, load_teacher, make_denoiser
 from cheapscale.stages.one_step import init_generator
 from cheapscale.stages.pretrain import augmented
+from cheapscale.stages.sampling import levels
 from cheapscale.stages.specialists import read_assessment, read_manifest
 from cheapscale.training.optim import make_optimiser
 from cheapscale.training.stage import Stage, denoise_step, noise_bins
@@ -61,7 +62,14 @@ def build(config) -> Stage:
     diffusion = teacher.meta["diffusion"]
     groups = Groups(levels_of(diffusion), np.asarray(manifest["edges"]))
     optimiser = Optimiser(make_optimiser(**config.optim))
-    distil = settings["distil"]
+    distil, overlap = settings["distil"], settings["overlap"]
+    if not 0 <= distil <= 1 or overlap < 0:
+        raise ValueError(
+            f"prune.distil is {distil} and prune.overlap {overlap}: distil is a weight from 0 to "
+            "1, overlap a number of sampler steps"
+        )
+    grid = levels(diffusion, manifest["settings"]["steps"], "sample")
+    positions = groups.positions(group, overlap, grid)
     pretrain = teacher.meta["config"]["pretrain"]
 
     def cut(params: PyTree) -> PyTree:
@@ -80,8 +88,7 @@ def build(config) -> Stage:
                 bind_base=make_denoiser(base, diffusion),
                 diffusion=diffusion,
                 groups=groups,
-                group=group,
-                overlap=settings["overlap"],
+                positions=positions,
                 distil=distil,
                 null_label=base["num_classes"],
                 label_dropout=pretrain["label_dropout"],
@@ -114,8 +121,8 @@ def build(config) -> Stage:
             "specialist": {
                 "set": pathlib.Path(folder).name,
                 "group": group,
-                "positions": groups.positions(group),
-                "overlap": settings["overlap"],
+                "identity": manifest["identity"],
+                "positions": positions,
                 "share": found["share"],
                 "keep": found["keep"],
             },
@@ -137,8 +144,7 @@ def group_loss(
     bind_base,
     diffusion: dict,
     groups: Groups,
-    group: int,
-    overlap: int,
+    positions: tuple[int, int],
     distil: float,
     null_label: int,
     label_dropout: float,
@@ -152,7 +158,7 @@ def group_loss(
         condition["label"] = jnp.where(dropped, null_label, label)
     if "augment" in batch:
         condition["augment"] = batch["augment"]
-    sigma = draw_levels(k_level, len(x), diffusion, groups, group, overlap)
+    sigma = draw_levels(k_level, len(x), diffusion, groups, positions)
     noisy = x + process.over_pixels(sigma, x) * jax.random.normal(k_noise, x.shape, x.dtype)
     estimate = bind(params, train=True, rngs={"dropout": k_drop})(noisy, sigma, **condition)
 

@@ -69,10 +69,17 @@ def load_set(folder: str | pathlib.Path, *, ema: bool = True) -> Loaded:
                 f"{place} was pruned from the teacher {network.meta['teacher']}, but the set's is "
                 f"{manifest['teacher']}: train that group again"
             )
+        if network.meta["specialist"]["identity"] != manifest["identity"]:
+            raise ValueError(
+                f"{place} was trained for another assessment than {folder} has now: train that "
+                "group again, in a new folder"
+            )
         loaded.append(network)
         models.append(network.meta["networks"]["net"])
     base = manifest["base"]
-    specialists = {"borders": manifest["borders"], "models": models}
+    specialists = {
+        "base": manifest["teacher"], "borders": manifest["borders"], "models": models
+    }  # fmt: skip
     ledger = {
         unit: base["ledger"][unit]
         + sum(network.meta["ledger"][unit] - base["ledger"][unit] for network in loaded)

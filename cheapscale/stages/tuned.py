@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cheapscale.diffusion import process
-from cheapscale.diffusion.pivot import restart_sigma
+from cheapscale.diffusion.pivot import Size, named, restart_sigma
 from cheapscale.models import upsampler
 from cheapscale.models.lora import adapted
-from cheapscale.models.upsampler import Upsamplers
-from cheapscale.stages.cascade_sampler import StageDenoiser, frozen_teacher
+from cheapscale.models.upsampler import DESIGNS, Upsamplers
+from cheapscale.stages.cascade_sampler import CascadePlan, StageDenoiser, frozen_teacher
 from cheapscale.stages.networks import fingerprint, make_denoiser, make_taps
 from cheapscale.training.checkpoint import Loaded, load_network
 
@@ -46,7 +46,7 @@ class Injection(NamedTuple):
     pivot_decay: float = 1.0
 
 
-def injection(settings: dict) -> Injection:
+def injection(settings: dict, sigma_data: float) -> Injection:
     """From config.cascade; raises ValueError on what does not fit."""
     mode, features = settings["mode"], settings["features"]
     if mode not in MODES or features not in FEATURES:
@@ -61,13 +61,14 @@ def injection(settings: dict) -> Injection:
             "set features to 'step'"
         )
     off = settings["off_below"]
-    below = restart_sigma(off, area_ratio=1.0, sigma_data=1.0) if off else 0.0
+    area = settings["ratio"] ** 2
+    below = restart_sigma(off, area_ratio=area, sigma_data=sigma_data) if off else 0.0
     return Injection(mode, features, below, decay)
 
 
 def reader(model: dict, diffusion: dict, config: upsampler.UpsamplerConfig) -> Callable:
     """read(theta, pivot [b,h,w,c], sigma, label) -> {place: f_n}; the paper's sigma is that of step
-    0, the lowest the teacher was trained on."""
+    0, the lowest the teacher samples at."""
     return make_taps(model, diffusion, tuple(name for name, _ in config.channels))
 
 
@@ -132,7 +133,9 @@ def upsampled_teacher(
         theta, phi = choose(params)
         ratio = (size[0] / pivot.shape[1], size[1] / pivot.shape[2])
         levels = jnp.asarray(np.sort(grid), jnp.float32)
-        if cfg_scale != 1:  # both branches in one call, as in diffusion.guidance
+        if cfg_scale == 0:
+            label = jnp.full_like(label, null)
+        elif cfg_scale != 1:  # both branches in one call, as in diffusion.guidance
             label = jnp.concatenate([label, jnp.full_like(label, null)])
             pivot = jnp.concatenate([pivot, pivot])
 
@@ -155,7 +158,7 @@ def upsampled_teacher(
             D_c, D_u = jnp.split(D(jnp.concatenate([x, x]), sigma), 2)
             return D_u + cfg_scale * (D_c - D_u)
 
-        return [(D if cfg_scale == 1 else guided, grid)]
+        return [(D if cfg_scale in (0, 1) else guided, grid)]
 
     return denoiser
 
@@ -176,6 +179,11 @@ def load_tuned(workdir: str, teacher: Loaded, **options) -> Tuned:
         raise ValueError(
             f"{workdir} is a {loaded.meta['stage']} run, nothing tuned: name the work directory of "
             "a cascade run"
+        )
+    if "specialists" in teacher.meta["diffusion"]:
+        raise ValueError(
+            f"{workdir} was tuned beside one network, but {teacher.workdir} is a set of "
+            "specialists: name the work directory of its base"
         )
     expected, found = loaded.meta["teacher"], fingerprint(teacher.params)
     if expected != found:
@@ -214,7 +222,7 @@ def stage_denoiser(
         model,
         diffusion,
         upsampler.from_fields(tuned.meta["networks"]["upsampler"]),
-        injection(tuned.meta["cascade"]),
+        injection(tuned.meta["cascade"], diffusion["sigma_data"]),
         cfg_scale=cfg_scale,
         choose=lambda params: (params["teacher"], params["tuned"][index]),
         size=size,
@@ -222,21 +230,21 @@ def stage_denoiser(
 
 
 def tuned_cascade(
-    teacher: Loaded,
-    tuned: Sequence[Tuned],
-    sizes: Sequence[tuple[int, int]],
-    cfg_scale: float = 1.0,
+    teacher: Loaded, tuned: Sequence[Tuned], plan: CascadePlan, cfg_scale: float = 1.0
 ) -> tuple[Loaded, dict]:
     """(what `cascade_sampler` is given in place of the teacher, its denoisers as keywords).
 
     tuned: one for all stages (shared), or one for each. Fine-tuned weights and adapters also sample
-    directly, which upsamplers cannot: they need a pivot.
+    directly, which upsamplers cannot: they need a pivot. Raises ValueError where a stage asks for
+    what its run was not tuned for: another ratio, a higher K, guidance.
     """
-    stages = len(sizes) - 1
+    sizes, stages = plan.sizes, len(plan.sizes) - 1
     if len(tuned) not in (1, stages):
         raise ValueError(
             f"{len(tuned)} tuned runs for {stages} stages: give one for all, or one for each"
         )
+    for r in range(stages):
+        check_stage(tuned[r % len(tuned)], sizes[r], sizes[r + 1], plan.restarts[r], cfg_scale)
     make = functools.partial(stage_denoiser, teacher=teacher.meta, cfg_scale=cfg_scale)
     denoisers = [make(None, index=0, size=sizes[0])]
     for r in range(1, stages + 1):
@@ -246,3 +254,26 @@ def tuned_cascade(
     direct = make(alone, index=len(tuned) - 1, size=sizes[-1])
     params = {"teacher": teacher.params, "tuned": [run.params for run in tuned]}
     return teacher._replace(params=params), {"denoisers": denoisers, "direct_denoiser": direct}
+
+
+def check_stage(run: Tuned, small: Size, large: Size, grid: np.ndarray, cfg_scale: float) -> None:
+    """Refuse a stage that a tuned run has not seen."""
+    settings = run.meta["cascade"]
+    ratio, sigma_data = settings["ratio"], run.meta["diffusion"]["sigma_data"]
+    sigma_K = restart_sigma(settings["k"], area_ratio=ratio**2, sigma_data=sigma_data)
+    if run.tune in DESIGNS and (large[0] != ratio * small[0] or large[1] != ratio * small[1]):
+        raise ValueError(
+            f"upsamplers tuned to enlarge {ratio}x cannot go from {named(small)} to "
+            f"{named(large)}: choose scales such as {ratio}x,{ratio**2}x"
+        )
+    if settings["times"] == "to_k" and grid[0] > sigma_K * (1 + 1e-6):
+        raise ValueError(
+            f"the stage to {named(large)} restarts at sigma {grid[0]:.4g}, but its run was tuned "
+            f"up to K {settings['k']}, sigma {sigma_K:.4g}: lower --cascade_k, or tune with "
+            "cascade.times=all"
+        )
+    if cfg_scale != 1 and not settings["label_dropout"]:
+        raise ValueError(
+            f"cfg_scale is {cfg_scale}, but the run was tuned without label dropout, so its "
+            "unconditional branch was not: use cfg_scale=1, or tune with cascade.label_dropout"
+        )

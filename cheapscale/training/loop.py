@@ -213,6 +213,7 @@ def train(
         meta |= {"config": config, "provenance": provenance()}
         bill = Bill(ledger, flops, start)
         metrics, last, step = None, {}, start
+        beside = 0.0  # seconds in evals and saves, which are not the step's
 
         # 3. The loop.
         try:
@@ -231,18 +232,23 @@ def train(
                     log.scalars(step - 1, last, progress=True)
                 for title, (every, evaluate) in stage.evals.items():
                     if due(step, every) or step == total_steps:
+                        jax.block_until_ready(metrics)  # the step before is not the eval's
+                        paused = time.monotonic()
                         report(log, step, title, evaluate(state, frozen))
+                        beside += time.monotonic() - paused
                 stopping = stop.raised or checkpoints.reached_preemption(step)
                 if due(step, save_every) or step == total_steps or stopping:
                     last = finite(metrics, step, state, workdir, name)
                     bill.update(step)
+                    paused = time.monotonic()
                     checkpoints.save(step, state, meta | {"ledger": dict(ledger)})
+                    beside += time.monotonic() - paused
                 if stopping:
                     log.scalars(step, last)
                     checkpoints.wait()
                     raise Preempted(f"pre-empted at step {step}")
             log.scalars(step, last, progress=True)
-            rate = (step - start - 1) / max(time.monotonic() - begun, 1e-9)
+            rate = (step - start - 1) / max(time.monotonic() - begun - beside, 1e-9)
             checkpoints.wait()
             return summarise(meta, name, workdir, step, last, ledger, rate)
         finally:

@@ -9,12 +9,13 @@ import pytest
 
 from cheapscale.data.resize import area_mean
 from cheapscale.data.sources import SceneSource
+from cheapscale.diffusion.pivot import restart_sigma
 from cheapscale.evaluation.corruptions import blurred
 from cheapscale.evaluation.pixels import from_uint8, to_uint8
 from cheapscale.models.features.network import FeatureNetwork
 from cheapscale.training.sharding import make_mesh
 from configs import cascade_study as config_file
-from launch import cascade_study
+from launch import cascade_experiment, cascade_study
 from launch.cascade_experiment import Cell, Study, cells
 from launch.cascade_findings import findings, table
 from launch.cascade_measures import make_judge, measure, with_deviation
@@ -62,8 +63,12 @@ def test_real_scenes_measure_as_real_and_blurred_ones_do_not():
     assert real["base_fd"][0] < 0.1 and soft["base_fd"][0] < soft["fd"][0]
 
 
-def figures(**values):
-    return {"figures": {name: [value, 0.1] for name, value in values.items()}}
+def figures(plain=None, **values):
+    return {"figures": {name: [value, 0.1] for name, value in values.items()} | (plain or {})}
+
+
+def restarted(k, **values):
+    return figures({"restart_sigma": restart_sigma(k, area_ratio=4, sigma_data=0.5)}, **values)
 
 
 def test_findings_name_the_best_k_and_the_steps_to_reach_the_tuned_score():
@@ -72,10 +77,11 @@ def test_findings_name_the_best_k_and_the_steps_to_reach_the_tuned_score():
         "E1 edm seed 0: base": figures(single=0.8),
         "E1 edm seed 0: direct": figures(single=0.1),
         "E2 edm seed 0: enlarged pivot": figures(single=0.7),
-        "E3 edm seed 0: K t0.5": figures(single=0.78, fd=2.0, patch_fd=1.0, base_fd=0.1),
-        "E2 edm seed 0: K t0.7": figures(single=0.6, fd=1.0, patch_fd=2.0, base_fd=0.2),
-        "E4 linear seed 0: K t0.5": figures(fd=3.0, patch_fd=1.0, base_fd=0.3),
-        "E2 linear seed 0: K t0.7": figures(fd=4.0, patch_fd=2.0, base_fd=0.2),
+        "E3 edm seed 0: K t0.5": restarted("t0.5", single=0.78, fd=2.0, patch_fd=1.0, base_fd=0.1),
+        "E2 edm seed 0: K t0.7": restarted("t0.7", single=0.6, fd=1.0, patch_fd=2.0, base_fd=0.2),
+        "E4 linear seed 0: K t0.5": restarted("t0.5", fd=3.0, patch_fd=1.0, base_fd=0.3),
+        "E4 linear seed 0: K t0.7": restarted("t0.7", fd=4.0, patch_fd=2.0, base_fd=0.2),
+        "E6 edm seed 0: neck after 50": figures({"steps_per_second": 2.0}, patch_fd=1.5),
         "E6 edm seed 0: neck after 400": figures(patch_fd=1.0),
         "E6 edm seed 0: ft direct after 100": figures(patch_fd=1.5),
         "E6 edm seed 0: ft direct after 400": figures(patch_fd=0.9),
@@ -89,13 +95,16 @@ def test_findings_name_the_best_k_and_the_steps_to_reach_the_tuned_score():
     assert best["edm"]["fd"]["decibels"] == pytest.approx(-10.42, abs=0.01)
     # SNR 0.0907 lies at 0.493 T of the linear schedule (spec 2.2)
     assert best["linear"]["base_fd"]["own_time"] == pytest.approx(0.493, abs=0.002)
-    reached = found["tuning, seed 0"]["steps to reach"]["neck"]["steps"]
-    assert reached == {"neck": 400, "ft direct": 400, "ft": 100}
+    reached = found["tuning, seed 0"]["steps to reach"]
+    assert reached["neck after 400"]["steps"] == {"neck": 400, "ft direct": 400, "ft": 100}
+    assert reached["neck after 50"]["steps"] == {"neck": 50, "ft direct": 100, "ft": 100}
+    assert reached["neck after 50"]["seconds"] == {"neck": 25.0, "ft direct": None, "ft": None}
     assert "two stages against one jump" not in found  # its cells are not there
     assert "E1 edm seed 0: direct" in table(done)
 
 
-def test_every_section_of_the_protocol_has_cells_with_names_of_their_own(tmp_path):
+def test_every_section_of_the_protocol_has_cells_with_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(cascade_experiment.data, "open_data", lambda *_, **__: None)
     planned = list(cells(Study(config_file.get_config(), tmp_path)))
     sections = {cell.section for cell in planned}
     assert sections == {f"E{i}" for i in range(1, 14)} - {"E7", "E8"}  # these read E6's cells
@@ -125,5 +134,7 @@ def test_the_study_goes_on_where_it_stopped_also_from_its_record(tmp_path, monke
     with pytest.raises(ValueError, match="--only names E99: choose among E1"):
         go("one", only=["E99"])
     config.num = 99
+    with pytest.raises(ValueError, match="was started with another config .*num: 12 -> 99"):
+        go("one")
     with pytest.raises(ValueError, match=r"measured under another config \(num\)"):
         go("three")

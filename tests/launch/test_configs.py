@@ -91,12 +91,11 @@ def test_every_file_tunes_a_cascade_at_twice_its_base(name):
         config = file.get_config(f"stage=cascade,tune={tune}")
         json.dumps(config.to_dict())
         assert config.data.resolution == 2 * base and config.cascade.tune == tune
-        # the paper's choices; adapters and fine-tuned weights also sample without a pivot
+        # the paper's choices
         chosen = config.cascade
         assert (chosen.k, chosen.mode, chosen.pivot, chosen.features) == (
             "t0.7", "S", "aligned", "clean",
         )  # fmt: skip
-        assert chosen.times == ("all" if tune in ("lora", "ft") else "to_k")
     assert file.get_config("stage=cascade,resolution=128").data.resolution == 128
     with pytest.raises(ValueError, match="tune 'wide' is unknown"):
         file.get_config("stage=cascade,tune=wide")

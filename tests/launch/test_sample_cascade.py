@@ -21,7 +21,11 @@ from cheapscale.training.state import create_state
 from configs import common
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-MODEL = {"resolution": 4, "channels": 8, "channel_mult": (1,), "groups": 2, "num_classes": 2}
+MODEL = {"resolution": 4, "channels": 8, "channel_mult": (1,), "groups": 2, "num_classes": 2,
+         "num_blocks": 2}  # fmt: skip
+
+DIFFUSION = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0,
+             "rho": 7.0, "sigma_data": 0.5}  # fmt: skip
 
 
 def command(*words):
@@ -41,10 +45,8 @@ def teacher(tmp_path_factory):
         jax.random.key(0),
     )
     params = jax.tree.map(lambda s: rng.normal(0, 0.1, s.shape).astype("f"), shapes["params"])
-    diffusion = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0,
-                 "rho": 7.0, "sigma_data": 0.5}  # fmt: skip
     meta = {
-        "stage": "pretrain", "networks": {"net": complete(MODEL)}, "diffusion": diffusion,
+        "stage": "pretrain", "networks": {"net": complete(MODEL)}, "diffusion": DIFFUSION,
         "config": {"pretrain": {"label_dropout": 0.0}},
     }  # fmt: skip
     workdir = tmp_path_factory.mktemp("teacher")
@@ -106,12 +108,14 @@ def test_cascade_flags_without_a_cascade_are_refused():
 def tuned(teacher, tmp_path_factory):
     """Upsamplers of that teacher, saved untrained with gains that do something."""
     workdir = tmp_path_factory.mktemp("tuned")
-    settings = common.cascade("gain").to_dict() | {"sizes": (8,)}
+    resolved = {"sizes": (8,), "times": "to_k", "label_dropout": 0.0}
+    settings = common.cascade("gain").to_dict() | resolved
     fields = cascade.network_fields(settings, complete(MODEL))
     params = upsampler.init_upsamplers(upsampler.from_fields(fields), jax.random.key(0))
     params = jax.tree.map(lambda p: np.full(p.shape, 0.5, "f"), params)
     meta = {
         "stage": "cascade", "networks": {"upsampler": fields}, "cascade": settings,
+        "diffusion": DIFFUSION,
         "teacher": fingerprint(load_network(teacher).params),
     }  # fmt: skip
     with Checkpoints(workdir) as checkpoints:

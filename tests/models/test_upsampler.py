@@ -179,3 +179,6 @@ def test_the_modules_fit_their_network():
         ("enc_16_block0", 32), ("enc_8_down", 32), ("enc_8_block0", 64), ("dec_8_in1", 64)
     )  # fmt: skip
     assert config.emb == 128 and config.width == 4
+    small = unet(resolution=8, channels=8, channel_mult=(1,), num_blocks=1).config
+    with pytest.raises(ValueError, match="offers 3 places for upsamplers instead of 4"):
+        upsampler_config(small, "gain")

@@ -113,10 +113,3 @@ def test_the_allocation_is_the_best_of_all():
         assert spent(chosen) <= mean and lost(chosen) == pytest.approx(value)
     with pytest.raises(ValueError, match="cheapest choice has the mean share 0.500, above 0.4"):
         budget.allocate([[1, 0]], [0.5, 1.0], [1], [1], 0.4)
-
-
-def test_a_ratio_is_solved_from_its_flops():
-    assert budget.ratio_for(0.6, lambda r: 0.264 + 0.736 * r) == pytest.approx(0.457, abs=5e-4)
-    assert budget.ratio_for(0.25, lambda r: r**2) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="below what narrowing alone reaches"):
-        budget.ratio_for(0.2, lambda r: 0.264 + 0.736 * r)

@@ -40,6 +40,9 @@ def loss(params, x, target):
     return jnp.mean((out - target) ** 2)
 
 
+GRAD = jax.jit(jax.grad(loss))
+
+
 def batch(seed):
     rng = np.random.default_rng(seed)
     return tuple(rng.normal(size=(2, 8, 8, 3)).astype(np.float32) for _ in range(2))
@@ -78,7 +81,7 @@ def test_a_score_is_the_square_of_the_first_order_change(variable):
 
     x, target = batch(0)
     slope = jax.jit(jax.grad(lambda w: loss(scaled(w), x, target)))(weights)
-    grads = importance.gradients(loss, params, [batch(0)])
+    grads = importance.gradients(GRAD, params, [batch(0)])
     scores = importance.taylor(grads, params, config)
     np.testing.assert_allclose(scores[variable], np.asarray(slope) ** 2, rtol=2e-3, atol=1e-12)
 
@@ -86,7 +89,7 @@ def test_a_score_is_the_square_of_the_first_order_change(variable):
 def test_queries_and_keys_agree_on_what_a_dimension_is_worth():
     """Logits are bilinear: shrinking q's channel or k's is the same first-order change."""
     config, params = network()
-    (grads,) = importance.gradients(loss, params, [batch(1)])
+    (grads,) = importance.gradients(GRAD, params, [batch(1)])
     qkv, g = params["enc_4_block0"]["qkv"], grads["enc_4_block0"]["qkv"]
     product = (qkv["kernel"] * g["kernel"]).sum(0) + qkv["bias"] * g["bias"]
     width = structure.layout(config).variables["enc_4_block0.qk"].width
@@ -95,7 +98,7 @@ def test_queries_and_keys_agree_on_what_a_dimension_is_worth():
 
 def test_squares_keep_what_cancels_in_a_sum():
     config, params = network()
-    (grads,) = importance.gradients(loss, params, [batch(0)])
+    (grads,) = importance.gradients(GRAD, params, [batch(0)])
     opposed = [grads, jax.tree.map(np.negative, grads)]
     squared = importance.taylor(opposed, params, config)
     once = importance.taylor([grads], params, config)
@@ -110,7 +113,7 @@ def test_squares_keep_what_cancels_in_a_sum():
 def test_every_variable_is_scored_by_every_criterion():
     config, params = network()
     variables = structure.layout(config).variables
-    (grads,) = importance.gradients(loss, params, [batch(2)])
+    (grads,) = importance.gradients(GRAD, params, [batch(2)])
     for scores in (
         importance.taylor([grads], params, config),
         importance.magnitude(params, config),

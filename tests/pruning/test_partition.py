@@ -41,13 +41,6 @@ def test_equal_decibels_are_useless_unclipped_on_the_cosine_schedule():
         partition.equal_decibels(np.linspace(60, 30, 10), 4)
 
 
-def test_solver_borders_give_every_group_as_many_steps():
-    grid = process.karras_grid(41)[::-1]
-    edges = partition.solver_nodes(grid, 5)
-    assert np.diff(edges).tolist() == [8] * 5 and edges[-1] == len(grid) - 1
-    assert set(grid[edges[1:-1]]) < set(grid)
-
-
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
 def test_the_dynamic_programme_finds_the_least_of_all_partitions(groups):
     rng = np.random.default_rng(groups)
@@ -78,12 +71,8 @@ def test_costs_are_their_definitions():
     assert partition.cluster(partition.conflict(kinds), 2).tolist() == [0, 3, 9]
 
 
-def test_anchors_overlap_and_owners():
+def test_edges_between_anchors():
     anchors = np.array([0, 10, 20, 30])
     assert partition.from_anchors(anchors, np.array([0, 2, 4]), 40).tolist() == [0, 15, 40]
-    edges = np.array([0, 4, 10])
-    assert partition.with_overlap(edges, 2) == [(0, 5), (2, 9)]
-    assert partition.with_overlap(edges, 0) == [(0, 3), (4, 9)]
-    assert partition.owners(edges).tolist() == [0] * 4 + [1] * 6
     with pytest.raises(ValueError, match="3 positions cannot be cut into 4 groups"):
         partition.equal_length(3, 4)

@@ -89,15 +89,39 @@ def test_a_search_that_was_interrupted_goes_on_from_its_memory(tmp_path):
     again, resumed = run(tmp_path / "parts", search.Greedy())
     assert resumed == memory and again == whole
     lines = (tmp_path / "parts" / "memory.jsonl").read_text().splitlines()
-    assert len(lines) == len(memory) and json.loads(lines[0])["round"] == 0
+    assert len(lines) == len(memory) + 5 and json.loads(lines[0])["round"] == 0
+    # killed in the middle of the last round: that one is run again, with the same result
+    path = tmp_path / "parts" / "memory.jsonl"
+    path.write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:20])
+    assert run(tmp_path / "parts", search.Greedy()) == (whole, memory)
     with pytest.raises(ValueError, match="another network or target"):
         search.read_memory(tmp_path / "parts" / "memory.jsonl", task(0.9))
 
 
 def test_without_memory_every_round_starts_anew(tmp_path):
-    """The paper's ablation: without it a greedy proposer only ever says the uniform one."""
-    _, memory = run(tmp_path, search.Greedy(), remember=False)
-    assert len(memory) == 1
+    """The paper's ablation: the proposer is shown nothing, the search still knows what it tried."""
+    shown = []
+
+    class Watched(search.Greedy):
+        def propose(self, task, memory, count, rng):
+            shown.append(len(memory))
+            return super().propose(task, memory, count, rng)
+
+    _, memory = run(tmp_path, Watched(), remember=False)
+    assert shown == [0] * 5 and len(memory) > 5
+    keys = [tuple(sorted(entry.widths.items())) for entry in memory]
+    assert len(set(keys)) == len(keys)
+    run(tmp_path / "with", Watched())
+    assert shown[5] == 0 and all(n > 0 for n in shown[6:])
+
+
+def test_a_score_that_is_no_number_never_wins(tmp_path):
+    scores = iter([float("nan"), 3.0, 2.0, float("inf")] + [5.0] * 50)
+    best, memory = search.search(
+        task(), lambda widths: next(scores), search.Greedy(), rounds=2, per_round=4,
+        memory_path=tmp_path / "memory.jsonl",
+    )  # fmt: skip
+    assert best.score == 2.0 and memory[0].score == float("inf")
 
 
 class Model(http.server.BaseHTTPRequestHandler):
@@ -156,6 +180,9 @@ def test_a_language_model_proposes_sees_the_memory_and_is_corrected(server, tmp_
 
 
 def test_a_language_model_that_never_fits_or_answers_stops_the_search(server):
+    Model.replies = [None]
+    with pytest.raises(ValueError, match="did not answer as expected .its content is None"):
+        LanguageModel(server, "m").propose(task(), [], 1, None)
     Model.replies = ["no"] * 2
     with pytest.raises(ValueError, match="gave no usable widths in 2 attempts"):
         LanguageModel(server, "m", attempts=2).propose(task(), [], 1, None)
@@ -171,6 +198,7 @@ def test_replies_are_checked_name_by_name():
     name = next(iter(good))
     for change, message in (
         ({name: 7}, f"{name} has the width 7, not one of"),
+        ({name: float(good[name])}, f"{name} has the width {float(good[name])}, not one of"),
         ({"extra": 8}, r"unknown \(\['extra'\]\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -178,3 +206,5 @@ def test_replies_are_checked_name_by_name():
     with pytest.raises(ValueError, match="Names are missing"):
         checked(here, "{}")
     assert checked(here, f"```json\n{json.dumps(good)}\n```") == good
+    with pytest.raises(ValueError, match="among the results already"):
+        checked(here, json.dumps(good), [search.Entry(0, good, 0.7, 1.0)])

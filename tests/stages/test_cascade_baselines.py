@@ -1,5 +1,6 @@
 """Baselines of self-cascade: what each is at the trained size, and its arithmetic beyond it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from cheapscale.diffusion import denoiser, process
-from cheapscale.models.layers import attention, convolve
-from cheapscale.models.unet import unet
+from cheapscale.diffusion.pivot import restart_sigma
+from cheapscale.models.layers import convolve
+from cheapscale.models.unet import ResBlock, plan, unet
 from cheapscale.stages.cascade_baselines import BASELINES, baseline, starts, windowed
 from cheapscale.stages.cascade_sampler import cascade_plan, frozen_teacher, schedule_shift
 from cheapscale.stages.networks import complete
@@ -63,22 +65,32 @@ def test_at_the_trained_size_each_is_the_teacher_and_beyond_it_is_not(name):
         baseline("fourier", META, (16, 16))
 
 
-def test_sharper_attention_keeps_the_entropy_of_more_positions():
-    """Random logits of unit variance: over 16 N positions the entropy rises by ln 16; with the
-    factor sqrt(log / log) it rises by less, the nearer the more peaked attention is."""
-    rng = np.random.default_rng(0)
-    n, d = 64, 16
+def test_a_block_with_steady_entropy_has_sharper_queries():
+    """At 4 x 4 positions of a block that is native at 2 x 2: q times sqrt(log 16 / log 4)."""
+    (plain,) = (b for b in plan(unet(**UNET).config) if b.name == "enc_4_block0")
+    block = dataclasses.replace(plain, resolution=2)
+    params = weights()["enc_4_block0"]
+    x, emb = (
+        jax.random.normal(jax.random.key(i), s) for i, s in ((0, (1, 4, 4, 16)), (1, (1, 32)))
+    )
+    x = x[..., : block.in_channels]
 
-    def entropy(positions, factor):
-        q = factor * 3 * rng.normal(size=(1, 8, d)).repeat(1, 0)
-        k = rng.normal(size=(1, positions, d))
-        q = jnp.asarray(np.concatenate([q, np.zeros((1, positions - 8, d))], 1), jnp.float32)
-        weights = attention(q, jnp.asarray(k, jnp.float32), jnp.eye(positions)[None], 1)[0, :8]
-        return float(-jnp.sum(weights * jnp.log(weights + 1e-30), -1).mean())
+    def run(params, steady):
+        net = ResBlock(block, (1.0, "fan_in"), 0.0, steady_entropy=steady)
+        return jax.jit(lambda p: net.apply({"params": p}, x, emb, False))(params)
 
-    native, plain = entropy(n, 1.0), entropy(16 * n, 1.0)
-    sharper = entropy(16 * n, np.sqrt(np.log(16 * n) / np.log(n)))
-    assert abs(sharper - native) < 0.7 * abs(plain - native)
+    sharper = jax.tree.map(np.copy, params)
+    sharper["qkv"]["kernel"][:, : block.qk] *= np.sqrt(2)
+    sharper["qkv"]["bias"][: block.qk] *= np.sqrt(2)
+    np.testing.assert_allclose(run(params, True), run(sharper, False), rtol=1e-4, atol=1e-5)
+    assert np.abs(run(params, True) - run(params, False)).max() > 1e-4
+
+
+def test_a_set_of_specialists_has_no_single_network_to_change():
+    of_set = META | {"diffusion": EDM | {"specialists": {"models": [UNET], "borders": []}}}
+    for name in BASELINES:
+        with pytest.raises(ValueError, match=f"baseline '{name}' changes one network"):
+            baseline(name, of_set, (16, 16))
 
 
 def test_a_dilated_convolution_is_the_plain_one_on_every_second_pixel():
@@ -92,10 +104,14 @@ def test_a_dilated_convolution_is_the_plain_one_on_every_second_pixel():
             np.testing.assert_allclose(whole[:, i::2, j::2], part, rtol=1e-4, atol=1e-5)
 
 
-def test_dilation_owns_the_first_40_percent_of_the_steps():
+def test_dilation_owns_the_steps_from_above_its_border():
+    border = restart_sigma("t0.6", area_ratio=4, sigma_data=0.5)  # 2.28
+    assert GRID[1] > border > GRID[2]
     segments = baseline("dilated", META, (16, 16))(weights(), None, LABEL, GRID)
     np.testing.assert_array_equal(segments[0][1], GRID[:3])
     np.testing.assert_array_equal(segments[1][1], GRID[2:])
+    (only,) = baseline("dilated", META, (16, 16))(weights(), None, LABEL, GRID[2:])
+    np.testing.assert_array_equal(only[1], GRID[2:])  # a restart below is not dilated at all
     x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     late = jax.jit(lambda x: (segments[1][0](x, 0.7), plain(x, 0.7)))
     ((plain, _),) = frozen_teacher(UNET, EDM)(weights(), None, LABEL, GRID)

@@ -62,13 +62,17 @@ def test_a_tuned_run_trains_saves_and_samples_with_its_teacher(teacher, tune, ne
     assert found.tune == tune and found.meta["teacher"] == fingerprint(loaded.params)
     assert set(found.meta["networks"]) == {net}
     plan = cascade_plan(loaded.meta, "2x", steps=3)
-    subject, options = tuned.tuned_cascade(loaded, [found], plan.sizes)
+    subject, options = tuned.tuned_cascade(loaded, [found], plan)
     ids = np.arange(8)
     drawn, labels = cascade_sampler(subject, plan, method="euler", **options).draw(ids)
     free, _ = cascade_sampler(loaded, plan, method="euler").draw(ids, labels)
     np.testing.assert_allclose(drawn[0], free[0], atol=1e-5)  # the base is theta's
     assert drawn[1].shape == (8, 16, 16, 3) and np.abs(drawn[1] - free[1]).max() > 1e-6
     # only fine-tuned weights and adapters can sample without a pivot
+    onward = smoke(teacher, tune, init_from=str(tmp_path / "tuned"))  # the next stage starts there
+    started = build(onward)
+    jax.tree.map(np.testing.assert_array_equal, started.warm_start({net: None})[net], found.params)
+    assert started.meta["ledger"]["flops"] == found.meta["ledger"]["flops"] > 5.0
     alone, _ = cascade_sampler(subject, plan, method="euler", **options).direct(ids)
     direct, _ = cascade_sampler(loaded, plan, method="euler").direct(ids)
     assert np.allclose(alone, direct, atol=1e-5) == (tune == "gain")
@@ -94,6 +98,9 @@ def test_tune_none_draws_the_cascade_in_shards_and_resumes(teacher, tmp_path):
     found = np.concatenate([s["images"] for s in shards])
     assert np.abs(found / 127.5 - 1 - images).max() < 1 / 100
     assert all(map(build(config).done, range(2)))
+    other = smoke(teacher, "none", out=str(tmp_path / "images"), num=6, method="heun")
+    with pytest.raises(ValueError, match="was started with another config .*cascade.method"):
+        run(other, tmp_path / "other")
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs(teacher, tmp_path):
@@ -104,11 +111,12 @@ def test_what_does_not_fit_is_refused_before_anything_runs(teacher, tmp_path):
         ({"times": "late"}, "cascade.times 'late'"),
         ({"sizes": (8,)}, "cascade.sizes has 8 px"),
         ({"k": "0.7"}, "K '0.7' is unreadable"),
+        ({"k": "sigma0"}, "cascade.k is 'sigma0', below which there is nothing to tune"),
+        ({"init_from": teacher}, "nothing tuned"),
     ):
         with pytest.raises(ValueError, match=message):
             build(smoke(teacher, "gain", **changes))
     with pytest.raises(ValueError, match="cascade.out is empty"):
         build(smoke(teacher, "none"))
-    config = smoke(teacher, "gain", init_from=teacher)
-    with pytest.raises(ValueError, match="nothing tuned"):
-        build(config).warm_start({"upsampler": {}})
+    with pytest.raises(ValueError, match="cascade.width 14 does not divide into 3 norm groups"):
+        build(smoke(teacher, "neck", width=14))

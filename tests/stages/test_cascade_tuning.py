@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cheapscale.diffusion import process, solvers
+from cheapscale.diffusion import denoiser, process, solvers
 from cheapscale.diffusion.pivot import block_mean, restart_sigma
 from cheapscale.models import upsampler
 from cheapscale.models.unet import unet
@@ -57,7 +57,8 @@ def teacher(diffusion=EDM):
 
 
 def settings(tune="neck", **changes):
-    return common.cascade(tune).to_dict() | {"width": 4, "lora_rank": 2} | changes
+    resolved = {"times": "all" if tune in ("lora", "ft") else "to_k", "label_dropout": 0.0}
+    return common.cascade(tune).to_dict() | {"width": 4, "lora_rank": 2} | resolved | changes
 
 
 def tuned_run(tune="neck", seed=None, **changes):
@@ -68,13 +69,14 @@ def tuned_run(tune="neck", seed=None, **changes):
     if seed is not None:
         rng = np.random.default_rng(seed)
         params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), params)
-    return tuned.Tuned(params, {"networks": {"upsampler": fields}, "cascade": chosen}, tune)
+    meta = {"networks": {"upsampler": fields}, "cascade": chosen, "diffusion": EDM}
+    return tuned.Tuned(params, meta, tune)
 
 
 def images_of(run, pivots, *, cfg_scale=1.0, steps=10, diffusion=EDM, **options):
     loaded = teacher(diffusion)
     plan = cascade_plan(loaded.meta, "2x", steps=steps, pivot_size=(8, 8))
-    subject, denoisers = tuned.tuned_cascade(loaded, [run], plan.sizes, cfg_scale)
+    subject, denoisers = tuned.tuned_cascade(loaded, [run], plan, cfg_scale)
     sampler = cascade_sampler(
         subject, plan, method="euler", cfg_scale=cfg_scale, **denoisers, **options
     )
@@ -331,7 +333,7 @@ def test_the_released_codes_switches_change_what_they_name(pivots):
         ({"pivot_decay": 0.5}, "pivot_decay is 0.5, but cascade.features 'clean'"),
     ):
         with pytest.raises(ValueError, match=message):
-            tuned.injection(settings("gain", **change))
+            tuned.injection(settings("gain", **change), 0.5)
 
 
 def test_a_sampled_pivot_is_the_teachers_own():
@@ -352,20 +354,126 @@ def test_a_sampled_pivot_is_the_teachers_own():
 def test_one_run_serves_all_stages_or_each_its_own(pivots):
     loaded = teacher()
     plan = cascade_plan(loaded.meta, "2x,4x", steps=3)
-    shared = tuned.tuned_cascade(loaded, [tuned_run()], plan.sizes)
-    own = tuned.tuned_cascade(loaded, [tuned_run(), tuned_run(seed=1)], plan.sizes)
-    assert len(shared[1]["denoisers"]) == len(own[1]["denoisers"]) == 3
-    assert [len(subject.params["tuned"]) for subject, _ in (shared, own)] == [1, 2]
+    broken = tuned_run("gain")
+    broken = broken._replace(params=jax.tree.map(lambda p: p * np.nan, broken.params))
+
+    def scales(runs):
+        subject, denoisers = tuned.tuned_cascade(loaded, runs, plan)
+        drawn = cascade_sampler(subject, plan, method="euler", **denoisers).draw(np.arange(2))[0]
+        return [bool(np.isfinite(images).all()) for images in drawn]
+
+    assert scales([tuned_run("gain"), broken]) == [True, True, False]  # each its own
+    assert scales([broken]) == [True, False, False]  # one for both
     with pytest.raises(ValueError, match="3 tuned runs for 2 stages"):
-        tuned.tuned_cascade(loaded, [tuned_run()] * 3, plan.sizes)
+        tuned.tuned_cascade(loaded, [tuned_run()] * 3, plan)
+
+
+@pytest.mark.parametrize(
+    "cascade_of, k, run, cfg_scale, message",
+    [
+        ("4x", "t0.7", {}, 1.0, "cannot go from 8x8 to 32x32: choose scales such as 2x,4x"),
+        ("2x", "t0.9", {}, 1.0, "restarts at sigma .* tuned up to K t0.7"),
+        ("2x", "t0.7", {}, 2.0, "was tuned without label dropout"),
+        ("2x", "t0.9", {"times": "all"}, 1.0, None),
+        ("2x", "t0.7", {"label_dropout": 0.1}, 2.0, None),
+    ],
+)
+def test_stages_that_a_run_was_not_tuned_for_are_refused(cascade_of, k, run, cfg_scale, message):
+    loaded = teacher()
+    plan = cascade_plan(loaded.meta, cascade_of, k=(k,), steps=20)
+    if message is None:
+        tuned.tuned_cascade(loaded, [tuned_run("gain", **run)], plan, cfg_scale)
+    else:
+        with pytest.raises(ValueError, match=message):
+            tuned.tuned_cascade(loaded, [tuned_run("gain", **run)], plan, cfg_scale)
+
+
+def test_the_places_of_both_modes_are_the_networks_own_keys():
+    """Point 10: what is added where; the bottleneck has one stream."""
+    config = upsampler.from_fields(tuned_run().meta["networks"]["upsampler"])
+    assert tuned.inject_at(config, "S") == {
+        "enc_8_block0": "enc_8_block0/skip", "enc_4_down": "enc_4_down/skip",
+        "enc_4_block0": "enc_4_block0/skip", "dec_4_in1": "dec_4_in1",
+    }  # fmt: skip
+    assert tuned.inject_at(config, "M") == {
+        "enc_8_block0": "enc_8_block0/stream", "enc_4_down": "enc_4_down/stream",
+        "enc_4_block0": "enc_4_block0/stream", "dec_4_in1": "dec_4_in1",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("diffusion", [EDM, VP])
+def test_training_and_sampling_inject_the_same_and_it_is_the_papers(diffusion, pivots):
+    """The stage's D, the loss's D, and one composed by hand from the network itself: features of
+    step 0, the step's own embedding, four sums (points 6 and 10)."""
+    run = tuned_run("neck", seed=4)
+    config = upsampler.from_fields(run.meta["networks"]["upsampler"])
+    label, fields = jnp.array([0, 2]), run.meta["networks"]["upsampler"]
+    x, sigma = jax.random.normal(jax.random.key(0), (2, 16, 16, 3)), 1.3
+    meta = teacher(diffusion).meta
+    net, phi = unet(**UNET), upsampler.Upsamplers(config)
+
+    def inputs(x, sigma):
+        sigma = jnp.full(2, sigma, jnp.float32)
+        if diffusion is EDM:
+            return denoiser.edm_inputs(x, sigma, 0.5, UNET["noise_feature"])
+        return denoiser.vp_inputs(x, sigma, process.vp_schedule("linear"))
+
+    @jax.jit
+    def all_three(theta, params, pivot):
+        grid = np.array([sigma, 0.0])
+        tree = {"teacher": theta, "tuned": [params]}
+        make = tuned.stage_denoiser(run, meta, 0, (16, 16))
+        ((stage, _),) = make(tree, pivot, label, grid)
+        loss = cascade.injected(theta, params, pivot, run.meta["cascade"], fields, UNET, diffusion)
+        clean, noise = inputs(pivot, diffusion["sigma_min"])
+        names = tuple(name for name, _ in config.channels)
+        f = net.apply({"params": theta}, clean, noise, label, taps=names)[1]
+        x_in, noise = inputs(x, sigma)
+        emb = net.apply({"params": theta}, x_in, noise, label, taps=("emb",))[1]["emb"]
+        once = phi.apply({"params": params}, f, (2.0, 2.0), method=upsampler.Upsamplers.lift)
+        u = phi.apply({"params": params}, once, emb, jnp.full(2, sigma, jnp.float32))
+        inject = {(n if n.startswith("dec") else f"{n}/skip"): v for n, v in u.items()}
+        F = net.apply({"params": theta}, x_in, noise, label, inject=inject)
+        if diffusion is EDM:
+            c_skip, c_out, _ = denoiser.preconditioning(sigma, 0.5)
+            by_hand = c_skip * x + c_out * F
+        else:
+            by_hand = x - sigma * F
+        return stage(x, sigma), loss(x, jnp.full(2, sigma), label=label), by_hand
+
+    stage, loss, by_hand = all_three(weights(), run.params, pivots)
+    np.testing.assert_allclose(stage, loss, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stage, by_hand, rtol=1e-3, atol=1e-4)
+
+
+def test_guidance_weighs_two_branches_with_features_of_their_own(pivots):
+    """Point 9, with an open gate: D_u + w (D_c - D_u) of two unguided denoisers."""
+    run = tuned_run("gain", seed=3)
+    x, label = jax.random.normal(jax.random.key(0), (2, 16, 16, 3)), jnp.array([0, 2])
+    params = {"teacher": weights(), "tuned": [run.params]}
+
+    @jax.jit
+    def three(params, pivot):
+        def D(w, y):
+            make = tuned.stage_denoiser(run, teacher().meta, 0, (16, 16), w)
+            ((denoise, _),) = make(params, pivot, y, np.array([2.0, 0.0]))
+            return denoise(x, 1.3)
+
+        return D(2.5, label), D(1.0, label), D(1.0, jnp.full(2, 3)), D(0.0, label)
+
+    guided, conditional, null, at_zero = three(params, pivots)
+    np.testing.assert_allclose(guided, null + 2.5 * (conditional - null), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(at_zero, null, rtol=1e-5, atol=1e-6)
+    assert np.abs(conditional - null).max() > 1e-2
 
 
 @pytest.mark.parametrize(
     "changes, resolution, message",
     [
-        ({}, 8, "cascade.sizes has 8 px, whose pivot is 4"),
-        ({"sizes": (24,)}, 32, "cascade.sizes has 24 px"),
-        ({"ratio": 3}, 16, "whose pivot is 5.33"),
+        ({}, 8, "cascade.sizes has 8 px"),
+        ({"sizes": (24,)}, 48, "cascade.sizes has 24 px: .* 8 px times powers of cascade.ratio 2"),
+        ({"ratio": 3}, 16, "cascade.sizes has 16 px"),
+        ({"ratio": 1}, 16, "cascade.ratio is 1"),
     ],
 )
 def test_sizes_without_a_pivot_are_refused(changes, resolution, message):

@@ -12,6 +12,7 @@ from cheapscale.stages.networks import step_owners
 EDM = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
        "sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}  # fmt: skip
 VP = EDM | {"process": "linear", "prediction": "eps"}
+GRID = process.sampling_grid(NODES, 0.002, 80.0, 7.0)
 
 
 def test_an_edm_teachers_borders_are_nodes_of_its_own_grid():
@@ -21,6 +22,17 @@ def test_an_edm_teachers_borders_are_nodes_of_its_own_grid():
     owners = step_owners(grid, groups.borders)
     assert np.bincount(owners).tolist() == [8] * 5  # as many steps each
     assert owners[0] == 4 and owners[-1] == 0  # the noisiest group first
+
+
+@pytest.mark.parametrize("diffusion, steps", [(EDM, 40), (EDM, 20), (VP, 20)])
+def test_borders_on_the_nodes_of_a_sampler_give_every_group_as_many_steps(diffusion, steps):
+    grid = process.sampling_grid(steps, 0.02, 80.0, 7.0)
+    if diffusion is EDM:
+        grid = process.sampling_grid(steps, 0.002, 80.0, 7.0)
+    groups = make_groups(diffusion, 4, "nodes", grid=grid)
+    assert np.bincount(step_owners(grid, groups.borders)).tolist() == [steps // 4] * 4
+    if steps == NODES:
+        np.testing.assert_array_equal(groups.edges, make_groups(EDM, 4).edges)
 
 
 @pytest.mark.parametrize("diffusion", [EDM, VP])
@@ -41,15 +53,17 @@ def test_vp_groups_are_intervals_of_time():
     assert groups.edges.tolist() == [0, 250, 500, 750, 1000]
     np.testing.assert_array_equal(levels_of(VP), process.vp_schedule("linear").sigmas)
     np.testing.assert_allclose(groups.decibels(), (9.5, -5.1, -17.4, -33.9), atol=0.06)
-    assert groups.positions(1, overlap=20) == (230, 519)
+    assert groups.positions(1) == (250, 499)
 
 
 @pytest.mark.parametrize("group", [0, 1, 3])
 def test_vp_draws_are_uniform_in_the_interval_and_mirrored_inside_it(group):
     groups, n = make_groups(VP, 4), 20000
-    sigma = np.asarray(draw_levels(jax.random.key(group), n, VP, groups, group, 20))
+    sigma = np.asarray(
+        draw_levels(jax.random.key(group), n, VP, groups, groups.positions(group, 1, GRID))
+    )
     t = np.searchsorted(groups.levels, sigma * (1 - 1e-5))
-    first, last = groups.positions(group, 20)
+    first, last = groups.positions(group, 1, GRID)
     assert t.min() == first and t.max() == last
     np.testing.assert_array_equal(t[n // 2 :], first + last - t[: n // 2])
     counts, _ = np.histogram(t, bins=8, range=(first, last + 1))
@@ -59,9 +73,11 @@ def test_vp_draws_are_uniform_in_the_interval_and_mirrored_inside_it(group):
 @pytest.mark.parametrize("group", [0, 2, 4])
 def test_edm_draws_follow_the_teachers_own_density_cut_to_the_group(group):
     groups, n = make_groups(EDM, 5), 20000
-    sigma = np.asarray(draw_levels(jax.random.key(0), n, EDM, groups, group, 1), np.float64)
-    first, last = groups.positions(group, 1)
-    low = np.log(groups.levels[first]) if first else -np.inf
+    sigma = np.asarray(
+        draw_levels(jax.random.key(0), n, EDM, groups, groups.positions(group, 1, GRID)), np.float64
+    )
+    first, last = groups.positions(group, 1, GRID)
+    low = np.log(groups.levels[first - 1]) if first else -np.inf
     high = np.log(groups.levels[last]) if last < NODES - 1 else np.inf
     assert np.all(np.log(sigma) >= low - 1e-3) and np.all(np.log(sigma) <= high + 1e-3)
     a, b = ((edge + 1.2) / 1.2 for edge in (low, high))
@@ -70,6 +86,32 @@ def test_edm_draws_follow_the_teachers_own_density_cut_to_the_group(group):
     assert stats.kstest(np.log(sigma[: n // 2]), law.cdf).pvalue > 1e-3
     quantiles = law.cdf(np.log(sigma))
     np.testing.assert_allclose(quantiles[: n // 2] + quantiles[n // 2 :], 1, atol=0.01)
+
+
+@pytest.mark.parametrize("diffusion", [EDM, VP])
+def test_groups_cover_all_levels_and_both_ends_of_their_own_steps(diffusion):
+    """Without overlap nothing lies between two groups; with one step of it, the corrector at the
+    cleaner end of a specialist's last step meets a level that it was trained on."""
+    groups = make_groups(diffusion, 5)
+
+    def trained(group, overlap):
+        sigma = np.asarray(
+            draw_levels(
+                jax.random.key(0), 40000, diffusion, groups, groups.positions(group, overlap, GRID)
+            ),
+            np.float64,
+        )
+        return sigma.min(), sigma.max()
+
+    bare = [trained(group, 0) for group in range(5)]
+    for (_, top), (bottom, _) in zip(bare, bare[1:]):
+        assert abs(np.log(bottom / top)) < 0.05
+    owners = step_owners(GRID, groups.borders)
+    for step, owner in enumerate(owners):
+        low, high = trained(owner, 1)
+        for level in (GRID[step], GRID[step + 1]):
+            if level > 0.01:  # below, an EDM teacher's density is empty
+                assert low * 0.97 <= level <= high * 1.03 or level > high > 40
 
 
 def test_clustered_groups_need_their_measurement_and_follow_it():

@@ -11,8 +11,9 @@ from cheapscale.models.unet import unet
 from cheapscale.pruning.structure import layout, prune, pruned_config
 from cheapscale.stages import specialists
 from cheapscale.stages.cascade_sampler import cascade_cost, cascade_plan, cascade_sampler
+from cheapscale.stages.data import open_data
 from cheapscale.stages.groups import make_groups
-from cheapscale.stages.invert import flops_of_path, round_trip
+from cheapscale.stages.invert import flops_of_path, make_manifest, round_trip
 from cheapscale.stages.networks import complete, fingerprint, load_model, load_teacher
 from cheapscale.stages.run import build, run
 from cheapscale.stages.sampler_cost import segment_calls
@@ -61,6 +62,7 @@ def as_set(*members, models=None, borders=None):
     meta = base_meta()
     groups = make_groups(DIFFUSION, len(members))
     chosen = {
+        "base": fingerprint(weights()),
         "borders": groups.borders if borders is None else borders,
         "models": models or [meta["networks"]["net"]] * len(members),
     }
@@ -158,7 +160,8 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
     assert manifest["teacher"] == fingerprint(load_teacher(teacher).params)
     assert sum(manifest["sampler_steps"]) == 40
     memory = (folder / "memory-1.jsonl").read_text().splitlines()
-    best = min(map(json.loads, memory), key=lambda entry: entry["score"])
+    entries = [entry for entry in map(json.loads, memory) if "score" in entry]
+    best = min(entries, key=lambda entry: entry["score"])
     assert specialists.read_assessment(folder, 1)["widths"] == best["widths"]
     with pytest.raises(FileNotFoundError, match="group-0"):
         load_model(folder)
@@ -176,8 +179,24 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
     assert loaded.meta["ledger"]["flops"] > LEDGER["flops"]
     images, _ = sample(loaded, np.arange(8), steps=4)
     assert images.shape == (8, 8, 8, 3) and np.isfinite(images).all()
+    # the set inverts, and its latents teach a copy of the base
+    source = open_data(scenes.get_config("stage=invert,smoke").data)
+    held = make_manifest(loaded, source)
+    assert held["teacher"] == fingerprint(weights()) != held["specialists"]
+    config = scenes.get_config("stage=distill,smoke")
+    config.teacher = str(folder)
+    with pytest.raises(ValueError, match="is a set of specialists, which may invert"):
+        build(config)
     with pytest.raises(ValueError, match="is a set of specialists: prune its base"):
         build(configured("assess", str(folder), tmp_path / "again"))
+    with pytest.raises(ValueError, match="holds one specialist, .*: name the folder of its set"):
+        load_model(specialists.group_folder(folder, 0))
+    other = build(configured("assess", teacher, folder, k=0.7))
+    with pytest.raises(ValueError, match="is of another teacher, data set or config.prune"):
+        other.done(0)
+    specialists.write_manifest(folder, manifest | {"identity": "another"})
+    with pytest.raises(ValueError, match="was trained for another assessment"):
+        load_model(folder)
 
 
 def test_a_specialist_starts_as_the_cut_base(teacher, tmp_path):
@@ -204,6 +223,8 @@ def test_a_specialist_starts_as_the_cut_base(teacher, tmp_path):
         ({"importance": "gut"}, "prune.importance is 'gut'"),
         ({"proposer": "llm"}, "name the model's prune.llm_url"),
         ({"budget": "none"}, "prune.budget is 'none'"),
+        ({"plan": "outer"}, "prune.plan is 'outer'"),
+        ({"k": 1.5}, "prune.k is 1.5"),
     ],
 )
 def test_choices_that_do_not_exist_are_refused(teacher, tmp_path, changes, message):
@@ -214,7 +235,8 @@ def test_choices_that_do_not_exist_are_refused(teacher, tmp_path, changes, messa
 def test_a_set_that_is_not_whole_or_of_another_base_is_refused(teacher, tmp_path):
     with pytest.raises(FileNotFoundError, match="run stage=assess into that folder first"):
         build(configured("prune", teacher, tmp_path))
-    manifest = {"teacher": "another", "edges": [0, 20, 40], "base": base_meta(), "borders": [1.0]}
+    manifest = {"teacher": "another", "edges": [0, 20, 40], "base": base_meta(), "borders": [1.0],
+                "identity": "x"}  # fmt: skip
     specialists.write_manifest(tmp_path, manifest)
     with pytest.raises(ValueError, match="was assessed on the teacher another"):
         build(configured("prune", teacher, tmp_path))
