@@ -5,5 +5,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh ""
-exec .venv/bin/python -m launch.pipeline --config=configs/scenes.py --arg=size=quick --num_samples=500 \
+exec .venv/bin/python -m launch.pipeline --config=configs/scenes.py --arg=size=quick --num_samples=300 \
   --workdir="${WORKDIR:-runs/quickstart}" "$@"

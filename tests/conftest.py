@@ -13,6 +13,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # two test processes share two cores: one thread compiles and computes, which saves a tenth
+    + " --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false"
 )
 os.environ.setdefault("CHEAPSCALE_CACHE", str(ROOT / ".pytest_cache" / "cheapscale"))
 

@@ -163,8 +163,9 @@ def masked(params: PyTree, config: UNetConfig, keep: Mapping[str, np.ndarray]) -
     "keep"}.
 
     What reads a channel that goes is zero, and norms leave it out of their moments. One compiled
-    program then serves every choice of widths, where each pruned network would need its own. Exact
-    unless a stream narrows beside a seam, where norm groups change their members (section 4.8).
+    program then serves every choice of inner widths, where each pruned network would need its own.
+    Not for streams: where one side of a concatenation narrows, the norm behind it regroups its
+    channels (section 4.8), which masks do not.
     """
     found = layout(config)
     _check(found.variables, keep)

@@ -11,6 +11,7 @@ One shard is one group. Everything is pruned from the same base, from its EMA we
 written is which channels stay. `stage=prune` then fine-tunes one group after another.
 """
 
+import functools
 import json
 from typing import Any, NamedTuple
 
@@ -19,16 +20,16 @@ import numpy as np
 
 from cheapscale.data.digest import digest
 from cheapscale.data.files import whole_or_nothing
-from cheapscale.models.unet import unet
+from cheapscale.models.unet import UNet, unet
 from cheapscale.pruning import budget, importance, search
 from cheapscale.pruning.language_model import LanguageModel
-from cheapscale.pruning.structure import PLANS, masked
+from cheapscale.pruning.structure import PLANS, masked, prune, pruned_config
 from cheapscale.stages import data
 from cheapscale.stages.groups import KINDS, Groups, draw_levels, level_loss, make_groups, weight
 from cheapscale.stages.networks import denoiser_of, fingerprint, load_teacher
 from cheapscale.stages.sampling import levels
 from cheapscale.stages.specialists import assessment_path, read_assessment, write_manifest
-from cheapscale.training.checkpoint import Loaded
+from cheapscale.training.checkpoint import Loaded, claim_workdir
 from cheapscale.training.stage import Job
 from cheapscale.training.state import stream_key
 
@@ -64,10 +65,11 @@ def build(config) -> Job:
     source = data.open_data(config.data)
     data.check_model(teacher.meta["networks"]["net"], source)
 
-    same = digest({
+    origin = {
         "teacher": fingerprint(teacher.params), "data": source.fingerprint(), "seed": config.seed,
         "settings": {k: v for k, v in settings.items() if k not in OF_TRAINING},
-    })  # fmt: skip
+    }  # fmt: skip
+    same = digest(origin)
 
     def done(group: int) -> bool:
         if not assessment_path(folder, group).is_file():
@@ -80,6 +82,7 @@ def build(config) -> Job:
         return True
 
     def prepare() -> "Assessment":
+        claim_workdir(folder, origin, ())  # the searches of another origin are not gone on with
         proxy = read_proxy(source, max(settings["proxy_images"], settings["score_images"]))
         return Assessment(teacher, proxy, settings, config.seed, folder)
 
@@ -156,19 +159,17 @@ class Assessment:
         self.groups = self._groups()
         self.targets = self._targets()
 
-    def _loss(self, variables, x, label, sigma, key):
-        """[b] at given levels; variables may carry masks."""
-        D = denoiser_of(self.net, variables, self.diffusion)
+    def _loss(self, variables, x, label, sigma, key, net: UNet | None = None):
+        """[b] at given levels; variables may carry masks. net: a narrower one."""
+        D = denoiser_of(net or self.net, variables, self.diffusion)
         return level_loss(D, x, sigma, key, self.diffusion, label=label)
 
     def assess(self, group: int) -> dict:
         """Widths and channels of one group."""
-        scores = self.scores(group)
-        target = float(self.targets[group])
+        target, settings = float(self.targets[group]), self.settings
         if target >= 1:  # the whole network, only fine-tuned
             return {"widths": {}, "keep": {}, "share": 1.0, "score": self.score({}, group)}
-        settings = self.settings
-        task = search.make_task(self.net.config, target, scores, settings["plan"])
+        task = search.make_task(self.net.config, target, self.scores(group), settings["plan"])
         widths = search.uniform(task)
         if settings["proposer"] != "uniform":
             best, _ = search.search(
@@ -206,18 +207,24 @@ class Assessment:
         strata = first + (np.arange(count) + 0.5) * (last - first + 1) / count
         sigma = self.groups.levels[np.floor(strata).astype(int)]
         sigma = np.resize(sigma, num).astype(np.float32)
-        variables = masked(self.teacher.params, self.net.config, keep)
-        return float(np.mean(self._in_batches(variables, sigma, "proxy")))
+        params, config = self.teacher.params, self.net.config
+        if self.settings["plan"] == "inner":  # one program for all candidates
+            return float(np.mean(self._in_batches(masked(params, config, keep), sigma, "proxy")))
+        # narrower streams regroup the norms behind concatenations: each candidate its own program
+        narrow = UNet(pruned_config(config, keep))
+        loss = jax.jit(functools.partial(self._loss, net=narrow))
+        variables = {"params": prune(params, config, keep)}
+        return float(np.mean(self._in_batches(variables, sigma, "proxy", loss=loss)))
 
-    def _in_batches(self, variables, sigma, stream, size=64):
-        out = []
+    def _in_batches(self, variables, sigma, stream, size=64, loss=None):
+        run, out = loss or self.loss, []
         for start in range(0, len(sigma), size):
             rows = np.arange(start, start + size) % len(sigma)  # one shape, one program
             pick = rows % len(self.proxy.images)  # a small set serves several times
             key = stream_key(self.seed, stream, start)
             images, labels = self.proxy.images[pick], self.proxy.labels[pick]
-            loss = self.loss(variables, images, labels, sigma[rows], key)
-            out.append(np.asarray(loss)[: len(sigma) - start])
+            losses = run(variables, images, labels, sigma[rows], key)
+            out.append(np.asarray(losses)[: len(sigma) - start])
         return np.concatenate(out)
 
     def scores(self, group: int) -> importance.Scores:

@@ -1,6 +1,7 @@
 """The stages' view of data: sources opened from a config, checked, and streamed by step."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -66,6 +67,18 @@ def check_model(model: dict, source) -> None:
             f"model.num_classes is {model['num_classes']}, but {source.name} has "
             f"{source.num_classes} classes: set it to that, or to 0 for an unconditional model"
         )
+
+
+def stream(config, source, transform=None) -> Callable[[int], Iterator]:
+    """batches(start_step) of a stage that trains on images, as its config says."""
+    return functools.partial(
+        real_batches,
+        source,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_threads=config.data.num_threads,
+        transform=transform,
+    )
 
 
 def real_batches(

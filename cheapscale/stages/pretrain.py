@@ -66,13 +66,10 @@ def build(config) -> Stage:
             optimiser=optimiser,
             ema_decay=config.ema.decay,
         ),
-        batches=functools.partial(
-            data.real_batches,
+        batches=data.stream(
+            config,
             source,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            num_threads=config.data.num_threads,
-            transform=functools.partial(
+            functools.partial(
                 augmented, flips=config.data.flip, probability=config.pretrain.augment
             ),
         ),

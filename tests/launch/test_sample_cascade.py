@@ -29,7 +29,8 @@ DIFFUSION = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_ma
 
 
 def command(*words):
-    env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-m", "launch.sample", *words],
         cwd=ROOT, env=os.environ | env, capture_output=True, text=True,

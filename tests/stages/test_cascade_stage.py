@@ -51,7 +51,7 @@ def smoke(teacher, tune, **changes):
     return config
 
 
-@pytest.mark.parametrize("tune, net", [("gain", "upsampler"), ("lora", "lora"), ("ft", "net")])
+@pytest.mark.parametrize("tune, net", [("gain", "upsampler"), ("ft", "net")])
 def test_a_tuned_run_trains_saves_and_samples_with_its_teacher(teacher, tune, net, tmp_path):
     summary = run(smoke(teacher, tune), tmp_path / "tuned")
     assert summary["step"] == 3 and summary["ledger"]["flops"] > 5.0

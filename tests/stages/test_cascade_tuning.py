@@ -206,7 +206,7 @@ def batch_of(side, n=4):
     return {"image": image, "label": np.arange(n, dtype=np.int32) % 3}
 
 
-@pytest.mark.parametrize("tune", ["neck", "gain", "lora", "ft"])
+@pytest.mark.parametrize("tune", ["gain", "lora"])
 def test_only_phi_trains_and_only_phi_has_an_optimiser(tune):
     """Point 5: theta is bit for bit what it was, and its gradient is never asked for."""
     import optax
@@ -231,7 +231,7 @@ def test_only_phi_trains_and_only_phi_has_an_optimiser(tune):
     assert fingerprint(frozen["teacher"]) == before
     pairs = zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params))
     moved = [np.any(np.asarray(a) != np.asarray(b)) for a, b in pairs]
-    assert all(moved) or tune == "ft"  # a kernel that meets only zeros at first stays
+    assert all(moved)
     assert metrics["loss"] > 0
 
     def of_theta(theta):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cheapscale.models.unet import unet
-from cheapscale.pruning.structure import layout, prune, pruned_config
+from cheapscale.pruning.structure import flops, layout, prune, pruned_config
 from cheapscale.stages import specialists
 from cheapscale.stages.cascade_sampler import cascade_cost, cascade_plan, cascade_sampler
 from cheapscale.stages.data import open_data
@@ -215,6 +215,46 @@ def test_a_specialist_starts_as_the_cut_base(teacher, tmp_path):
     assert scratch.warm_start({"net": "as drawn"}) == {"net": "as drawn"}
     whole = build(configured("prune", teacher, folder, group=0))
     jax.tree.map(np.testing.assert_array_equal, whole.warm_start({})["net"], weights())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "plan": "all",
+            "importance": "all_times",
+            "budget": "snr",
+            "partition": "snr",
+            "mean": 0.8,
+        },
+        {"importance": "diff_pruning", "budget": "loss", "partition": "loss", "mean": 0.85},
+        {"importance": "accumulated", "budget": "flat", "partition": "gradient", "weigh": "steps"},
+        {
+            "importance": "chance",
+            "order": "snr_down",
+            "partition": "nodes",
+            "proposer": "evolution",
+        },
+    ],
+)
+def test_every_choice_makes_a_set_within_its_budgets(teacher, tmp_path, changes):
+    changes = {"k": 0.6} | changes
+    summary = run(configured("assess", teacher, tmp_path / "set", **changes), tmp_path / "job")
+    manifest = specialists.read_manifest(tmp_path / "set")
+    for share, target in zip(summary["shares"], summary["targets"]):
+        assert abs(share - target) <= 0.02 and 0.4 < target <= 1
+    sizes = np.diff(manifest["edges"])
+    if changes.get("budget") in ("snr", "loss"):
+        assert np.average(summary["targets"], weights=sizes) == pytest.approx(changes["mean"])
+    if changes.get("budget") == "flat":
+        assert summary["targets"] == [0.8, 0.8]
+    if changes.get("order") == "snr_down":
+        assert summary["targets"] == [0.8, 1.0]
+    config = unet(**base_meta()["networks"]["net"]).config
+    for group in range(2):
+        keep = specialists.read_assessment(tmp_path / "set", group)["keep"]
+        narrow = pruned_config(config, {n: np.array(c) for n, c in keep.items()})
+        assert flops(narrow) / flops(config) == pytest.approx(summary["shares"][group])
 
 
 @pytest.mark.parametrize(
