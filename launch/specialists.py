@@ -3,10 +3,11 @@
     python -m launch.specialists --config=configs/scenes.py --arg=size=cascade \\
         --teacher=runs/teacher --workdir=runs/specialists --set=k=0.5 --set=groups=5
 
-The work directory is the set, which every command that takes a teacher accepts as --model or
-config.teacher. Groups are independent, so on several machines the same is `launch.train` with
-stage=assess once and stage=prune for each --config.prune.group, into <set>/group-<j>. Running it
-again resumes. `--groups=0,3` fine-tunes those alone.
+The work directory is the set: a teacher for sampling, evaluation, inversion and the tuning-free
+cascade (what copies or tunes one network takes the base). Groups are independent, so on several
+machines the same is `launch.train` with stage=assess once and stage=prune for each
+--config.prune.group, into <set>/group-<j>. Running it again resumes. `--groups=0,3` fine-tunes
+those alone.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""A set of specialists as one artefact: a folder that is accepted wherever a teacher is (10.3).
+"""A set of specialists as one artefact: a folder that samples and inverts as a teacher does (10.3).
 
     manifest.json            groups, owner rule, budgets, what was searched, the base's fingerprint
     group-<j>/checkpoints    the specialist of group j, counted from the cleanest; its meta holds
