@@ -115,7 +115,6 @@ class Study:
         base = self.base(*key)
         return measure(
             images,
-            base.labels,
             base.pivots,
             self.judge(key[0], images.shape[1]),
             self.judge(key[0], base.pivots.shape[1]),

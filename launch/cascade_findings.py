@@ -12,14 +12,15 @@ METRICS = ("single", "objects", "fd", "patch_fd", "base_fd", "pivot_mse", "contr
 
 def findings(config: dict, cells: dict) -> dict:
     """{claim: figures} of the cells {name: {"figures": ...}}."""
-    held = {name: cell["figures"] for name, cell in cells.items()}
+    # by name without the section: seeds after the first are in other sections
+    held = {name.partition(" ")[2]: cell["figures"] for name, cell in cells.items()}
     found = {}
     for seed in config["seeds"]:
-        found[f"composition, seed {seed}"] = composition(config, held, seed)
-        found[f"tuning, seed {seed}"] = tuning(config, held, seed)
+        found[f"composition, seed {seed}"] = composition(held, seed)
+        found[f"tuning, seed {seed}"] = tuning(held, seed)
     found["best K by schedule"] = best_k(config, held)
     found["two stages against one jump"] = jump(config, held)
-    found["seconds"] = held.get("E9 seconds")
+    found["seconds"] = held.get("seconds")
     return {claim: figures for claim, figures in found.items() if figures}
 
 
@@ -28,29 +29,28 @@ def value(held: dict, name: str, metric: str):
     return held[name][metric][0] if name in held and metric in held[name] else None
 
 
-def by_k(config: dict, held: dict, schedule: str, seed: int, metric: str) -> dict:
+def by_k(held: dict, schedule: str, seed: int, metric: str) -> dict:
     """{K: figure} of one teacher."""
-    pattern = rf"E\d+ {schedule} seed {seed}: K (\S+)"
-    rows = {}
-    for name in held:
-        match = re.fullmatch(pattern, name)
-        if match and metric in held[name]:
-            rows[match[1]] = held[name][metric][0]
-    return rows
+    start = f"{schedule} seed {seed}: K "
+    return {
+        name.removeprefix(start): figures[metric][0]
+        for name, figures in held.items()
+        if name.startswith(start) and metric in figures
+    }
 
 
-def composition(config: dict, held: dict, seed: int) -> dict | None:
+def composition(held: dict, seed: int) -> dict | None:
     """E1, E2: the share of single objects of base, direct sampling and the cascade."""
     start = f"edm seed {seed}"
     rates = {
-        "base": value(held, f"E1 {start}: base", "single"),
-        "direct": value(held, f"E1 {start}: direct", "single"),
-        "enlarged pivot": value(held, f"E2 {start}: enlarged pivot", "single"),
+        "base": value(held, f"{start}: base", "single"),
+        "direct": value(held, f"{start}: direct", "single"),
+        "enlarged pivot": value(held, f"{start}: enlarged pivot", "single"),
     }
     if None in rates.values():
         return None
-    rates |= {f"K {k}": rate for k, rate in by_k(config, held, "edm", seed, "single").items()}
-    distance = by_k(config, held, "edm", seed, "fd")
+    rates |= {f"K {k}": rate for k, rate in by_k(held, "edm", seed, "single").items()}
+    distance = by_k(held, "edm", seed, "fd")
     if len(distance) > 1:
         best = min(distance, key=distance.get)
         rates |= {"best K by fd": best, "at the best K": rates[f"K {best}"]}
@@ -64,11 +64,12 @@ def best_k(config: dict, held: dict) -> dict | None:
     for schedule in ("edm", *config["vp"]):
         row = {}
         for metric in ("fd", "patch_fd", "base_fd"):
-            figures = by_k(config, held, schedule, config["seeds"][0], metric)
+            figures = by_k(held, schedule, config["seeds"][0], metric)
             if len(figures) < max(2, len(config["ks"])):
                 continue
             best = min(figures, key=figures.get)
-            sigma = restart_of(held, schedule, config["seeds"][0], best)
+            name = f"{schedule} seed {config['seeds'][0]}: K {best}"
+            sigma = held[name]["restart_sigma"]
             row[metric] = {"k": best, "decibels": float(process.decibels(sigma))}
             if schedule != "edm":
                 time = process.vp_schedule(schedule).time_of_sigma(sigma)
@@ -78,16 +79,10 @@ def best_k(config: dict, held: dict) -> dict | None:
     return rows if len(rows) > 1 else None
 
 
-def restart_of(held: dict, schedule: str, seed: int, k: str) -> float:
-    """The level that a teacher's grid restarts at for K."""
-    pattern = rf"E\d+ {schedule} seed {seed}: K {re.escape(k)}"
-    return next(row["restart_sigma"] for name, row in held.items() if re.fullmatch(pattern, name))
-
-
 def jump(config: dict, held: dict) -> dict | None:
     """E5: at four times the size."""
     titles = ("two stages", "one jump", "direct", "enlarged pivot")
-    start = f"E5 edm seed {config['seeds'][0]}: 4x"
+    start = f"edm seed {config['seeds'][0]}: 4x"
     rows = {title: held.get(f"{start} {title}") for title in titles}
     if None in rows.values():
         return None
@@ -97,11 +92,11 @@ def jump(config: dict, held: dict) -> dict | None:
     }
 
 
-def tuning(config: dict, held: dict, seed: int) -> dict | None:
+def tuning(held: dict, seed: int) -> dict | None:
     """E6, E7, E8: figures by steps; and the steps and seconds that each method takes to reach what
     an upsampler has after each of its numbers of steps (the paper's claim: fine-tuning takes five
     times as many)."""
-    pattern = rf"E6 edm seed {seed}: (.+?) after (\d+)"
+    pattern = rf"edm seed {seed}: (.+?) after (\d+)"
     rows: dict = {}
     for name, figures in held.items():
         match = re.fullmatch(pattern, name)

@@ -41,7 +41,6 @@ def make_judge(network: FeatureNetwork, train, test, *, num: int, num_real: int,
 
 def measure(
     images: np.ndarray,
-    labels: np.ndarray,
     pivots: np.ndarray,
     top: Judge,
     base: Judge,

@@ -179,8 +179,12 @@ def edm_loss(
     """
     key_sigma, key_eps = jax.random.split(key)
     sigma = process.draw_sigma(key_sigma, x.shape[:1], P_mean, P_std, sigma_range)
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * squared_error(D, x, sigma, key_eps, cond), sigma
+    return edm_weight(sigma, sigma_data) * squared_error(D, x, sigma, key_eps, cond), sigma
+
+
+def edm_weight(sigma: Any, sigma_data: float) -> Any:
+    """The weight of equation (3)."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def vp_loss(

@@ -53,3 +53,11 @@ def guided(denoise: Denoiser, cfg_scale: Any, null: dict[str, Any]) -> Denoiser:
         return D_u + over_pixels(cfg_scale, x) * (D_c - D_u)
 
     return denoise_guided
+
+
+def dropped(key: jax.Array, label: jax.Array, probability: float, null: int) -> jax.Array:
+    """label [b] with each replaced by `null` at random: what guidance needs the network to see in
+    training. Probability 0 draws nothing."""
+    if not probability:
+        return label
+    return jnp.where(jax.random.bernoulli(key, probability, label.shape), null, label)

@@ -71,8 +71,8 @@ def draw_sigma(
 ) -> jax.Array:
     """Lognormal noise levels, ln sigma ~ N(P_mean, P_std^2).
 
-    With `sigma_range` = (low, high) the same density truncated to that interval: how a specialist
-    of one SNR group is fine-tuned. Returns float32 of `shape`.
+    With `sigma_range` = (low, high) the same density truncated to that interval: how what only
+    runs below sigma_K is tuned. Returns float32 of `shape`.
     """
     if sigma_range is None:
         return jnp.exp(P_mean + P_std * jax.random.normal(key, shape))

@@ -123,14 +123,3 @@ def allocate(
         )
     _, lost, chosen = frontier[-1]
     return np.array(chosen), lost
-
-
-def steps_of_groups(sigmas: np.ndarray, borders: Sequence[float]) -> np.ndarray:
-    """How many steps of a sampler's grid each group serves, [N] from clean to noisy.
-
-    sigmas: the grid, descending, a final 0 included. borders: sigmas between the groups, ascending.
-    A step belongs to the group of its noisier end (section 6.1); a border itself to the cleaner.
-    """
-    starts = np.asarray(sigmas, np.float64)[:-1]
-    group = np.searchsorted(np.asarray(borders, np.float64), starts * (1 - 1e-9))
-    return np.bincount(group, minlength=len(borders) + 1)

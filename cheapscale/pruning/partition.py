@@ -91,6 +91,16 @@ def from_anchors(anchors: np.ndarray, edges: np.ndarray, n: int) -> np.ndarray:
     return _whole([0, *inner, n], "clustering its anchors: use more of them")
 
 
+def step_owners(grid: np.ndarray, borders: Sequence[float]) -> np.ndarray:
+    """The group that owns each step of a grid (either direction), counted from the cleanest.
+
+    borders: sigmas between the groups, ascending; a step that begins on a border, seen from the
+    noisier end, belongs to the cleaner group.
+    """
+    noisier = np.maximum(grid[:-1], grid[1:])
+    return np.searchsorted(np.asarray(borders, np.float64), noisier * (1 - 1e-9))
+
+
 def _check(n, groups):
     if not 1 <= groups <= n:
         raise ValueError(f"{n} positions cannot be cut into {groups} groups: use 1 to {n}")

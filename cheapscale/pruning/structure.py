@@ -61,11 +61,11 @@ class Variable(NamedTuple):
 
 class Layout(NamedTuple):
     """leaves: {path of a weight: segments of each axis}; variables: {name: Variable};
-    queries: {path of a qkv weight: (its variable, heads)}."""
+    queries: {path of a qkv weight: the variable of its queries}."""
 
     leaves: dict[str, tuple[tuple[Segment, ...], ...]]
     variables: dict[str, Variable]
-    queries: dict[str, tuple[str, int]]
+    queries: dict[str, str]
 
 
 @functools.lru_cache(maxsize=32)
@@ -119,7 +119,7 @@ def prune(
     def cut(path: str, value: Any) -> np.ndarray:
         array = np.asarray(value)
         if path in found.queries:
-            name, heads = found.queries[path]
+            name = found.queries[path]
             width = found.variables[name].width
             factor = math.sqrt(len(keep.get(name, range(width))) / width) ** power
             array = array.copy()
@@ -204,7 +204,7 @@ def members(found: Layout, path: str) -> list[tuple[int, tuple[Segment, ...]]]:
     axes = found.leaves[path]
     reads = [(len(axes) - 2, axes[-2])] if path.endswith("/kernel") else []
     if path in found.queries:
-        name, _ = found.queries[path]
+        name = found.queries[path]
         width = found.variables[name].width
         rest = sum(segment.width for segment in axes[-1]) - width
         reads.append((len(axes) - 1, (Segment(name, width), Segment("", rest))))
@@ -249,7 +249,7 @@ class _Walk:
         self.leaves: dict[str, tuple] = {}
         self.norms: list[tuple[tuple[Segment, ...], int]] = []
         self.heads: list[tuple[str, int]] = []
-        self.query: dict[str, tuple[str, int]] = {}
+        self.query: dict[str, str] = {}
         self.pushed: dict[str, tuple[Segment, ...]] = {}
         self.emb = (Segment("", 0),)
         self.hidden = self.emb
@@ -345,7 +345,7 @@ class _Walk:
             self.weight(f"{name}/proj", (v,), (out,))
             self.heads += [(qk.variable, block.heads), (v.variable, block.heads)]
             for leaf in ("kernel", "bias"):
-                self.query[f"{name}/qkv/{leaf}"] = (qk.variable, block.heads)
+                self.query[f"{name}/qkv/{leaf}"] = qk.variable
         self.stream = (out,)
 
     def _head(self, block: Block) -> None:
@@ -366,7 +366,7 @@ class _Walk:
         }
 
     def queries(self) -> dict:
-        return {path: (self.root(name), heads) for path, (name, heads) in self.query.items()}
+        return {path: self.root(name) for path, name in self.query.items()}
 
     def variables(self) -> dict[str, Variable]:
         cells: dict[str, int] = {}

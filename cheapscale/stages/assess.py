@@ -23,9 +23,19 @@ from cheapscale.data.files import whole_or_nothing
 from cheapscale.models.unet import UNet, unet
 from cheapscale.pruning import budget, importance, search
 from cheapscale.pruning.language_model import LanguageModel
+from cheapscale.pruning.partition import step_owners
 from cheapscale.pruning.structure import PLANS, masked, prune, pruned_config
 from cheapscale.stages import data
-from cheapscale.stages.groups import KINDS, Groups, draw_levels, level_loss, make_groups, weight
+from cheapscale.stages.groups import (
+    KINDS,
+    Groups,
+    anchor_positions,
+    draw_levels,
+    level_loss,
+    levels_of,
+    make_groups,
+    weight,
+)
 from cheapscale.stages.networks import denoiser_of, fingerprint, load_teacher
 from cheapscale.stages.sampling import levels
 from cheapscale.stages.specialists import assessment_path, read_assessment, write_manifest
@@ -37,13 +47,8 @@ PyTree = Any
 SCORES = ("taylor", "accumulated", "all_times", "diff_pruning", "magnitude", "chance")
 BUDGETS = ("linear", "snr", "loss", "flat")
 PROPOSERS = ("greedy", "evolution", "chance", "uniform", "llm")
-ANCHORS = 50
-OF_TRAINING = (
-    "group",
-    "overlap",
-    "distil",
-    "start",
-)  # fields of config.prune that stage=prune reads
+# Fields of config.prune that only stage=prune reads.
+OF_TRAINING = ("group", "overlap", "distil", "start")
 
 
 class Proxy(NamedTuple):
@@ -154,6 +159,8 @@ class Assessment:
         self.folder = folder
         self.diffusion = teacher.meta["diffusion"]
         self.net = unet(**teacher.meta["networks"]["net"])
+        self.levels = levels_of(self.diffusion)
+        self.anchors = anchor_positions(self.levels)
         self.loss = jax.jit(self._loss)
         self.grad = jax.jit(jax.grad(self._mean_loss))
         self.groups = self._groups()
@@ -234,11 +241,11 @@ class Assessment:
             return importance.magnitude(params, config)
         if kind == "chance":
             return importance.chance(config, (self.seed, group))
-        whole = Groups(self.groups.levels, np.array([0, len(self.groups.levels)]))
+        whole = Groups(self.levels, np.array([0, len(self.levels)]))
         if kind == "diff_pruning":
-            cut = importance.informative_levels(self.anchor_losses(), self.settings["threshold"])
-            last = self.anchors()[max(cut, 1) - 1] + 1
-            whole = Groups(self.groups.levels, np.array([0, last, len(self.groups.levels)]))
+            cut = importance.informative_levels(self.anchor_losses, self.settings["threshold"])
+            last = self.anchors[max(cut, 1) - 1] + 1
+            whole = Groups(self.levels, np.array([0, last, len(self.levels)]))
         where = (self.groups, group) if kind in ("taylor", "accumulated") else (whole, 0)
         grads = importance.gradients(self.grad, params, self.batches(*where))
         summed = kind in ("accumulated", "diff_pruning")
@@ -256,19 +263,13 @@ class Assessment:
             sigma = draw_levels(k_level, len(rows), self.diffusion, groups, groups.positions(group))
             yield self.proxy.images[rows], self.proxy.labels[rows], sigma, k_noise
 
-    def anchors(self) -> np.ndarray:
-        n = len(self._levels())
-        return np.unique(np.linspace(0, n - 1, min(ANCHORS, n)).round().astype(int))
-
-    def _levels(self):
-        return make_groups(self.diffusion, 1).levels
-
+    @functools.cached_property
     def anchor_losses(self) -> np.ndarray:
         """The base's squared error of predicted noise at every anchor."""
         variables, size = {"params": self.teacher.params}, self.settings["score_images"]
         found = []
-        for anchor in self.anchors():
-            sigma = np.full(size, self._levels()[anchor], np.float32)
+        for anchor in self.anchors:
+            sigma = np.full(size, self.levels[anchor], np.float32)
             weighted = self._in_batches(variables, sigma, "anchor").mean()
             # from the teacher's own weight to the error of predicted noise, x0's over sigma^2
             found.append(weighted / (sigma[0] ** 2 * weight(self.diffusion, sigma[0])))
@@ -278,7 +279,7 @@ class Assessment:
         settings, kind = self.settings, self.settings["partition"]
         measured = None
         if kind == "loss":
-            measured = np.log(self.anchor_losses())
+            measured = np.log(self.anchor_losses)
         elif kind == "gradient":
             measured = self.anchor_gradients()
         return make_groups(
@@ -286,7 +287,7 @@ class Assessment:
             settings["groups"],
             kind,
             grid=levels(self.diffusion, settings["steps"], "sample"),
-            anchors=self.anchors(),
+            anchors=self.anchors,
             measured=measured,
         )
 
@@ -296,8 +297,8 @@ class Assessment:
         images, labels = self.proxy.images[:size], self.proxy.labels[:size]
         key = stream_key(self.seed, "anchor", 0)
         batches = (
-            (images, labels, np.full(len(images), self._levels()[anchor], np.float32), key)
-            for anchor in self.anchors()
+            (images, labels, np.full(len(images), self.levels[anchor], np.float32), key)
+            for anchor in self.anchors
         )
         return np.stack([
             np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
@@ -320,7 +321,7 @@ class Assessment:
         if kind == "snr":
             difficulty = np.clip(self.groups.decibels(), -20, 20)
         else:
-            losses, owner = np.log(self.anchor_losses()), self.anchors()
+            losses, owner = np.log(self.anchor_losses), self.anchors
             difficulty = np.array([
                 losses[(owner >= a) & (owner < b)].mean()
                 for a, b in zip(self.groups.edges, self.groups.edges[1:])
@@ -330,7 +331,8 @@ class Assessment:
     def sampler_steps(self) -> np.ndarray:
         """Steps of the sampler's grid that each group owns."""
         grid = levels(self.diffusion, self.settings["steps"], "sample")
-        return budget.steps_of_groups(grid, self.groups.borders)
+        owners = step_owners(grid, self.groups.borders)
+        return np.bincount(owners, minlength=self.groups.count)
 
     def manifest(self, shares: list[float]) -> dict:
         steps, sizes = self.sampler_steps(), np.diff(self.groups.edges)

@@ -25,7 +25,7 @@ import numpy as np
 
 from cheapscale.data.augment import random_flip
 from cheapscale.data.files import whole_or_nothing
-from cheapscale.diffusion import denoiser, process
+from cheapscale.diffusion import denoiser, guidance, process
 from cheapscale.diffusion.pivot import block_mean, restart_sigma
 from cheapscale.evaluation.pixels import to_uint8
 from cheapscale.models import upsampler
@@ -227,10 +227,8 @@ def tuning_loss(
     losses, sigmas = [], []
     for i, side in enumerate(sizes):
         k_loss, k_label, k_pivot, k_drop = jax.random.split(jax.random.fold_in(key, i), 4)
-        x, label = block_mean(batch["image"], (side, side)), batch["label"]
-        if settings["label_dropout"]:
-            dropped = jax.random.bernoulli(k_label, settings["label_dropout"], label.shape)
-            label = jnp.where(dropped, model["num_classes"], label)
+        x, dropout = block_mean(batch["image"], (side, side)), settings["label_dropout"]
+        label = guidance.dropped(k_label, batch["label"], dropout, model["num_classes"])
         if settings["tune"] == "ft":
             D = make_denoiser(model, diffusion)(params, train=True, rngs={"dropout": k_drop})
         elif settings["tune"] == "lora":

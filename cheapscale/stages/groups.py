@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cheapscale.diffusion import process
-from cheapscale.diffusion.denoiser import squared_error
+from cheapscale.diffusion.denoiser import edm_weight, squared_error
 from cheapscale.pruning import partition
 
 NODES = 40  # of the grid whose nodes are an EDM teacher's positions
+ANCHORS = 50
 KINDS = ("equal", "nodes", "decibels", "snr", "loss", "gradient")
 
 
@@ -68,6 +69,12 @@ def levels_of(diffusion: dict) -> np.ndarray:
     return process.vp_schedule(diffusion["process"]).sigmas
 
 
+def anchor_positions(levels: np.ndarray) -> np.ndarray:
+    """A few positions from end to end, at which what costs network calls is measured."""
+    count = min(ANCHORS, len(levels))
+    return np.unique(np.linspace(0, len(levels) - 1, count).round().astype(int))
+
+
 def make_groups(
     diffusion: dict,
     count: int,
@@ -95,7 +102,7 @@ def make_groups(
     if kind == "decibels":
         return Groups(levels, partition.equal_decibels(process.decibels(levels), count))
     if kind == "snr":
-        anchors = np.unique(np.linspace(0, len(levels) - 1, 50).round().astype(int))
+        anchors = anchor_positions(levels)
         measured = process.decibels(levels[anchors])
     elif kind not in KINDS:
         raise ValueError(f"prune.partition is {kind!r}: choose one of {', '.join(KINDS)}")
@@ -136,8 +143,7 @@ def draw_levels(
 def weight(diffusion: dict, sigma: jax.Array) -> jax.Array:
     """What the teacher's own loss multiplies the squared error of x0 by."""
     if diffusion["process"] == "edm":
-        total = sigma**2 + diffusion["sigma_data"] ** 2
-        return total / (sigma * diffusion["sigma_data"]) ** 2
+        return edm_weight(sigma, diffusion["sigma_data"])
     return 1 / sigma**2
 
 

@@ -7,7 +7,7 @@
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 
 from cheapscale.diffusion import denoiser, guidance, process, solvers
 from cheapscale.models.unet import UNet, unet
+from cheapscale.pruning.partition import step_owners
 from cheapscale.stages.specialists import is_set, load_set
 from cheapscale.training.checkpoint import Loaded, load_network
 
@@ -113,16 +114,6 @@ def segment_grids(diffusion: dict, grid: np.ndarray, noise_shift: float = 1.0) -
         return [grid]
     owners = step_owners(grid / noise_shift, diffusion["specialists"]["borders"])
     return solvers.split_grid(grid, np.flatnonzero(np.diff(owners)) + 1)
-
-
-def step_owners(grid: np.ndarray, borders: Sequence[float]) -> np.ndarray:
-    """The group that owns each step of a grid (either direction), counted from the cleanest.
-
-    borders: sigmas between the groups, ascending; a step that begins on a border, seen from the
-    noisier end, belongs to the cleaner group.
-    """
-    noisier = np.maximum(grid[:-1], grid[1:])
-    return np.searchsorted(np.asarray(borders, np.float64), noisier * (1 - 1e-9))
 
 
 def make_taps(model: dict, diffusion: dict, names: tuple[str, ...]) -> Callable:

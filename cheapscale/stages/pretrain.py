@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cheapscale.data.augment import random_augment, random_flip
-from cheapscale.diffusion import denoiser, process
+from cheapscale.diffusion import denoiser, guidance, process
 from cheapscale.models.unet import unet
 from cheapscale.stages import data
 from cheapscale.stages.networks import check_process, complete, make_denoiser
@@ -117,10 +117,7 @@ def denoising_loss(
     del frozen
     k_loss, k_drop, k_label = jax.random.split(key, 3)
     D = bind(params, train=True, rngs={"dropout": k_drop})
-    condition = {"label": batch["label"]}
-    if label_dropout:
-        dropped = jax.random.bernoulli(k_label, label_dropout, batch["label"].shape)
-        condition["label"] = jnp.where(dropped, null_label, batch["label"])
+    condition = {"label": guidance.dropped(k_label, batch["label"], label_dropout, null_label)}
     if "augment" in batch:
         condition["augment"] = batch["augment"]
     if diffusion["process"] == "edm":

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.diffusion import process
+from cheapscale.diffusion import guidance, process
 from cheapscale.models.unet import unet
 from cheapscale.pruning.structure import prune, pruned_config
 from cheapscale.stages import data
@@ -146,11 +146,8 @@ def group_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """(weighted loss [b], sigma [b]) of one batch {image, label[, augment]} (section 5.2, 5.3)."""
     k_level, k_noise, k_drop, k_label = jax.random.split(key, 4)
-    x, label = batch["image"], batch["label"]
-    condition = {"label": label}
-    if label_dropout:
-        dropped = jax.random.bernoulli(k_label, label_dropout, label.shape)
-        condition["label"] = jnp.where(dropped, null_label, label)
+    x = batch["image"]
+    condition = {"label": guidance.dropped(k_label, batch["label"], label_dropout, null_label)}
     if "augment" in batch:
         condition["augment"] = batch["augment"]
     sigma = draw_levels(k_level, len(x), diffusion, groups, positions)

@@ -47,12 +47,11 @@ def test_real_scenes_measure_as_real_and_blurred_ones_do_not():
         )  # fmt: skip
         items = [SceneSource("test", 32, size=250, single=True)[i] for i in range(200, 250)]
         images = np.stack([item["image"] for item in items])
-        labels = np.array([item["label"] for item in items])
         pivots = np.asarray(area_mean(images, 16))
         own = base.reference.features
 
         def of(images):
-            return measure(images, labels, pivots, top, base, own, counted=True, resamples=5)
+            return measure(images, pivots, top, base, own, counted=True, resamples=5)
 
         real, soft = of(images), of(from_uint8(blurred(to_uint8(images), 16)))
     assert real["single"][0] > 0.95 and real["objects"][0] < 1.05 and real["pivot_mse"][0] < 1e-10
@@ -100,6 +99,11 @@ def test_findings_name_the_best_k_and_the_steps_to_reach_the_tuned_score():
     assert reached["neck after 50"]["steps"] == {"neck": 50, "ft direct": 100, "ft": 100}
     assert reached["neck after 50"]["seconds"] == {"neck": 25.0, "ft direct": None, "ft": None}
     assert "two stages against one jump" not in found  # its cells are not there
+    of_another = {
+        name.replace("seed 0", "seed 1").replace("E1", "E2"): cell for name, cell in done.items()
+    }
+    again = findings(config, of_another)  # the further seeds' cells are E2's
+    assert again["composition, seed 1"] == right
     assert "E1 edm seed 0: direct" in table(done)
 
 

@@ -6,8 +6,8 @@ import pytest
 from scipy import stats
 
 from cheapscale.diffusion import process
+from cheapscale.pruning.partition import step_owners
 from cheapscale.stages.groups import NODES, draw_levels, levels_of, make_groups, weight
-from cheapscale.stages.networks import step_owners
 
 EDM = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
        "sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}  # fmt: skip
