@@ -15,7 +15,6 @@ All cells of one teacher share pivots, labels and noise: image i of each starts 
 
 import functools
 import pathlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import numpy as np
 from cheapscale.data.files import whole_or_nothing
 from cheapscale.data.resize import area_mean
 from cheapscale.evaluation.cost import param_count
+from cheapscale.evaluation.memorisation import nearest_features
 from cheapscale.evaluation.pixels import to_uint8
 from cheapscale.evaluation.quality import embed
 from cheapscale.stages import data
@@ -39,14 +39,9 @@ from cheapscale.training.classifier import fit_classifier
 from configs import clothing, scenes
 from launch.bench import alternate
 from launch.cascade_measures import Judge, make_judge, measure
+from launch.cells import Cell
 
 FILES = {"scenes": scenes, "photographs": clothing}
-
-
-class Cell(NamedTuple):
-    section: str
-    name: str
-    run: Callable[[], dict]
 
 
 class Base(NamedTuple):
@@ -153,7 +148,7 @@ class Study:
         config.data.resolution = side
         config.teacher = teacher.workdir
         config.batch_size = self.config.batch_size
-        config.total_steps = limits.get("steps", self.config.eval_steps[-1])
+        config.total_steps = limits["steps"]
         config.save_every = 50 if config.total_steps >= 50 else 1
         config.optim.lr = limits.get("lr", 0.0) or config.optim.lr
         config.keep = 1 + config.total_steps // config.save_every
@@ -234,25 +229,22 @@ def stages(study: Study, key: tuple) -> Iterator[Cell]:
 def tuned(study: Study, key: tuple) -> Iterator[Cell]:
     """E6, E7, E8: every design by optimiser steps, from the pivot; adapters and fine-tuned weights
     also without one."""
-    for name, (arg, changes, lr) in study.config.tunings.to_dict().items():
-        control = name.startswith(("lora", "ft"))
-        every = study.config.control_steps if control else study.config.eval_steps
-        for steps in every:
-            for direct in (False, True) if control else (False,):
-                title = f"edm seed {key[2]}: {name} {'direct ' * direct}after {steps}"
+    config = study.config
+    for name, (arg, changes, lr, last) in config.tunings.to_dict().items():
+        if key[2] != config.seeds[0] and name not in config.repeated:
+            continue
+        for after in (steps for steps in config.eval_steps if steps <= last):
+            for direct in (False, True) if of_base_weights(name) else (False,):
+                title = f"edm seed {key[2]}: {name} {'direct ' * direct}after {after}"
                 run_cell = functools.partial(
-                    tuned_cell,
-                    study,
-                    key,
-                    name,
-                    arg,
-                    changes,
-                    steps,
-                    direct,
-                    lr=lr,
-                    steps=every[-1],
+                    tuned_cell, study, key, name, arg, changes, after, direct, lr=lr, steps=last
                 )
                 yield Cell("E6", title, run_cell)
+
+
+def of_base_weights(name: str) -> bool:
+    """Whether a tuned run changes the base's own weights, so that it can do without a pivot."""
+    return name.startswith(("lora", "ft"))
 
 
 def tuned_cell(study, key, name, arg, changes, after, direct=False, **limits) -> dict:
@@ -270,10 +262,12 @@ def tuned_cell(study, key, name, arg, changes, after, direct=False, **limits) ->
 
 def variants(study: Study, key: tuple) -> Iterator[Cell]:
     """E11, of the released code's design."""
-    steps = study.config.eval_steps[-1]
+    steps = study.config.variant_steps
     for name, changes in study.config.variants.to_dict().items():
         whole = {"init": "identity"} | changes
-        run_cell = functools.partial(tuned_cell, study, key, name, "tune=full", whole, steps)
+        run_cell = functools.partial(
+            tuned_cell, study, key, name, "tune=full", whole, steps, steps=steps
+        )
         yield Cell("E11", f"{name} after {steps}", run_cell)
 
 
@@ -317,10 +311,10 @@ def seconds(study: Study, key: tuple) -> dict:
         "direct": lambda: free.direct(ids, labels),
         "tuning-free": lambda: free.draw(ids, labels),
     }
-    for name, (arg, changes, _) in study.config.tunings.to_dict().items():
-        if name.startswith(("lora", "ft")) or name.endswith("identity"):
+    for name, (arg, changes, lr, steps) in study.config.tunings.to_dict().items():
+        if of_base_weights(name) or name.endswith("identity"):
             continue
-        place, _ = study.tune(key, name, arg, changes)
+        place, _ = study.tune(key, name, arg, changes, lr=lr, steps=steps)
         subject, denoisers = tuned_cascade(teacher, [load_tuned(place, teacher)], plan)
         cascade = cascade_sampler(subject, plan, **options, **denoisers)
         calls[name] = functools.partial(cascade.draw, ids, labels)
@@ -344,7 +338,7 @@ def seconds(study: Study, key: tuple) -> dict:
 def photographs(study: Study) -> Iterator[Cell]:
     """E10 and E13, on real images."""
     key = ("photographs", "edm", study.config.seeds[0])
-    steps = study.config.eval_steps[-1]
+    steps = study.config.variant_steps
 
     def cell(**options):
         return lambda: study.measured(study.draw(key, **options), key)
@@ -354,14 +348,33 @@ def photographs(study: Study) -> Iterator[Cell]:
     yield Cell("E10", "photographs: tuning-free", cell())
     for few in study.config.few:
         for tune in ("neck", "lora", "ft"):
-            limits = (
-                {"options": {"size": few}} if study.config.smoke else {"split": f"train[:{few}]"}
-            )
-            run_cell = functools.partial(
-                tuned_cell, study, key, f"{tune} of {few}", f"tune={tune}", {}, steps, **limits
-            )
-            yield Cell("E10", f"photographs: {tune} of {few} images after {steps}", run_cell)
+            for direct in (False, True) if of_base_weights(tune) else (False,):
+                run_cell = functools.partial(few_cell, study, key, tune, few, steps, direct)
+                title = f"{tune} {'direct ' * direct}of {few} images after {steps}"
+                yield Cell("E10", f"photographs: {title}", run_cell)
     yield Cell("E13", "photographs: real pivots", lambda: real_pivots(study, key))
+
+
+def few_cell(study: Study, key: tuple, tune: str, few: int, steps: int, direct: bool) -> dict:
+    """A run on the first `few` photographs alone.
+
+    memorised: median distance, in features, to the nearest of these, over the same of held-out
+    photographs; far below 1 where the run copies.
+    """
+    limits = {"options": {"size": few}} if study.config.smoke else {"split": f"train[:{few}]"}
+    run = (f"{tune} of {few}", f"tune={tune}", {})
+    place, _ = study.tune(key, *run, steps=steps, **limits)
+    images = study.draw(key, tuned=(load_tuned(place, study.teacher(*key)),), direct=direct)
+    judge = study.judge(key[0], images.shape[1]).reference
+    settings = study.stage(key[0], "stage=pretrain", 0).data
+    settings.update(limits)
+    seen = data.open_data(settings, resolution=images.shape[1])
+    real = embed(judge.network, to_uint8(np.stack([seen[i]["image"] for i in range(len(seen))])))
+    ours, held_out = (
+        np.median(nearest_features(features, real).distance)
+        for features in (embed(judge.network, to_uint8(images)), judge.features)
+    )
+    return {"memorised": float(ours / held_out)} | study.measured(images, key)
 
 
 def real_pivots(study: Study, key: tuple) -> dict:
@@ -392,9 +405,3 @@ def real_pivots(study: Study, key: tuple) -> dict:
         "psnr_to_photograph": psnr(drawn[0], images),
         "psnr_between_seeds": psnr(*drawn),
     }
-
-
-def timed(cell: Cell) -> dict:
-    began = time.monotonic()
-    figures = cell.run()
-    return {"section": cell.section, "figures": figures, "seconds": time.monotonic() - began}

@@ -6,6 +6,7 @@ Each finding holds the figures it rests on; one whose cells are not all there is
 import re
 
 from cheapscale.diffusion import process
+from launch.cascade_measures import difference
 
 METRICS = ("single", "objects", "fd", "patch_fd", "base_fd", "pivot_mse", "contrast")
 
@@ -17,9 +18,10 @@ def findings(config: dict, cells: dict) -> dict:
     found = {}
     for seed in config["seeds"]:
         found[f"composition, seed {seed}"] = composition(held, seed)
-        found[f"tuning, seed {seed}"] = tuning(held, seed)
+        found[f"tuning, seed {seed}"] = tuning(config, held, seed)
     found["best K by schedule"] = best_k(config, held)
     found["two stages against one jump"] = jump(config, held)
+    found["against the cascade from K"] = against_cascade(config, held)
     found["seconds"] = held.get("seconds")
     return {claim: figures for claim, figures in found.items() if figures}
 
@@ -89,13 +91,30 @@ def jump(config: dict, held: dict) -> dict | None:
     return {
         title: {metric: row[metric][0] for metric in METRICS if metric in row}
         for title, row in rows.items()
+    } | {"two stages - one jump": difference(rows["two stages"], rows["one jump"])}
+
+
+def against_cascade(config: dict, held: dict) -> dict:
+    """E10, E11, E12: {cell: its paired difference from tuning-free cascade of the same teacher}."""
+    first, k = config["seeds"][0], config["k"]
+    free = {
+        r"(.+), (alone|on top of the cascade)": f"edm seed {first}: K {k}",
+        r"(code: .+|zero gate|identity start) after \d+": f"{config['vp'][0]} seed {first}: K {k}",
+        r"photographs: .+ images after \d+": "photographs: tuning-free",
+    }
+    return {
+        name: difference(figures, held[other])
+        for pattern, other in free.items()
+        for name, figures in held.items()
+        if re.fullmatch(pattern, name) and other in held
     }
 
 
-def tuning(held: dict, seed: int) -> dict | None:
-    """E6, E7, E8: figures by steps; and the steps and seconds that each method takes to reach what
-    an upsampler has after each of its numbers of steps (the paper's claim: fine-tuning takes five
-    times as many)."""
+def tuning(config: dict, held: dict, seed: int) -> dict | None:
+    """E6, E7, E8: figures by steps, and their differences from the tuning-free cascade; and the
+    steps and seconds that each method takes to reach what an upsampler has after each of its
+    numbers of steps (the paper's claim: fine-tuning takes five times as many)."""
+    free = held.get(f"edm seed {seed}: K {config['k']}", {})
     pattern = rf"edm seed {seed}: (.+?) after (\d+)"
     rows: dict = {}
     for name, figures in held.items():
@@ -103,6 +122,7 @@ def tuning(held: dict, seed: int) -> dict | None:
         if match:
             row = {metric: figures[metric][0] for metric in METRICS if metric in figures}
             row |= {k: figures[k] for k in ("parameters", "steps_per_second") if k in figures}
+            row |= {"minus tuning-free": difference(figures, free)} if free else {}
             rows.setdefault(match[1], {})[match[2]] = row
     if not rows:
         return None

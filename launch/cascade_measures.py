@@ -13,6 +13,8 @@ from cheapscale.evaluation.patches import random_crops
 from cheapscale.evaluation.pixels import to_uint8
 from cheapscale.models.features.network import FeatureNetwork
 
+PAIRED = ("single", "fd", "patch_fd", "base_fd")  # whose resamples are kept
+
 
 class Judge(NamedTuple):
     """Real images of one data set and resolution in the features of its metric classifier.
@@ -60,7 +62,9 @@ def measure(
     single       share of pictures of exactly one object (scenes, `counted`)
     objects      objects in a picture
 
-    The deviation is the bootstrap's over images: value +- 1.96 of it is an interval.
+    The deviation is the bootstrap's over images: value +- 1.96 of it is an interval. "draws" holds
+    what the resamples gave: the same of them in every cell of as many images, which start from the
+    same pivots and noise, so that differences between cells have paired intervals.
     """
     small = area_mean(images, pivots.shape[1])
     eight = to_uint8(images)
@@ -75,34 +79,46 @@ def measure(
         / np.std(top.reference.images / 127.5 - 1.0, (1, 2, 3)).mean()
     )
     floor = top.reference.floor(len(features))[0]
+    counts = count_objects(images) if counted else None
 
-    def distances(rows):
+    def figures(rows):
         flat = crops[rows].reshape(-1, crops.shape[-1])
-        return {
+        found = {
             "fd": frechet_distance(features[rows], top.reference.features) - floor,
             "patch_fd": frechet_distance(flat, top.crop_features) - top.crop_floor,
             "base_fd": frechet_distance(reduced[rows], base_features),
             "pivot_mse": error[rows].mean(),
             "contrast": spread[rows].mean(),
         }
+        if counts is not None:
+            found |= {"single": np.mean(counts[rows] == 1), "objects": counts[rows].mean()}
+        return found
 
-    found = with_deviation(distances, len(images), resamples)
-    if counted:
-        counts = count_objects(images)
-        one = with_deviation(
-            lambda rows: {"single": np.mean(counts[rows] == 1), "objects": counts[rows].mean()},
-            len(images),
-            resamples,
-        )
-        found |= one
-    return found
+    return with_deviation(figures, len(images), resamples)
 
 
 def with_deviation(figures: Callable[[np.ndarray], dict], n: int, resamples: int) -> dict:
-    """{name: [figures of all rows, bootstrap standard deviation]}."""
+    """{name: [figures of all rows, bootstrap standard deviation]} and "draws", {name: what the
+    resamples gave, as text} of those in PAIRED."""
     rng = np.random.default_rng(0)
     drawn = [figures(rng.integers(0, n, n)) for _ in range(resamples)]
-    return {
+    found: dict = {
         name: [float(value), float(np.std([row[name] for row in drawn]))]
         for name, value in figures(np.arange(n)).items()
     }
+    found["draws"] = {
+        name: " ".join(f"{row[name]:.4g}" for row in drawn) for name in PAIRED if name in found
+    }
+    return found
+
+
+def difference(cell: dict, other: dict) -> dict:
+    """{metric: [cell - other, low, high]}: 95 % of the paired resamples; metrics of PAIRED that
+    both cells have."""
+    rows = {}
+    for name in PAIRED:
+        if name in cell.get("draws", {}) and name in other.get("draws", {}):
+            ours, theirs = (np.array(c["draws"][name].split(), float) for c in (cell, other))
+            low, high = np.percentile(ours - theirs, (2.5, 97.5))
+            rows[name] = [cell[name][0] - other[name][0], float(low), float(high)]
+    return rows

@@ -16,15 +16,29 @@ from cheapscale.models.features.network import FeatureNetwork
 from cheapscale.training.sharding import make_mesh
 from configs import cascade_study as config_file
 from launch import cascade_experiment, cascade_study
-from launch.cascade_experiment import Cell, Study, cells
+from launch.cascade_experiment import Study, cells
 from launch.cascade_findings import findings, table
-from launch.cascade_measures import make_judge, measure, with_deviation
+from launch.cascade_measures import difference, make_judge, measure, with_deviation
+from launch.cells import Cell
 
 
 def test_the_deviation_is_that_of_the_mean():
     x = np.random.default_rng(0).normal(3.0, 2.0, 400)
     value, deviation = with_deviation(lambda rows: {"mean": x[rows].mean()}, 400, 500)["mean"]
     assert value == pytest.approx(x.mean()) and deviation == pytest.approx(2 / 20, rel=0.12)
+
+
+def test_differences_are_paired():
+    """Two cells of the same images differ by what was done to them, not by which were drawn."""
+    rng = np.random.default_rng(0)
+    x, change = rng.normal(3.0, 2.0, 400), rng.normal(0.1, 0.02, 400)
+    first, second = (
+        with_deviation(lambda rows, y=y: {"fd": y[rows].mean()}, 400, 200) for y in (x, x + change)
+    )
+    value, low, high = difference(second, first)["fd"]
+    assert value == pytest.approx(change.mean()) and low < value < high
+    assert high - low < 0.02 < first["fd"][1]  # one mean alone is not known as well
+    assert difference(first, {}) == {}
 
 
 def sharpness(params, x):
@@ -122,7 +136,7 @@ def test_the_study_goes_on_where_it_stopped_also_from_its_record(tmp_path, monke
     def cell(name):
         return Cell("E1", name, lambda: (ran.append(name), {"fd": [1.0, 0.1]})[1])
 
-    monkeypatch.setattr(cascade_study, "cells", lambda study: iter([cell("a"), cell("b")]))
+    monkeypatch.setattr(cascade_study, "of_study", lambda study: iter([cell("a"), cell("b")]))
     config, record = config_file.get_config("smoke"), str(tmp_path / "record.json")
 
     def go(workdir, **changes):
@@ -135,8 +149,9 @@ def test_the_study_goes_on_where_it_stopped_also_from_its_record(tmp_path, monke
     held = json.loads((tmp_path / "record.json").read_text())
     assert list(held) == ["findings", "config", "cells"] and list(held["cells"]) == ["E1 a", "E1 b"]
     assert held["cells"]["E1 a"]["provenance"]["jax"]
-    with pytest.raises(ValueError, match="--only names E99: choose among E1"):
-        go("one", only=["E99"])
+    with pytest.raises(ValueError, match="--only names E, with which no cell begins: choose .*E1"):
+        go("one", only=["E"])
+    assert go("four", only=["E1 b"], record="")["cells"] == 1 and ran == ["a", "b", "b"]
     config.num = 99
     with pytest.raises(ValueError, match="was started with another config .*num: 12 -> 99"):
         go("one")

@@ -1,0 +1,134 @@
+"""A study as cells: small experiments with names, each kept as soon as it is measured.
+
+The same command goes on where it stopped, also from its record alone (what the cells share, such
+as teachers, is then made again where the work directory is new). What the cells say of the claims
+is worked out anew each time and stands first in the record.
+"""
+
+import json
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from cheapscale.data.files import whole_or_nothing
+from cheapscale.training.checkpoint import claim_workdir
+from cheapscale.training.loop import provenance
+from launch.command import execute, write_record
+
+
+class Cell(NamedTuple):
+    """section: the experiment's number in the specification. run() -> {name: figures}."""
+
+    section: str
+    name: str
+    run: Callable[[], dict]
+
+
+def run_cells(
+    config,
+    workdir: str,
+    *,
+    cells: Callable[[], Iterable[Cell]],
+    findings: Callable[[dict, dict], dict],
+    table: Callable[[dict], str],
+    record: str = "",
+    only: Iterable[str] = (),
+    minutes: float = 0.0,
+) -> dict:
+    """Run what is missing and write the record; returns the summary.
+
+    cells: all of them, in the order in which they are worth having; called once the work directory
+    is claimed. findings(config, {cell: {"figures": ...}}), table(the same) as text.
+    only: how the names of the cells to run begin; minutes: start no cell after so many.
+    """
+    began, folder = time.monotonic(), pathlib.Path(workdir) / "cells"
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = json.loads(json.dumps(config.to_dict()))
+    claim_workdir(workdir, plain, ())  # cells of another config would be taken for these
+    known = from_record(record, plain)
+    planned = {f"{cell.section} {cell.name}": cell for cell in cells()}
+    check_chosen(only, planned)
+
+    def keep() -> dict:
+        done = {name: known[name] for name in planned if name in known}
+        found = findings(plain, done)
+        write_record(record, {"findings": found, "config": plain, "cells": done})
+        return done
+
+    for name, cell in planned.items():
+        path = folder / (re.sub(r"[^\w.]+", "_", name) + ".json")
+        if path.is_file():
+            known[name] = json.loads(path.read_text())
+            continue
+        late = minutes and time.monotonic() - began > 60 * minutes
+        if name in known or late or (only and not any(begins(name, start) for start in only)):
+            continue
+        logging.info("%s", name)
+        started = time.monotonic()
+        known[name] = {"section": cell.section, "figures": cell.run()}
+        known[name] |= {"seconds": time.monotonic() - started, "provenance": provenance()}
+        with whole_or_nothing(path) as temporary:
+            temporary.write_text(json.dumps(known[name]) + "\n")
+        keep()
+    done = keep()
+    print(table(done), flush=True)
+    return {"cells": len(done), "of": len(planned), "findings": findings(plain, done)}
+
+
+def check_chosen(only: Iterable[str], planned: Iterable[str]) -> None:
+    """Refuse the beginning of no cell's name."""
+    for start in only:
+        if not any(begins(name, start) for name in planned):
+            sections = sorted({name.split()[0] for name in planned}, key=lambda s: int(s[1:]))
+            raise ValueError(
+                f"--only names {start}, with which no cell begins: choose among "
+                f"{', '.join(sections)}, or whole words of a cell's name after these"
+            )
+
+
+def begins(name: str, start: str) -> bool:
+    """Whether a cell's name starts with these whole words: not E10 with E1."""
+    return re.match(rf"{re.escape(start)}(?!\w)", name) is not None
+
+
+def from_record(record: str, config: dict) -> dict:
+    """The cells of a record that is there already; ValueError where it is of another config."""
+    if not record or not pathlib.Path(record).is_file():
+        return {}
+    held = json.loads(pathlib.Path(record).read_text())
+    if held["config"] != config:
+        keys = [k for k in config if held["config"].get(k) != config[k]]
+        raise ValueError(
+            f"{record} was measured under another config ({', '.join(keys)}): name another file"
+        )
+    return dict(held["cells"])
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Config file and its argument string.")
+    flags.DEFINE_string("workdir", None, "Where networks and cells go.")
+    flags.DEFINE_string("record", "", "Also keep all cells and what they say in this file.")
+    flags.DEFINE_list("only", [], "Cells whose names begin so, as E1,'E6 edm seed 1'; all if none.")
+    flags.DEFINE_float("minutes", 0, "Start no cell after so many minutes; 0: no limit.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(name: str, study: Callable[..., dict]) -> None:
+    """Run study(config, workdir, record=..., only=..., minutes=...) from the flags."""
+    given = flags.FLAGS
+    execute(
+        name,
+        given.workdir,
+        lambda: study(
+            given.config,
+            given.workdir,
+            record=given.record,
+            only=given.only,
+            minutes=given.minutes,
+        ),
+    )
