@@ -74,7 +74,14 @@ def base_config(stage: str, **fields) -> ConfigDict:
         config.model = ConfigDict()
         config.diffusion = edm()
         config.optim = optimiser("adam", 1e-3, warmup_steps=100)
-        config.pretrain = ConfigDict({"label_dropout": 0.0, "augment": 0.0, "preview_steps": 20})
+        config.pretrain = ConfigDict(
+            {
+                "label_dropout": 0.0,
+                "augment": 0.0,
+                "antithetic": False,  # noise levels in mirrored pairs, as specialists train
+                "preview_steps": 20,
+            }
+        )
     if stage in ("invert", "distill", "cascade", "assess", "prune"):
         config.teacher = ""
     if stage in ("invert", "distill", "grow"):
@@ -235,6 +242,7 @@ def prune() -> ConfigDict:
             "mean": 0.0,  # solve k (or the shares) for this mean instead; 0: as k says
             "weigh": "positions",  # what a mean is over: positions | steps, of the sampler
             "steps": 40,  # of that sampler
+            "spacing": "karras",  # of its levels; leading | trailing | quadratic, of VP teachers
             "plan": "inner",  # widths inside blocks | all: streams too
             # taylor | accumulated | all_times | diff_pruning | magnitude | chance
             "importance": "taylor",
@@ -253,6 +261,7 @@ def prune() -> ConfigDict:
             "overlap": 1,  # steps of that sampler trained on beyond the group, on either side
             "distil": 0.0,  # weight of the base's estimate as the target
             "start": "base",  # scratch: single-stage training, a control
+            "optimiser": "fresh",  # sliced: the base's moments, cut like its weights
         }
     )
 

@@ -113,12 +113,12 @@ def with_deviation(figures: Callable[[np.ndarray], dict], n: int, resamples: int
 
 
 def difference(cell: dict, other: dict) -> dict:
-    """{metric: [cell - other, low, high]}: 95 % of the paired resamples; metrics of PAIRED that
-    both cells have."""
+    """{metric: [cell - other, low, high]} of the metrics of PAIRED that both cells have; the
+    interval is 1.96 deviations of the paired resamples."""
     rows = {}
     for name in PAIRED:
         if name in cell.get("draws", {}) and name in other.get("draws", {}):
             ours, theirs = (np.array(c["draws"][name].split(), float) for c in (cell, other))
-            low, high = np.percentile(ours - theirs, (2.5, 97.5))
-            rows[name] = [cell[name][0] - other[name][0], float(low), float(high)]
+            value, spread = cell[name][0] - other[name][0], 1.96 * float(np.std(ours - theirs))
+            rows[name] = [value, value - spread, value + spread]
     return rows

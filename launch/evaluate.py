@@ -39,7 +39,7 @@ from cheapscale.stages.evaluate_settings import (
 )
 from cheapscale.stages.networks import load_model
 from cheapscale.stages.sampler_cost import sampler_cost
-from cheapscale.stages.sampling import check_labels
+from cheapscale.stages.sampling import SPACINGS, check_labels
 from cheapscale.training import jobs
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.classifier import fit_classifier
@@ -78,7 +78,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("per_shard", 1000, "Images per shard.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the latents.")
     flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", lower_bound=2)
-    flags.DEFINE_enum("method", "heun", ["heun", "euler"], "Teacher: solver; euler is DDIM.")
+    flags.DEFINE_enum(
+        "method", "heun", ["heun", "euler", "ancestral"],
+        "Teacher: solver; euler is DDIM, ancestral DDPM's.",
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "spacing", "karras", SPACINGS, "Teacher: its levels; others than karras are a VP one's."
+    )
     flags.DEFINE_float("cfg_scale", 1.0, "Teacher: guidance scale; 1 is none.")
     flags.DEFINE_bool("ema", True, "Use the EMA weights.")
     flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).")
@@ -117,7 +123,7 @@ def solver_flags(loaded: Loaded) -> dict:
     """How a teacher is sampled; nothing for a generator."""
     if "net" not in loaded.meta["networks"]:
         return {}
-    return {"steps": FLAGS.steps, "method": FLAGS.method, "cfg_scale": FLAGS.cfg_scale}
+    return {name: FLAGS[name].value for name in ("steps", "method", "cfg_scale", "spacing")}
 
 
 def file_images(path: str, resolution: int, num: int) -> image_sets.Images:

@@ -29,7 +29,7 @@ from cheapscale.stages import cascade_sampler as cascade
 from cheapscale.stages.cascade_baselines import BASELINES, baseline
 from cheapscale.stages.networks import load_model
 from cheapscale.stages.pivot_images import read_pivots
-from cheapscale.stages.sampling import sample
+from cheapscale.stages.sampling import SPACINGS, sample
 from cheapscale.stages.tuned import load_tuned, tuned_cascade
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.logging import image_grid, save_png
@@ -45,7 +45,13 @@ flags.DEFINE_integer("seed", 0, "Seed of the latents and of random labels.")
 flags.DEFINE_list("labels", [], "Classes, repeated in turn; default: drawn uniformly.")
 flags.DEFINE_integer("batch_size", 64, "Images per call.", lower_bound=1)
 flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", lower_bound=2)
-flags.DEFINE_enum("method", "heun", ["heun", "euler"], "Teacher: solver; euler is DDIM.")
+flags.DEFINE_enum(
+    "method", "heun", ["heun", "euler", "ancestral"],
+    "Teacher: solver; euler is DDIM, ancestral DDPM's, which draws noise at every step.",
+)  # fmt: skip
+flags.DEFINE_enum(
+    "spacing", "karras", SPACINGS, "Teacher: its levels; others than karras are times of a VP one."
+)
 flags.DEFINE_float("cfg_scale", 1.0, "Teacher: guidance scale; 1 is none.")
 flags.DEFINE_bool("ema", True, "Use the EMA weights.")
 flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).")
@@ -60,7 +66,6 @@ flags.DEFINE_list("stage_seeds", [], "A seed for each stage (default: --seed).")
 flags.DEFINE_bool("coupled", False, "Each stage's noise continues that of the scale before.")
 flags.DEFINE_enum("resize_kernel", "bilinear", list(KERNELS), "How the pivot is enlarged.")
 flags.DEFINE_enum("resize_space", "model", cascade.SPACES, "What is enlarged.")
-flags.DEFINE_enum("spacing", "karras", cascade.SPACINGS, "Levels; leading and trailing: VP's times")
 flags.DEFINE_string("pivot", "", "Picture or .npz that takes the place of the base samples.")
 flags.DEFINE_integer("pivot_resolution", 0, "Shrink pivots to this side first; 0: as they are.")
 flags.DEFINE_list(
@@ -74,7 +79,7 @@ flags.DEFINE_integer("preview", 8, "Columns of preview.png; 0: none.", lower_bou
 FLAGS = flags.FLAGS
 
 OF_CASCADES = (
-    "cascade_k", "stage_seeds", "coupled", "resize_kernel", "resize_space", "spacing", "pivot",
+    "cascade_k", "stage_seeds", "coupled", "resize_kernel", "resize_space", "pivot",
     "pivot_resolution", "tuned", "baseline", "direct", "preview",
 )  # fmt: skip
 
@@ -101,8 +106,9 @@ def run() -> dict:
         images, labels, more = run_cascade(loaded, ids, labels, out)
     else:
         images, labels = sample(
-            loaded, ids, labels=labels, seed=FLAGS.seed, steps=FLAGS.steps, **sampler_options()
-        )
+            loaded, ids, labels=labels, seed=FLAGS.seed, steps=FLAGS.steps, spacing=FLAGS.spacing,
+            **sampler_options(),
+        )  # fmt: skip
         more = {}
     seconds = time.monotonic() - began
     save_images(out / "samples.npz", images, labels, ids)
@@ -123,6 +129,8 @@ def run_cascade(
     loaded: Loaded, ids: np.ndarray, labels: np.ndarray | None, out: pathlib.Path
 ) -> tuple[np.ndarray, np.ndarray, dict]:
     """(images of the last scale, labels, what the summary says of the cascade)."""
+    if FLAGS.method == "ancestral":
+        raise ValueError("--method=ancestral samples the base size: --cascade takes heun or euler")
     pivots = None
     if FLAGS.pivot:
         pivots, known = read_pivots(FLAGS.pivot, ids, FLAGS.pivot_resolution)

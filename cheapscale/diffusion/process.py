@@ -172,8 +172,10 @@ class VPSchedule:
         """The sigma levels of an n-step DDIM run, descending, then 0. Returns float64 [<= n + 1].
 
         leading: times k (T // n) + offset, as latent diffusion's samplers have it; trailing: times
-        T, T - T/n, ... minus 1. `last` keeps only times <= last: the tail of the *same* grid, which
-        is how a self-cascade restarts from step K (index K - 1) without a denser grid.
+        T, T - T/n, ... minus 1; quadratic: the squares of n even steps to sqrt(0.8 T), as DDIM's
+        CIFAR-10 figures have it (at the clean end some fall on one time). `last` keeps only times
+        <= last: the tail of the *same* grid, which is how a self-cascade restarts from step K
+        (index K - 1) without a denser grid.
         """
         T = self.num_steps
         if not 1 <= n <= T:
@@ -182,8 +184,12 @@ class VPSchedule:
             times = np.minimum(np.arange(n)[::-1] * (T // n) + offset, T - 1)
         elif spacing == "trailing":
             times = np.round(T - np.arange(n) * (T / n)).astype(int) - 1
+        elif spacing == "quadratic":
+            times = np.unique((np.linspace(0, math.sqrt(0.8 * T), n) ** 2).astype(int))[::-1]
         else:
-            raise ValueError(f"unknown spacing {spacing!r}: choose 'leading' or 'trailing'")
+            raise ValueError(
+                f"unknown spacing {spacing!r}: choose 'leading', 'trailing' or 'quadratic'"
+            )
         if last is not None:
             times = times[times <= last]
             if not len(times):

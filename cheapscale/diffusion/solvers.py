@@ -1,4 +1,5 @@
-"""Solvers of the probability-flow ODE: Euler (= DDIM) and Heun, downwards and upwards.
+"""Solvers of the probability-flow ODE: Euler (= DDIM) and Heun, downwards and upwards; and the
+ancestral sampler, downwards.
 
 In EDM's variables the ODE is
 
@@ -14,12 +15,18 @@ runs down samples; the same grid reversed inverts (PaGoDA, Kim et al. 2024, sect
 is treated as living at sigma_min, and nothing is evaluated at the end of the path, so that 40 nodes
 cost 39 x 2 = 78 network calls.
 
+Ancestral sampling (DDPM, Ho et al. 2020) draws each state from the posterior q(x_t | x_s, x_0 = D),
+
+    (4)  x' = x + h d(x, s) + u n,   u^2 = t^2 (s^2 - t^2) / s^2,   h = sqrt(t^2 - u^2) - s
+
+which is its "small" variance, in EDM's variables, between any two levels.
+
 A segment is one `lax.scan` over *network calls*, not over steps: predictor and corrector are turns
 of the same loop. The network is therefore compiled once, whatever the method, and the length of the
 scan is the NFE.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,13 +35,18 @@ import numpy as np
 
 from cheapscale.diffusion.denoiser import Denoiser, clipped
 
-METHODS = ("euler", "heun")
+METHODS = ("euler", "heun", "ancestral")
 
 Segment = tuple[Denoiser, Any]
 
 
 def solve(
-    segments: Sequence[Segment], x: jax.Array, *, method: str = "heun", clip: bool = False
+    segments: Sequence[Segment],
+    x: jax.Array,
+    *,
+    method: str = "heun",
+    clip: bool = False,
+    noise: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Carries x along the segments in order.
 
@@ -45,13 +57,27 @@ def solve(
             Heun calls of a step go to the denoiser of the segment that holds it, up or down.
         x: state [b, ...] at scale sigmas[0] of the first segment; its dtype is the solver's.
         clip: clamp every estimate of x0 to [-1, 1]. The state itself is never clamped.
+        noise: of "ancestral" alone, n(i) -> unit noise like x for the i-th step from the start.
 
     Returns:
         the state at the last level of the last segment.
     """
     grids = _checked_grids(segments, method)
+    if (method == "ancestral") != (noise is not None):
+        raise ValueError(
+            "ancestral sampling draws noise at every step and the other solvers draw none: give "
+            f"`noise` with method='ancestral' and with no other, not with {method!r}"
+            if noise
+            else "method 'ancestral' needs `noise`: use euler or heun where nothing may be drawn"
+        )
+    first = 0
     for (denoise, _), sigmas in zip(segments, grids, strict=True):
-        x = _scan_calls(clipped(denoise) if clip else denoise, x, _calls(sigmas, method))
+        denoise = clipped(denoise) if clip else denoise
+        if noise is None:
+            x = _scan_calls(denoise, x, _calls(sigmas, method))
+        else:
+            x = _scan_ancestral(denoise, x, sigmas, lambda i, start=first: noise(start + i))
+        first += len(sigmas) - 1
     return x
 
 
@@ -96,6 +122,19 @@ def _scan_calls(denoise, x, calls):
     return x
 
 
+def _scan_ancestral(denoise, x, sigmas, noise):
+    s, t = sigmas[:-1], sigmas[1:]
+    up = t * np.sqrt(s**2 - t**2) / s
+    rows = (np.arange(len(s)), *(jnp.asarray(v, x.dtype) for v in (s, t**2 / s - s, up)))
+
+    def step(x, row):
+        i, sigma, h, up = row
+        d = (x - denoise(x, sigma)) / sigma
+        return x + h * d + up * noise(i), None  # (4); sqrt(t^2 - u^2) = t^2 / s
+
+    return jax.lax.scan(step, x, rows)[0]
+
+
 def _checked_grids(segments, method):
     if method not in METHODS:
         raise ValueError(f"unknown solver {method!r}: choose one of {METHODS}")
@@ -115,4 +154,6 @@ def _checked_grids(segments, method):
     widths = np.concatenate([np.diff(grid) for grid in grids])
     if not (np.all(widths > 0) or np.all(widths < 0)):
         raise ValueError("the sigmas of all segments must run strictly up or strictly down")
+    if method == "ancestral" and np.all(widths > 0):
+        raise ValueError("ancestral sampling runs down: invert with euler or heun")
     return grids

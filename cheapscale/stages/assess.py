@@ -13,6 +13,8 @@ written is which channels stay. `stage=prune` then fine-tunes one group after an
 
 import functools
 import json
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +22,7 @@ import numpy as np
 
 from cheapscale.data.digest import digest
 from cheapscale.data.files import whole_or_nothing
+from cheapscale.evaluation.cost import cost_of_call
 from cheapscale.models.unet import UNet, unet
 from cheapscale.pruning import budget, importance, search
 from cheapscale.pruning.language_model import LanguageModel
@@ -48,7 +51,7 @@ SCORES = ("taylor", "accumulated", "all_times", "diff_pruning", "magnitude", "ch
 BUDGETS = ("linear", "snr", "loss", "flat")
 PROPOSERS = ("greedy", "evolution", "chance", "uniform", "llm")
 # Fields of config.prune that only stage=prune reads.
-OF_TRAINING = ("group", "overlap", "distil", "start")
+OF_TRAINING = ("group", "overlap", "distil", "start", "optimiser")
 
 
 class Proxy(NamedTuple):
@@ -68,7 +71,7 @@ def build(config) -> Job:
     if "specialists" in teacher.meta["diffusion"]:
         raise ValueError(f"{config.teacher} is a set of specialists: prune its base")
     source = data.open_data(config.data)
-    data.check_model(teacher.meta["networks"]["net"], source)
+    data.check_teacher(teacher, source)
 
     origin = {
         "teacher": fingerprint(teacher.params), "data": source.fingerprint(), "seed": config.seed,
@@ -92,14 +95,20 @@ def build(config) -> Job:
         return Assessment(teacher, proxy, settings, config.seed, folder)
 
     def run_shard(assessment: "Assessment", group: int, mesh) -> dict:
+        began, before = time.monotonic(), assessment.flops()
         found = assessment.assess(group) | {"identity": same}
+        # what every group shares, such as losses at anchors, is the first one's
+        before = 0.0 if group == 0 else before
+        found["ledger"] = {
+            "flops": assessment.flops() - before, "device_seconds": time.monotonic() - began,
+        }  # fmt: skip
         with whole_or_nothing(assessment_path(folder, group)) as temporary:
             temporary.write_text(json.dumps(found) + "\n")
         return {"share": found["share"], "score": found["score"]}
 
     def finish(assessment: "Assessment") -> dict:
         found = [read_assessment(folder, group) for group in range(settings["groups"])]
-        manifest = assessment.manifest([row["share"] for row in found]) | {"identity": same}
+        manifest = assessment.manifest(found) | {"identity": same}
         write_manifest(folder, manifest)
         return {"specialists": folder} | {
             name: manifest[name] for name in ("edges", "targets", "shares", "mean_shares")
@@ -151,6 +160,22 @@ def read_proxy(source, num: int) -> Proxy:
     return Proxy(np.stack([item["image"] for item in items]), labels)
 
 
+class Billed:
+    """A compiled function that keeps account of the FLOPs of its calls."""
+
+    def __init__(self, fn: Callable):
+        self.fn, self.programs, self.flops = jax.jit(fn), {}, 0.0
+
+    def __call__(self, *args):
+        shapes = jax.tree.map(jax.typeof, args)
+        leaves, tree = jax.tree.flatten(shapes)
+        program = self.programs.get((tree, *leaves))
+        if program is None:
+            program = self.programs[tree, *leaves] = self.fn.lower(*args).compile()
+        self.flops += float((program.cost_analysis() or {}).get("flops", 0.0))
+        return program(*args)
+
+
 class Assessment:
     """What all groups of a set share: the base, its levels, the proxy images, one compiled loss."""
 
@@ -161,8 +186,9 @@ class Assessment:
         self.net = unet(**teacher.meta["networks"]["net"])
         self.levels = levels_of(self.diffusion)
         self.anchors = anchor_positions(self.levels)
-        self.loss = jax.jit(self._loss)
-        self.grad = jax.jit(jax.grad(self._mean_loss))
+        self.loss = Billed(self._loss)
+        self.grad = Billed(jax.grad(self._mean_loss))
+        self.others = 0.0  # FLOPs of programs that served one candidate
         self.groups = self._groups()
         self.targets = self._targets()
 
@@ -175,7 +201,8 @@ class Assessment:
         """Widths and channels of one group."""
         target, settings = float(self.targets[group]), self.settings
         if target >= 1:  # the whole network, only fine-tuned
-            return {"widths": {}, "keep": {}, "share": 1.0, "score": self.score({}, group)}
+            whole = {"share": 1.0, "compiled_share": 1.0, "score": self.score({}, group)}
+            return {"widths": {}, "keep": {}} | whole
         task = search.make_task(self.net.config, target, self.scores(group), settings["plan"])
         widths = search.uniform(task)
         if settings["proposer"] != "uniform":
@@ -195,8 +222,31 @@ class Assessment:
             "widths": widths,
             "keep": {name: np.asarray(channels).tolist() for name, channels in keep.items()},
             "share": task.share(widths),
+            "compiled_share": self.compiled_flops(keep) / self.base_flops,
             "score": self.score(keep, group),
         }
+
+    def compiled_flops(self, keep: dict) -> float:
+        """FLOPs of one call for one image of the network cut to `keep`, as compiled."""
+        net = UNet(pruned_config(self.net.config, keep)) if keep else self.net
+        image = jax.ShapeDtypeStruct(self.proxy.images[:1].shape, np.float32)
+        label = jax.ShapeDtypeStruct((1,), np.int32)
+        shapes = jax.eval_shape(
+            lambda x, y: net.init(jax.random.key(0), x, x[:, 0, 0, 0], label=y), image, label
+        )
+
+        def call(variables, x, label):
+            return denoiser_of(net, variables, self.diffusion)(x, 1.0, label=label)
+
+        return cost_of_call(call, shapes, image, label).flops
+
+    @functools.cached_property
+    def base_flops(self) -> float:
+        return self.compiled_flops({})
+
+    def flops(self) -> float:
+        """What the calls so far have cost."""
+        return self.loss.flops + self.grad.flops + self.others
 
     def proposer(self) -> search.Proposer:
         name = self.settings["proposer"]
@@ -219,9 +269,11 @@ class Assessment:
             return float(np.mean(self._in_batches(masked(params, config, keep), sigma, "proxy")))
         # narrower streams regroup the norms behind concatenations: each candidate its own program
         narrow = UNet(pruned_config(config, keep))
-        loss = jax.jit(functools.partial(self._loss, net=narrow))
+        loss = Billed(functools.partial(self._loss, net=narrow))
         variables = {"params": prune(params, config, keep)}
-        return float(np.mean(self._in_batches(variables, sigma, "proxy", loss=loss)))
+        score = float(np.mean(self._in_batches(variables, sigma, "proxy", loss=loss)))
+        self.others += loss.flops
+        return score
 
     def _in_batches(self, variables, sigma, stream, size=64, loss=None):
         run, out = loss or self.loss, []
@@ -286,7 +338,7 @@ class Assessment:
             self.diffusion,
             settings["groups"],
             kind,
-            grid=levels(self.diffusion, settings["steps"], "sample"),
+            grid=self.grid(),
             anchors=self.anchors,
             measured=measured,
         )
@@ -328,14 +380,21 @@ class Assessment:
             ])  # fmt: skip
         return budget.by_difficulty(difficulty, mean or 0.8, weights)
 
+    def grid(self) -> np.ndarray:
+        """The levels of the sampler that the set is for."""
+        settings = self.settings
+        return levels(self.diffusion, settings["steps"], "sample", settings["spacing"])
+
     def sampler_steps(self) -> np.ndarray:
         """Steps of the sampler's grid that each group owns."""
-        grid = levels(self.diffusion, self.settings["steps"], "sample")
-        owners = step_owners(grid, self.groups.borders)
+        owners = step_owners(self.grid(), self.groups.borders)
         return np.bincount(owners, minlength=self.groups.count)
 
-    def manifest(self, shares: list[float]) -> dict:
+    def manifest(self, found: list[dict]) -> dict:
+        """What the set says of itself; found: the assessments of its groups."""
         steps, sizes = self.sampler_steps(), np.diff(self.groups.edges)
+        shares = [row["share"] for row in found]
+        units = found[0]["ledger"]
         return {
             "teacher": fingerprint(self.teacher.params),
             "base": self.teacher.meta,
@@ -345,9 +404,14 @@ class Assessment:
             "decibels": self.groups.decibels().tolist(),
             "targets": np.asarray(self.targets).tolist(),
             "shares": shares,
+            "compiled_shares": [row["compiled_share"] for row in found],
+            "compiled_flops": self.base_flops,
+            "ledger": {unit: sum(row["ledger"][unit] for row in found) for unit in units},
             "mean_shares": {
                 "positions": budget.mean_share(shares, sizes),
-                f"{self.settings['steps']} sampler steps": budget.mean_share(shares, steps),
+                f"{self.settings['steps']} {self.settings['spacing']} steps": budget.mean_share(
+                    shares, steps
+                ),
             },
             "sampler_steps": steps.tolist(),
             "settings": self.settings,

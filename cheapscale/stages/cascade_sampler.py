@@ -51,7 +51,6 @@ StageDenoiser = Callable[
 ]
 
 SPACES = ("model", "image")
-SPACINGS = ("karras", "leading", "trailing")
 
 
 class CascadePlan(NamedTuple):
@@ -97,8 +96,7 @@ def cascade_plan(
     Args:
         cascade: scales per side "2x,4x", or a last size "64x96", see `pivot.read_sizes`.
         k: where the stages restart, see `pivot.restart_sigma`; one for all, or one for each.
-        spacing: "karras" levels, as plain sampling has them; or the "leading" or "trailing" times
-            of a DDIM run, for teachers of a VP schedule.
+        spacing: of the levels, as plain sampling has it, see `sampling.levels`.
         pivot_size: size of the images that take the place of scale 0.
         shifted: multiply the levels of each canvas by `schedule_shift`, for denoisers that are told
             the level divided by it.
@@ -363,17 +361,10 @@ def _check_options(stages, denoisers, stage_seeds, kernel, space):
 
 def _full_grid(diffusion: dict, steps: int, spacing: str) -> tuple[np.ndarray, float]:
     """(sigmas of a full run, the highest that the teacher knows)."""
-    if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}: choose one of {SPACINGS}")
+    grid = levels(diffusion, steps, "sample", spacing)
     if spacing == "karras":
-        return levels(diffusion, steps, "sample"), diffusion["sigma_max"]
-    if diffusion["process"] == "edm":
-        raise ValueError(
-            f"{spacing} times are those of a VP schedule, but this teacher's process is edm: "
-            "use spacing karras"
-        )
-    schedule = process.vp_schedule(diffusion["process"])
-    return schedule.grid(steps, spacing=spacing), float(schedule.sigmas[-1])
+        return grid, diffusion["sigma_max"]
+    return grid, float(process.vp_schedule(diffusion["process"]).sigmas[-1])
 
 
 def _teacher(meta: dict) -> tuple[dict, dict]:

@@ -11,6 +11,7 @@ from cheapscale.data import loader, sources
 from cheapscale.data.augment import random_flip
 from cheapscale.data.latents import id_and_flip
 from cheapscale.data.resize import RESIZE_ID
+from cheapscale.training.checkpoint import Loaded
 
 PyTree = Any
 
@@ -66,6 +67,23 @@ def check_model(model: dict, source) -> None:
         raise ValueError(
             f"model.num_classes is {model['num_classes']}, but {source.name} has "
             f"{source.num_classes} classes: set it to that, or to 0 for an unconditional model"
+        )
+
+
+def check_teacher(teacher: Loaded, source) -> None:
+    """The teacher must have been trained at this resolution, with this resize and these classes."""
+    model, trained = teacher.meta["networks"]["net"], teacher.meta["data"]
+    check_model(model, source)
+    for key, value in (("name", source.name), ("class_names", list(source.class_names))):
+        if trained[key] != value:
+            raise ValueError(
+                f"the teacher in {teacher.workdir} was trained on {key} {trained[key]!r}, but "
+                f"these images have {value!r}: name the images that the teacher knows"
+            )
+    if trained["resize"] != RESIZE_ID:
+        raise ValueError(
+            f"the teacher in {teacher.workdir} was trained on images made by {trained['resize']}, "
+            f"but this version makes them by {RESIZE_ID}: retrain it, or use its own version"
         )
 
 

@@ -21,7 +21,6 @@ import numpy as np
 
 from cheapscale.data import latents
 from cheapscale.data.augment import flip
-from cheapscale.data.resize import RESIZE_ID
 from cheapscale.diffusion import solvers
 from cheapscale.evaluation.pixels import from_uint8, to_uint8
 from cheapscale.stages import data
@@ -45,7 +44,7 @@ def build(config) -> Job:
     """The inversion job of one source and teacher. Raises ValueError where they do not fit."""
     teacher = load_teacher(config.teacher, dtype=config.compute.dtype)
     source = data.open_data(config.data)
-    check_teacher(teacher, source)
+    data.check_teacher(teacher, source)
     check_guidance(teacher.meta, config.invert.cfg_scale)
     if not config.latents:
         raise ValueError("config.latents is empty: name the folder of the latent store")
@@ -191,23 +190,6 @@ def oriented(source, index: int, flipped: int) -> tuple[np.ndarray, int]:
     """(image, label) of one record; the mirror image has its own latent (spec section 12.3)."""
     item = source[index]
     return (flip(item["image"]) if flipped else item["image"]), int(item["label"])
-
-
-def check_teacher(teacher: Loaded, source) -> None:
-    """The teacher must have been trained at this resolution, with this resize and these classes."""
-    model, trained = teacher.meta["networks"]["net"], teacher.meta["data"]
-    data.check_model(model, source)
-    for key, value in (("name", source.name), ("class_names", list(source.class_names))):
-        if trained[key] != value:
-            raise ValueError(
-                f"the teacher in {teacher.workdir} was trained on {key} {trained[key]!r}, but "
-                f"these images have {value!r}: invert the images that the teacher knows"
-            )
-    if trained["resize"] != RESIZE_ID:
-        raise ValueError(
-            f"the teacher in {teacher.workdir} was trained on images made by {trained['resize']}, "
-            f"but this version makes them by {RESIZE_ID}: retrain it, or use its own version"
-        )
 
 
 def make_manifest(teacher: Loaded, source, **settings) -> dict:

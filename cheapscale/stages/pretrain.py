@@ -20,6 +20,7 @@ from cheapscale.data.augment import random_augment, random_flip
 from cheapscale.diffusion import denoiser, guidance, process
 from cheapscale.models.unet import unet
 from cheapscale.stages import data
+from cheapscale.stages.groups import draw_levels, level_loss, make_groups
 from cheapscale.stages.networks import check_process, complete, make_denoiser
 from cheapscale.stages.sampling import prior, teacher_map
 from cheapscale.training.logging import image_grid
@@ -62,6 +63,7 @@ def build(config) -> Stage:
                 diffusion=diffusion,
                 null_label=model["num_classes"],
                 label_dropout=config.pretrain.label_dropout,
+                antithetic=config.pretrain.antithetic,
             ),
             optimiser=optimiser,
             ema_decay=config.ema.decay,
@@ -112,14 +114,23 @@ def denoising_loss(
     diffusion: dict,
     null_label: int,
     label_dropout: float,
+    antithetic: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(weighted loss [b], sigma [b]) of one batch {image, label[, augment]} (spec section 1.2)."""
+    """(weighted loss [b], sigma [b]) of one batch {image, label[, augment]} (spec section 1.2).
+
+    antithetic: levels in pairs mirrored in the whole range, DDIM's published code's t and T-1-t.
+    """
     del frozen
     k_loss, k_drop, k_label = jax.random.split(key, 3)
     D = bind(params, train=True, rngs={"dropout": k_drop})
     condition = {"label": guidance.dropped(k_label, batch["label"], label_dropout, null_label)}
     if "augment" in batch:
         condition["augment"] = batch["augment"]
+    if antithetic:
+        k_level, k_noise = jax.random.split(k_loss)
+        whole = make_groups(diffusion, 1)
+        sigma = draw_levels(k_level, len(batch["image"]), diffusion, whole, whole.positions(0))
+        return level_loss(D, batch["image"], sigma, k_noise, diffusion, **condition), sigma
     if diffusion["process"] == "edm":
         return denoiser.edm_loss(
             D,

@@ -6,8 +6,9 @@
         minimise  (1 - d) L(D_j; x, sigma) + d L(D_j; D_base, sigma)
         ema   <- restarted at theta_j
 
-The optimiser starts fresh. Groups are independent: N jobs, or one after the other. The work
-directory is `specialists.group_folder`, so that the set finds its members.
+The optimiser starts fresh, or with the base's moments cut alike. Groups are independent: N jobs, or
+one after the other. The work directory is `specialists.group_folder`, so that the set finds its
+members.
 """
 
 import functools
@@ -20,7 +21,7 @@ import numpy as np
 
 from cheapscale.diffusion import guidance, process
 from cheapscale.models.unet import unet
-from cheapscale.pruning.structure import prune, pruned_config
+from cheapscale.pruning.structure import prune, prune_optimiser, pruned_config
 from cheapscale.stages import data
 from cheapscale.stages.groups import Groups, draw_levels, levels_of, weight
 from cheapscale.stages.networks import complete, fingerprint, load_teacher, make_denoiser
@@ -28,12 +29,14 @@ from cheapscale.stages.one_step import init_generator
 from cheapscale.stages.pretrain import augmented
 from cheapscale.stages.sampling import levels
 from cheapscale.stages.specialists import read_assessment, read_manifest
+from cheapscale.training.checkpoint import load_optimiser
 from cheapscale.training.optim import make_optimiser
 from cheapscale.training.stage import Stage, denoise_step, noise_bins
 from cheapscale.training.state import Optimiser
 
 PyTree = Any
 STARTS = ("base", "scratch")
+OPTIMISERS = ("fresh", "sliced")
 
 
 def build(config) -> Stage:
@@ -43,8 +46,11 @@ def build(config) -> Stage:
     group, count = settings["group"], len(manifest["edges"]) - 1
     if not 0 <= group < count:
         raise ValueError(f"prune.group is {group}, but {folder} has groups 0 ... {count - 1}")
-    if settings["start"] not in STARTS:
-        raise ValueError(f"prune.start is {settings['start']!r}: choose one of {', '.join(STARTS)}")
+    for field, known in (("start", STARTS), ("optimiser", OPTIMISERS)):
+        if settings[field] not in known:
+            raise ValueError(
+                f"prune.{field} is {settings[field]!r}: choose one of {', '.join(known)}"
+            )
     teacher = load_teacher(config.teacher)
     if fingerprint(teacher.params) != manifest["teacher"]:
         raise ValueError(
@@ -53,7 +59,7 @@ def build(config) -> Stage:
         )
     source = data.open_data(config.data)
     base = teacher.meta["networks"]["net"]
-    data.check_model(base, source)
+    data.check_teacher(teacher, source)
     found = read_assessment(folder, group)
     keep = {name: np.asarray(channels) for name, channels in found["keep"].items()}
     whole = unet(**base).config
@@ -68,7 +74,8 @@ def build(config) -> Stage:
             f"prune.distil is {distil} and prune.overlap {overlap}: distil is a weight from 0 to "
             "1, overlap a number of sampler steps"
         )
-    grid = levels(diffusion, manifest["settings"]["steps"], "sample")
+    searched = manifest["settings"]
+    grid = levels(diffusion, searched["steps"], "sample", searched["spacing"])
     positions = groups.positions(group, overlap, grid)
     pretrain = teacher.meta["config"]["pretrain"]
 
@@ -76,6 +83,19 @@ def build(config) -> Stage:
         if settings["start"] == "scratch":
             return params
         return {"net": prune(teacher.params, whole, keep)}
+
+    def sliced(fresh: PyTree) -> PyTree:
+        transform = make_optimiser(**teacher.meta["config"]["optim"])
+        shapes = jax.eval_shape(transform.init, teacher.params)
+        moments = load_optimiser(teacher.workdir, "net", shapes, step=teacher.step)
+        moments = prune_optimiser(moments, teacher.params, whole, keep)
+        if jax.tree.structure(moments) != jax.tree.structure(fresh["net"]):
+            raise ValueError(
+                f"prune.optimiser is 'sliced', but {config.teacher} was trained with "
+                f"{teacher.meta['config']['optim']}, whose state config.optim does not take: name "
+                "the same optimiser, with warm-up and clipping where it has them, or use 'fresh'"
+            )
+        return {"net": moments}
 
     return Stage(
         init_params=lambda key: ({"net": init_generator(model, key)}, {"net": noise_bins()}),
@@ -126,6 +146,7 @@ def build(config) -> Stage:
         },
         batch_size=config.batch_size,
         fits={},
+        warm_optimiser=sliced if settings["optimiser"] == "sliced" else None,
     )
 
 

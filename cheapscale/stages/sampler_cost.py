@@ -26,6 +26,7 @@ def sampler_cost(
     steps: int = 40,
     method: str = "heun",
     cfg_scale: float = 1.0,
+    spacing: str = "karras",
     repeats: int = 3,
 ) -> dict:
     """{nfe, parameters, flops_per_image, seconds_per_image, peak_bytes, batch_size,
@@ -38,24 +39,27 @@ def sampler_cost(
     z = prior(0, ids, (base, base, model["in_channels"]), diffusion["sigma_max"])
     label = jnp.zeros(batch_size, jnp.int32)
     params = jax.tree.map(jnp.asarray, loaded.params)
+    inputs = (z, label)
     if name == "generator":
         run, nfe = make_generator(model, diffusion), 1
         flops = cost_of_call(run, params, z, label).flops / batch_size
     else:
-        run = teacher_map(model, diffusion, steps=steps, method=method, cfg_scale=cfg_scale)
-        nfe = network_calls(diffusion, steps, "sample", method=method, cfg_scale=cfg_scale)
-        grid = levels(diffusion, steps, "sample")
+        options = {"method": method, "cfg_scale": cfg_scale, "spacing": spacing}
+        run = teacher_map(model, diffusion, steps=steps, **options)
+        inputs = (z, label, jnp.asarray(ids))
+        nfe = network_calls(diffusion, steps, "sample", **options)
+        grid = levels(diffusion, steps, "sample", spacing)
         calls = segment_calls(model, diffusion, params, z.shape, grid, method=method)
         guided = nfe // sum(count for count, _ in calls)
         flops = guided * sum(count * each for count, each in calls)
 
-    memory = jax.jit(run).lower(params, z, label).compile().memory_analysis()
+    memory = jax.jit(run).lower(params, *inputs).compile().memory_analysis()
     resident = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
         "nfe": nfe,
         "parameters": param_count(params),
         "flops_per_image": flops,
-        "seconds_per_image": latency(run, params, z, label, repeats=repeats) / batch_size,
+        "seconds_per_image": latency(run, params, *inputs, repeats=repeats) / batch_size,
         "peak_bytes": resident + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
         "batch_size": batch_size,
         "training_flops": meta["ledger"]["flops"],

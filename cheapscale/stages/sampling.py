@@ -18,6 +18,7 @@ from cheapscale.training.sharding import in_batches
 from cheapscale.training.state import stream_key
 
 PyTree = Any
+SPACINGS = ("karras", "leading", "trailing", "quadratic")
 
 
 def prior(
@@ -56,25 +57,57 @@ def teacher_map(
     method: str = "heun",
     cfg_scale: float = 1.0,
     direction: str = "sample",
+    spacing: str = "karras",
     clip: bool = False,
+    seed: int = 0,
 ) -> Callable:
-    """fn(params, x, label): the probability-flow ODE as one pure function.
+    """fn(params, x, label, ids=None): the probability-flow ODE as one pure function.
 
-    direction "sample": z at sigma_max -> image, on `steps` Karras levels and a last step to 0.
+    direction "sample": z at the highest level -> image, on `steps` levels of a `spacing` and a last
+    step to 0; with method "ancestral" the noise of image i is a function of (seed, ids[i]).
     "round_trip": z -> image on exactly the inversion's levels, with no step to 0.
     "invert": image (taken as living at sigma_min) -> z (spec section 2.1).
     """
-    grid = levels(diffusion, steps, direction)
+    grid = levels(diffusion, steps, direction, spacing)
     segments = make_segments(model, diffusion, cfg_scale=cfg_scale)
 
-    def run(params: PyTree, x: jax.Array, label: jax.Array) -> jax.Array:
-        return solvers.solve(segments(params, label, grid), x, method=method, clip=clip)
+    def run(
+        params: PyTree, x: jax.Array, label: jax.Array, ids: jax.Array | None = None
+    ) -> jax.Array:
+        noise = None
+        if method == "ancestral":
+
+            def noise(step: jax.Array) -> jax.Array:
+                def of_image(i):
+                    key = jax.random.fold_in(stream_key(seed, "ancestral", i), step)
+                    return jax.random.normal(key, x.shape[1:], x.dtype)
+
+                return jax.vmap(of_image)(ids)
+
+        return solvers.solve(
+            segments(params, label, grid), x, method=method, clip=clip, noise=noise
+        )
 
     return run
 
 
-def levels(diffusion: dict, steps: int, direction: str) -> np.ndarray:
-    """The sigmas that `teacher_map` walks along."""
+def levels(diffusion: dict, steps: int, direction: str, spacing: str = "karras") -> np.ndarray:
+    """The sigmas that `teacher_map` walks along.
+
+    spacing: of sampling; "karras" levels from sigma_max to sigma_min, or of a VP teacher the times
+    of `VPSchedule.grid`, which begin near the end of its table whatever sigma_max is.
+    """
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
+    if spacing != "karras":
+        if diffusion["process"] == "edm":
+            raise ValueError(
+                f"{spacing} times are those of a VP schedule, but this teacher's process is edm: "
+                "use spacing karras"
+            )
+        if direction != "sample":
+            raise ValueError(f"spacing {spacing!r} is for sampling, not to {direction}: use karras")
+        return process.vp_schedule(diffusion["process"]).grid(steps, spacing=spacing)
     make = {
         "sample": process.sampling_grid,
         "round_trip": process.karras_grid,
@@ -84,10 +117,16 @@ def levels(diffusion: dict, steps: int, direction: str) -> np.ndarray:
 
 
 def network_calls(
-    diffusion: dict, steps: int, direction: str, *, method: str = "heun", cfg_scale: float = 1.0
+    diffusion: dict,
+    steps: int,
+    direction: str,
+    *,
+    method: str = "heun",
+    cfg_scale: float = 1.0,
+    spacing: str = "karras",
 ) -> int:
     """Network calls that `teacher_map` makes for one image (NFE); guidance doubles them."""
-    calls = sum(solvers.nfe([(None, levels(diffusion, steps, direction))], method))
+    calls = sum(solvers.nfe([(None, levels(diffusion, steps, direction, spacing))], method))
     return calls if cfg_scale in (0.0, 1.0) else 2 * calls
 
 
@@ -99,20 +138,28 @@ def sampler(
     steps: int = 40,
     method: str = "heun",
     cfg_scale: float = 1.0,
+    spacing: str = "karras",
 ) -> Callable:
     """draw(ids, labels=None) -> (images [n,R,R,3] clamped to [-1, 1], labels [n]).
 
-    From a teacher or a generator; steps, method and cfg_scale belong to teachers, a generator takes
-    one call. Many draws from one sampler compile once.
+    From a teacher or a generator; steps, method, cfg_scale and spacing belong to teachers, a
+    generator takes one call. Many draws from one sampler compile once.
     """
     meta = loaded.meta
     (name, model), = meta["networks"].items()  # fmt: skip
     base = model["resolution"]
     if name == "generator":
-        run = make_generator(model, meta["diffusion"])
+        generate, top = make_generator(model, meta["diffusion"]), meta["diffusion"]["sigma_max"]
+
+        def run(params, z, label, ids):
+            return generate(params, z, label)
     else:
         check_guidance(meta, cfg_scale)
-        run = teacher_map(model, meta["diffusion"], steps=steps, method=method, cfg_scale=cfg_scale)
+        run = teacher_map(
+            model, meta["diffusion"], steps=steps, method=method, cfg_scale=cfg_scale,
+            spacing=spacing, seed=seed,
+        )  # fmt: skip
+        top = levels(meta["diffusion"], steps, "sample", spacing)[0]
 
     def draw(ids: np.ndarray, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         ids = np.asarray(ids)
@@ -120,8 +167,9 @@ def sampler(
             labels = labels_for(seed, ids, model["num_classes"])
         labels = np.asarray(labels, np.int32)
         check_labels(labels, model["num_classes"])
-        z = prior(seed, ids, (base, base, model["in_channels"]), meta["diffusion"]["sigma_max"])
-        images = in_batches(run, loaded.params, np.asarray(z), labels, batch_size=batch_size)
+        z = prior(seed, ids, (base, base, model["in_channels"]), top)
+        rows = (np.asarray(z), labels, ids.astype(np.int32))
+        images = in_batches(run, loaded.params, *rows, batch_size=batch_size)
         return np.clip(images, -1.0, 1.0), labels
 
     return draw

@@ -10,12 +10,14 @@ steps of a sampler whose noisier end lies in its group.
 
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from cheapscale.data.files import whole_or_nothing
 from cheapscale.training.checkpoint import Loaded, load_network
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 def is_set(folder: str | pathlib.Path) -> bool:
@@ -60,7 +62,7 @@ def load_set(folder: str | pathlib.Path, *, ema: bool = True) -> Loaded:
     diffusion["specialists"]. Raises FileNotFoundError naming the first group that is not trained.
     """
     manifest = read_manifest(folder)
-    loaded, models = [], []
+    loaded = []
     for group in range(len(manifest["edges"]) - 1):
         place = group_folder(folder, group)
         network = load_network(place, "net", ema=ema)
@@ -75,20 +77,54 @@ def load_set(folder: str | pathlib.Path, *, ema: bool = True) -> Loaded:
                 "group again, in a new folder"
             )
         loaded.append(network)
-        models.append(network.meta["networks"]["net"])
-    base = manifest["base"]
-    specialists = {
-        "base": manifest["teacher"], "borders": manifest["borders"], "models": models
-    }  # fmt: skip
+    return joined(
+        manifest["base"],
+        manifest["teacher"],
+        manifest["borders"],
+        loaded,
+        paid=manifest["ledger"],
+        workdir=str(folder),
+    )
+
+
+def joined(
+    base: dict,
+    teacher: str,
+    borders: Sequence[float],
+    members: Sequence[Loaded],
+    *,
+    paid: Mapping[str, float] = MappingProxyType({}),
+    workdir: str = "",
+) -> Loaded:
+    """Networks of one noise process as one teacher, each for the steps between two borders.
+
+    Args:
+        base: the meta of what they were made from; teacher: its fingerprint.
+        borders: sigmas, ascending, one fewer than members, which are counted from the cleanest.
+        members: specialists, or the base itself (T-Stitch: a small network for the noisy steps, the
+            base for the clean ones).
+        paid: {unit of the ledger: cost} of what is in no network's own, such as the assessment.
+    """
+    if len(borders) != len(members) - 1 or list(borders) != sorted(borders):
+        raise ValueError(
+            f"{len(members)} networks and the borders {list(borders)}: give one border fewer than "
+            "networks, ascending"
+        )
     ledger = {
-        unit: base["ledger"][unit]
-        + sum(network.meta["ledger"][unit] - base["ledger"][unit] for network in loaded)
-        for unit in base["ledger"]
+        unit: before
+        + paid.get(unit, 0.0)
+        + sum(member.meta["ledger"][unit] - before for member in members)
+        for unit, before in base["ledger"].items()
+    }
+    specialists = {
+        "base": teacher,
+        "borders": [float(border) for border in borders],
+        "models": [member.meta["networks"]["net"] for member in members],
     }
     meta = base | {
         "diffusion": base["diffusion"] | {"specialists": specialists},
         "ledger": ledger,
         "frozen_networks": base.get("frozen_networks", {}),
     }
-    step = min(network.step for network in loaded)
-    return Loaded(tuple(network.params for network in loaded), meta, step, str(folder))
+    step = min(member.step for member in members)
+    return Loaded(tuple(member.params for member in members), meta, step, workdir)

@@ -112,6 +112,22 @@ def load_network(
     return Loaded(tree[field][net], meta, step, str(workdir))
 
 
+def load_optimiser(
+    workdir: str | pathlib.Path, net: str, shapes: PyTree, *, step: int | None = None
+) -> PyTree:
+    """The optimiser's state of one network, in NumPy; shapes: what its transform makes of it."""
+    step, _ = read_meta(workdir, step)
+    path = pathlib.Path(workdir).resolve() / "checkpoints" / str(step) / "state"
+    target = {"opt_state": {net: shapes}}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.restore(
+            path,
+            args=ocp.args.PyTreeRestore(item=target, restore_args=as_numpy, partial_restore=True),
+        )
+    return tree["opt_state"][net]
+
+
 def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, dict]:
     """(step, meta) of the newest checkpoint, or of `step`; FileNotFoundError if there is none."""
     folder = pathlib.Path(workdir).resolve() / "checkpoints"

@@ -97,7 +97,11 @@ def fresh_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
         out_shardings=places,
         compiler_options=quickly,
     )
-    return make(params, extra)
+    state = make(params, extra)
+    if stage.warm_optimiser:
+        warm = stage.warm_optimiser(state.opt_state)
+        state = state.replace(opt_state=jax.tree.map(jax.device_put, warm, places.opt_state))
+    return state
 
 
 def compile_step(stage: Stage, mesh: jax.sharding.Mesh, state: PyTree, frozen: PyTree, batch):

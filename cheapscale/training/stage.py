@@ -33,6 +33,7 @@ class Stage(NamedTuple):
     meta: plain JSON values that travel with the weights: enough to rebuild the networks.
     batch_size: global; refused by the loop where the mesh cannot split it.
     fits: {network: how} of those that load_frozen still has to fit.
+    warm_optimiser(opt_state) -> opt_state carrying another run's moments; as warm_start.
     """
 
     init_params: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -46,6 +47,7 @@ class Stage(NamedTuple):
     meta: dict
     batch_size: int
     fits: dict[str, str]
+    warm_optimiser: Callable[[PyTree], PyTree] | None = None
 
 
 class Job(NamedTuple):

@@ -107,13 +107,53 @@ def test_euler_is_ddim(key):
         np.testing.assert_allclose(process.to_vp(result, sigmas[-1]), x_vp, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("method", ["heun", "euler"])
+def unit_noise(seed, shape):
+    return lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), shape)
+
+
+def test_ancestral_step_is_ddpm_posterior(key):
+    """Between any two times: mean and small variance of q(x_s | x_t, x0 = D), Ho et al. Eq. 7."""
+    schedule = process.vp_schedule("linear")
+    x_vp, x0 = jax.random.normal(key, (2, 3, 4))
+    n = unit_noise(5, (3, 4))
+    for t, s in ((999, 998), (500, 400), (120, 3)):
+        a_t, a_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
+        alpha = a_t / a_s
+        mean = np.sqrt(a_s) * (1 - alpha) * x0 + np.sqrt(alpha) * (1 - a_s) * x_vp
+        variance = (1 - a_s) / (1 - a_t) * (1 - alpha)
+        expected = mean / (1 - a_t) + np.sqrt(variance) * n(0)
+        pair = schedule.sigmas[[t, s]]
+        found = solvers.solve(
+            [(lambda x, sigma: x0, pair)], process.from_vp(x_vp, pair[0]), method="ancestral",
+            noise=n,
+        )  # fmt: skip
+        np.testing.assert_allclose(process.to_vp(found, pair[1]), expected, rtol=2e-4, atol=2e-5)
+
+
+def test_ancestral_sampling_keeps_a_gaussian(key):
+    """With the exact denoiser of N(0, s^2) every state keeps its marginal, s^2 + sigma^2."""
+    grid, n = process.sampling_grid(400)[:150], 20000
+    x = np.sqrt(0.5**2 + grid[0] ** 2) * jax.random.normal(key, (n,))
+    end = solvers.solve([(gaussian(0.5), grid)], x, method="ancestral", noise=unit_noise(1, (n,)))
+    assert float(jnp.var(end)) == pytest.approx(0.5**2 + grid[-1] ** 2, rel=0.05)
+    # and forgets where it began, which the deterministic solvers never do
+    low = solvers.solve(
+        [(gaussian(0.5), process.sampling_grid(100))], 80 * jax.random.normal(key, (n,)),
+        method="ancestral", noise=unit_noise(2, (n,)),
+    )  # fmt: skip
+    assert abs(np.corrcoef(low, x)[0, 1]) < 0.05 and float(jnp.std(low)) == pytest.approx(0.5, 0.1)
+
+
+@pytest.mark.parametrize("method", ["heun", "euler", "ancestral"])
 def test_segments_of_one_denoiser_are_one_segment(method, key):
     D, grid = gaussian(0.5), process.sampling_grid(12)
     x = 80 * jax.random.normal(key, (2, 3))
-    whole = solvers.solve([(D, grid)], x, method=method)
+    options = {"method": method}
+    if method == "ancestral":
+        options["noise"] = unit_noise(0, (2, 3))
+    whole = solvers.solve([(D, grid)], x, **options)
     parts = [(D, part) for part in solvers.split_grid(grid, [4, 9])]
-    np.testing.assert_array_equal(solvers.solve(parts, x, method=method), whole)
+    np.testing.assert_array_equal(solvers.solve(parts, x, **options), whole)
 
 
 def test_steps_own_their_specialist_in_both_directions():
@@ -178,5 +218,11 @@ def test_bad_segments_are_refused(segments, message):
 def test_unknown_method_and_borders_are_refused():
     with pytest.raises(ValueError, match="unknown solver"):
         solvers.solve([(None, [1.0, 0.5])], jnp.ones(1), method="rk4")
+    with pytest.raises(ValueError, match="'ancestral' needs `noise`"):
+        solvers.solve([(None, [1.0, 0.5])], jnp.ones(1), method="ancestral")
+    with pytest.raises(ValueError, match="with no other, not with 'heun'"):
+        solvers.solve([(None, [1.0, 0.5])], jnp.ones(1), noise=unit_noise(0, (1,)))
+    with pytest.raises(ValueError, match="runs down"):
+        solvers.solve([(None, [0.5, 1.0])], jnp.ones(1), method="ancestral", noise=unit_noise)
     with pytest.raises(ValueError, match="borders"):
         solvers.split_grid(process.karras_grid(5), [4])

@@ -128,7 +128,7 @@ def test_4_latents_of_images_made_in_another_way_are_refused(pipeline, wilful_te
     meta = wilful_teacher.meta
     other = wilful_teacher._replace(meta=meta | {"data": meta["data"] | {"resize": "bicubic"}})
     with pytest.raises(ValueError, match="trained on images made by bicubic"):
-        invert.check_teacher(other, source)
+        data.check_teacher(other, source)
     store = LatentStore.open(pipeline["store"].folder)
     store.manifest = store.manifest | {"source": store.manifest["source"] | {"resize": "bicubic"}}
     with pytest.raises(ValueError, match="resize"):

@@ -9,9 +9,9 @@ import pytest
 
 from cheapscale.models.unet import unet
 from cheapscale.pruning.structure import flops, layout, prune, pruned_config
-from cheapscale.stages import specialists
+from cheapscale.stages import pretrain, specialists
 from cheapscale.stages.cascade_sampler import cascade_cost, cascade_plan, cascade_sampler
-from cheapscale.stages.data import open_data
+from cheapscale.stages.data import describe, open_data
 from cheapscale.stages.groups import make_groups
 from cheapscale.stages.invert import flops_of_path, make_manifest, round_trip
 from cheapscale.stages.networks import complete, fingerprint, load_model, load_teacher
@@ -34,7 +34,7 @@ def base_meta():
     return {
         "stage": "pretrain", "networks": {"net": model}, "diffusion": DIFFUSION,
         "config": {"pretrain": {"label_dropout": 0.0, "augment": 0.0}}, "ledger": LEDGER,
-        "data": {"name": "scenes"},
+        "data": describe(open_data(scenes.get_config("stage=invert,smoke").data)),
     }  # fmt: skip
 
 
@@ -107,6 +107,27 @@ def test_the_cost_of_a_set_is_the_sum_of_its_members_calls():
         assert traced[0] == pytest.approx(traced[1]) and traced[0] > 0
 
 
+def test_a_stitched_teacher_calls_the_base_below_its_border():
+    """T-Stitch: a small network on the noisy steps, the base itself on the clean ones; the bill is
+    the base's and what the small one added."""
+    small = Loaded(weights(1), base_meta() | {"ledger": {"flops": 9.0, "device_seconds": 3.0}}, 4,
+                   "small")  # fmt: skip
+    base = Loaded(weights(), base_meta(), 7, "base")
+    grid = levels(DIFFUSION, 6, "sample")
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        ids = np.arange(2)
+        for border, same in ((grid[0], base), (grid[-2] / 2, small)):
+            both = specialists.joined(
+                base_meta(), "fp", [border], [base, small], paid={"flops": 0.5}
+            )
+            np.testing.assert_allclose(
+                sample(both, ids, steps=6)[0], sample(same, ids, steps=6)[0], atol=2e-5
+            )
+    assert both.meta["ledger"] == {"flops": 9.5, "device_seconds": 3.0} and both.step == 4
+    with pytest.raises(ValueError, match="give one border fewer than networks, ascending"):
+        specialists.joined(base_meta(), "fp", [2.0, 1.0], [base, small, base])
+
+
 def test_each_specialist_runs_its_own_steps_and_no_other():
     """Weights that are not a number show who was called."""
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
@@ -158,6 +179,9 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
     assert abs(summary["shares"][1] - 0.8) <= 0.02
     manifest = specialists.read_manifest(folder)
     assert manifest["teacher"] == fingerprint(load_teacher(teacher).params)
+    assert manifest["compiled_shares"] == pytest.approx(manifest["shares"], rel=0.03)
+    # the search is paid for: each of its proxy losses is 16 images through the whole network
+    assert manifest["ledger"]["flops"] > 3 * 16 * manifest["compiled_flops"]
     assert sum(manifest["sampler_steps"]) == 40
     memory = (folder / "memory-1.jsonl").read_text().splitlines()
     entries = [entry for entry in map(json.loads, memory) if "score" in entry]
@@ -176,7 +200,10 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
     # group 0 was only fine-tuned, group 1 started from the base's own channels
     model = loaded.meta["diffusion"]["specialists"]["models"][1]
     assert model["overrides"] and not loaded.meta["networks"]["net"]["overrides"]
-    assert loaded.meta["ledger"]["flops"] > LEDGER["flops"]
+    own = [member["ledger"]["flops"] - LEDGER["flops"] for member in again["members"]]
+    assert loaded.meta["ledger"]["flops"] == pytest.approx(
+        LEDGER["flops"] + sum(own) + manifest["ledger"]["flops"]
+    )
     images, _ = sample(loaded, np.arange(8), steps=4)
     assert images.shape == (8, 8, 8, 3) and np.isfinite(images).all()
     # the set inverts, and its latents teach a copy of the base
@@ -213,8 +240,40 @@ def test_a_specialist_starts_as_the_cut_base(teacher, tmp_path):
     )
     scratch = build(configured("prune", teacher, folder, group=1, start="scratch"))
     assert scratch.warm_start({"net": "as drawn"}) == {"net": "as drawn"}
+    assert stage.warm_optimiser is None
     whole = build(configured("prune", teacher, folder, group=0))
     jax.tree.map(np.testing.assert_array_equal, whole.warm_start({})["net"], weights())
+
+
+def test_a_sliced_optimiser_starts_with_the_base_s_moments_cut_alike(tmp_path):
+    base, folder = scenes.get_config("stage=pretrain,smoke"), tmp_path / "set"
+    base.model.groups = 4
+    whole, rng = pretrain.build(base), np.random.default_rng(0)
+    with checkpoint.Checkpoints(tmp_path / "base") as checkpoints:
+        shapes = loop.abstract_state(whole, make_mesh(), 0)
+        trained = jax.tree.map(lambda s: np.asarray(rng.normal(3, 1, s.shape), s.dtype), shapes)
+        meta = whole.meta | {"config": base.to_dict(), "ledger": LEDGER}
+        checkpoints.save(3, trained, json.loads(json.dumps(meta)))
+        checkpoints.wait()
+    settings = {"k": 0.6, "proposer": "uniform", "importance": "magnitude"}
+    run(configured("assess", str(tmp_path / "base"), folder, **settings), tmp_path / "assess")
+    config = configured("prune", str(tmp_path / "base"), folder, group=1, optimiser="sliced")
+    stage = build(config)
+    keep = {n: np.array(c) for n, c in specialists.read_assessment(folder, 1)["keep"].items()}
+    with jax.set_mesh(make_mesh()):
+        state = loop.fresh_state(stage, make_mesh(), 0)
+    adam, theirs = state.opt_state["net"][0], trained.opt_state["net"][0]
+    assert int(adam.count) == int(theirs.count)
+    net = unet(**whole.meta["networks"]["net"]).config
+    cut = prune(theirs.nu, net, keep, power=-2.0)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(adam.nu), cut)
+    config.optim.name = "sgd"
+    other = build(config)
+    with pytest.raises(ValueError, match="whose state config.optim does not take"):
+        loop.fresh_state(other, make_mesh(), 0)
+    config.prune.optimiser = "old"
+    with pytest.raises(ValueError, match="prune.optimiser is 'old'"):
+        build(config)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +335,7 @@ def test_a_set_that_is_not_whole_or_of_another_base_is_refused(teacher, tmp_path
     with pytest.raises(FileNotFoundError, match="run stage=assess into that folder first"):
         build(configured("prune", teacher, tmp_path))
     manifest = {"teacher": "another", "edges": [0, 20, 40], "base": base_meta(), "borders": [1.0],
-                "identity": "x"}  # fmt: skip
+                "identity": "x", "ledger": {}}  # fmt: skip
     specialists.write_manifest(tmp_path, manifest)
     with pytest.raises(ValueError, match="was assessed on the teacher another"):
         build(configured("prune", teacher, tmp_path))
