@@ -236,7 +236,9 @@ def prune() -> ConfigDict:
         {
             "groups": 5,
             "partition": "equal",  # equal | nodes | decibels | snr | loss | gradient (clustered)
-            "budget": "linear",  # linear (the paper's) | snr | loss | flat
+            # linear (the paper's) | snr | loss | flat | sensitivity (solved from measured losses)
+            "budget": "linear",
+            "recovery": 200,  # optimiser steps before a loss of "sensitivity" is measured
             "k": 0.5,
             "order": "snr_up",  # the cleanest group keeps the whole network | snr_down | mid
             "mean": 0.0,  # solve k (or the shares) for this mean instead; 0: as k says
@@ -297,6 +299,7 @@ def smoke(config: ConfigDict, base: int) -> ConfigDict:
         config.prune.groups, config.prune.rounds, config.prune.per_round = 2, 1, 2
         config.prune.score_batches, config.prune.score_images = 2, 8
         config.prune.proxy_images, config.prune.proxy_levels = 16, 4
+        config.prune.recovery = 2
     if "cascade" in config:
         config.cascade.preview_steps = config.cascade.steps = 2
         config.cascade.num = config.cascade.per_shard = 4

@@ -46,6 +46,20 @@ SIZES = {
         "invert_batch": 200,
         "discriminator_width": 16,
     },
+    # the teacher of the step-adaptive study
+    "specialists": {
+        "base": 8,
+        "top": 8,
+        "options": {"size": 4000},
+        "model": preset("tiny8"),
+        "widths": {},
+        "pretrain": (2400, 2e-3, 64),
+        "distill": (500, 1e-3, 32),
+        "prune": (320, 1e-3, 64),
+        "b2": 0.99,
+        "invert_batch": 200,
+        "discriminator_width": 16,
+    },
     "small": {
         "base": 16,
         "top": 128,

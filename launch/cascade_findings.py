@@ -6,7 +6,7 @@ Each finding holds the figures it rests on; one whose cells are not all there is
 import re
 
 from cheapscale.diffusion import process
-from launch.cascade_measures import difference
+from launch.paired import difference
 
 METRICS = ("single", "objects", "fd", "patch_fd", "base_fd", "pivot_mse", "contrast")
 

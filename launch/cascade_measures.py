@@ -1,6 +1,5 @@
 """What the self-cascade study measures of a set of images, with intervals."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +11,7 @@ from cheapscale.evaluation.objects import count_objects
 from cheapscale.evaluation.patches import random_crops
 from cheapscale.evaluation.pixels import to_uint8
 from cheapscale.models.features.network import FeatureNetwork
-
-PAIRED = ("single", "fd", "patch_fd", "base_fd")  # whose resamples are kept
+from launch.paired import with_deviation
 
 
 class Judge(NamedTuple):
@@ -95,30 +93,3 @@ def measure(
         return found
 
     return with_deviation(figures, len(images), resamples)
-
-
-def with_deviation(figures: Callable[[np.ndarray], dict], n: int, resamples: int) -> dict:
-    """{name: [figures of all rows, bootstrap standard deviation]} and "draws", {name: what the
-    resamples gave, as text} of those in PAIRED."""
-    rng = np.random.default_rng(0)
-    drawn = [figures(rng.integers(0, n, n)) for _ in range(resamples)]
-    found: dict = {
-        name: [float(value), float(np.std([row[name] for row in drawn]))]
-        for name, value in figures(np.arange(n)).items()
-    }
-    found["draws"] = {
-        name: " ".join(f"{row[name]:.4g}" for row in drawn) for name in PAIRED if name in found
-    }
-    return found
-
-
-def difference(cell: dict, other: dict) -> dict:
-    """{metric: [cell - other, low, high]} of the metrics of PAIRED that both cells have; the
-    interval is 1.96 deviations of the paired resamples."""
-    rows = {}
-    for name in PAIRED:
-        if name in cell.get("draws", {}) and name in other.get("draws", {}):
-            ours, theirs = (np.array(c["draws"][name].split(), float) for c in (cell, other))
-            value, spread = cell[name][0] - other[name][0], 1.96 * float(np.std(ours - theirs))
-            rows[name] = [value, value - spread, value + spread]
-    return rows

@@ -10,6 +10,9 @@ machines the same is `launch.train` with stage=assess once and stage=prune for e
 those alone.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 from absl import app, flags, logging
 
@@ -19,7 +22,9 @@ from launch.command import execute
 from launch.pipeline import load_module
 
 
-def stage_config(path: str, arg: str, stage: str, teacher: str, folder: str, changes: list[str]):
+def stage_config(
+    path: str, arg: str, stage: str, teacher: str, folder: str, changes: Sequence[str]
+):
     """One stage's config with its paths, and NAME=VALUE changes of config.prune."""
     config = load_module(path).get_config(",".join(filter(None, (arg, f"stage={stage}"))))
     config.teacher, config.specialists = teacher, folder
@@ -33,16 +38,18 @@ def stage_config(path: str, arg: str, stage: str, teacher: str, folder: str, cha
     return config
 
 
-def make_set(
-    path: str, arg: str, teacher: str, folder: str, changes: list[str], groups: list[int]
-) -> dict:
-    """The summary of the assessment and of every group's fine-tuning."""
-    summary = run(stage_config(path, arg, "assess", teacher, folder, changes), f"{folder}/assess")
+def make_set(configured: Callable[[str], Any], folder: str, groups: Sequence[int] = ()) -> dict:
+    """The summary of the assessment and of every group's fine-tuning.
+
+    configured("assess" or "prune") -> that stage's config, with teacher and folder.
+    """
+    summary = run(configured("assess"), f"{folder}/assess")
     count = len(specialists.read_manifest(folder)["edges"]) - 1
     members = []
     for group in groups or range(count):
         logging.info("group %d of %d", group, count)
-        config = stage_config(path, arg, "prune", teacher, folder, [*changes, f"group={group}"])
+        config = configured("prune")
+        config.prune.group = group
         members.append(run(config, specialists.group_folder(folder, group)))
         jax.clear_caches()
     return summary | {"members": members}
@@ -51,14 +58,14 @@ def make_set(
 def main(argv) -> None:
     del argv
     options = flags.FLAGS
-    groups = [int(group) for group in options.groups]
-    execute(
-        "specialists",
-        options.workdir,
-        lambda: make_set(
-            options.config, options.arg, options.teacher, options.workdir, options.set, groups
-        ),
-    )
+    groups, folder = [int(group) for group in options.groups], options.workdir
+
+    def configured(stage):
+        return stage_config(
+            options.config, options.arg, stage, options.teacher, folder, options.set
+        )
+
+    execute("specialists", folder, lambda: make_set(configured, folder, groups))
 
 
 if __name__ == "__main__":

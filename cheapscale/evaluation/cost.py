@@ -50,6 +50,22 @@ def cost_of_call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
     )
 
 
+class Billed:
+    """A compiled function that keeps account of the FLOPs of its calls."""
+
+    def __init__(self, fn: Callable[..., Any]):
+        self.fn, self.programs, self.flops = jax.jit(fn), {}, 0.0
+
+    def __call__(self, *args):
+        shapes = jax.tree.map(jax.typeof, args)
+        leaves, tree = jax.tree.flatten(shapes)
+        program = self.programs.get((tree, *leaves))
+        if program is None:
+            program = self.programs[tree, *leaves] = self.fn.lower(*args).compile()
+        self.flops += float((program.cost_analysis() or {}).get("flops", 0.0))
+        return program(*args)
+
+
 def param_count(params: PyTree) -> int:
     """Number of scalars in a tree of arrays or of their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -18,8 +18,9 @@ from configs import cascade_study as config_file
 from launch import cascade_experiment, cascade_study
 from launch.cascade_experiment import Study, cells
 from launch.cascade_findings import findings, table
-from launch.cascade_measures import difference, make_judge, measure, with_deviation
+from launch.cascade_measures import make_judge, measure
 from launch.cells import Cell
+from launch.paired import difference, with_deviation
 
 
 def test_the_deviation_is_that_of_the_mean():

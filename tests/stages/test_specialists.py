@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cheapscale.models.unet import unet
+from cheapscale.models.unet import UNet, unet
+from cheapscale.pruning import search
 from cheapscale.pruning.structure import flops, layout, prune, pruned_config
-from cheapscale.stages import pretrain, specialists
+from cheapscale.stages import pretrain, sensitivity, specialists
+from cheapscale.stages.assessment import Assessment, read_proxy
 from cheapscale.stages.cascade_sampler import cascade_cost, cascade_plan, cascade_sampler
 from cheapscale.stages.data import describe, open_data
 from cheapscale.stages.groups import make_groups
@@ -22,7 +24,7 @@ from cheapscale.training import checkpoint, loop
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.sharding import make_mesh
 from configs import scenes
-from launch.specialists import make_set
+from launch.specialists import make_set, stage_config
 
 DIFFUSION = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0,
              "rho": 7.0, "sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}  # fmt: skip
@@ -171,10 +173,13 @@ def configured(stage, teacher, folder, **changes):
 def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
     """`launch.specialists`, whose folder then is a teacher."""
     folder = tmp_path / "set"
-    arguments = {"path": "configs/scenes.py", "arg": "smoke", "teacher": teacher}
+
+    def configs(stage, changes=("k=0.6", "distil=0.5")):
+        return stage_config("configs/scenes.py", "smoke", stage, teacher, str(folder), changes)
+
     with pytest.raises(ValueError, match="--set=kk=1: config.prune has no field 'kk'"):
-        make_set(**arguments, folder=str(folder), changes=["kk=1"], groups=[])
-    summary = make_set(**arguments, folder=str(folder), changes=["k=0.6", "distil=0.5"], groups=[1])
+        configs("assess", ["kk=1"])
+    summary = make_set(configs, str(folder), groups=[1])
     assert summary["targets"] == [1.0, 0.8] and summary["shares"][0] == 1.0
     assert abs(summary["shares"][1] - 0.8) <= 0.02
     manifest = specialists.read_manifest(folder)
@@ -189,9 +194,7 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
     assert specialists.read_assessment(folder, 1)["widths"] == best["widths"]
     with pytest.raises(FileNotFoundError, match="group-0"):
         load_model(folder)
-    again = make_set(
-        **arguments, folder=str(folder), changes=["k=0.6", "distil=0.5"], groups=[0, 1]
-    )
+    again = make_set(configs, str(folder))
     assert [member["step"] for member in again["members"]] == [3, 3]
     assert all(member["ledger"]["flops"] > LEDGER["flops"] for member in again["members"])
     loaded = load_model(folder)
@@ -288,6 +291,7 @@ def test_a_sliced_optimiser_starts_with_the_base_s_moments_cut_alike(tmp_path):
         },
         {"importance": "diff_pruning", "budget": "loss", "partition": "loss", "mean": 0.85},
         {"importance": "accumulated", "budget": "flat", "partition": "gradient", "weigh": "steps"},
+        {"importance": "magnitude", "budget": "sensitivity", "mean": 0.8, "proposer": "uniform"},
         {
             "importance": "chance",
             "order": "snr_down",
@@ -305,6 +309,9 @@ def test_every_choice_makes_a_set_within_its_budgets(teacher, tmp_path, changes)
     sizes = np.diff(manifest["edges"])
     if changes.get("budget") in ("snr", "loss"):
         assert np.average(summary["targets"], weights=sizes) == pytest.approx(changes["mean"])
+    if changes.get("budget") == "sensitivity":  # never above the mean, and as near as a menu is
+        mean = np.average(summary["targets"], weights=manifest["sampler_steps"])
+        assert 0.7 < mean <= 0.8
     if changes.get("budget") == "flat":
         assert summary["targets"] == [0.8, 0.8]
     if changes.get("order") == "snr_down":
@@ -324,6 +331,7 @@ def test_every_choice_makes_a_set_within_its_budgets(teacher, tmp_path, changes)
         ({"budget": "none"}, "prune.budget is 'none'"),
         ({"plan": "outer"}, "prune.plan is 'outer'"),
         ({"k": 1.5}, "prune.k is 1.5"),
+        ({"budget": "sensitivity", "plan": "all"}, "it measures masked networks"),
     ],
 )
 def test_choices_that_do_not_exist_are_refused(teacher, tmp_path, changes, message):
@@ -343,3 +351,39 @@ def test_a_set_that_is_not_whole_or_of_another_base_is_refused(teacher, tmp_path
         build(configured("prune", teacher, tmp_path, group=2))
     with pytest.raises(ValueError, match="picks a checkpoint of one run"):
         load_model(tmp_path, step=3)
+
+
+def test_a_group_s_weight_is_how_far_its_steps_move():
+    """Half a decade below the border, one and a half above it; the last step, to 0, is left out."""
+    grid = np.array([100.0, 10.0, 10**0.5, 1.0, 0.0])
+    found = sensitivity.travelled(grid, [10**0.5], 2)
+    np.testing.assert_allclose(found, 2 * np.log(10) * np.array([0.5, 1.5]))
+
+
+def test_recovery_trains_the_pruned_network_and_no_other(teacher, tmp_path):
+    """After some steps the masked network still computes what the sliced one does."""
+    base = load_teacher(teacher)
+    source = open_data(scenes.get_config("stage=invert,smoke").data)
+    config = configured("assess", teacher, tmp_path)
+    settings = config.prune.to_dict() | {"k": 0.6, "recovery": 3}
+    found = Assessment(base, read_proxy(source, 16), settings, 0, str(tmp_path))
+    task = search.make_task(found.net.config, 0.8, found.scores(1), "inner")
+    keep = task.keep(search.uniform(task))
+    kept = {}
+
+    def proxy_loss(variables, group):
+        kept.update(variables)
+        return 1.0
+
+    found.proxy_loss = proxy_loss
+    assert sensitivity.Recovery(found)(1, keep) == 1.0
+    narrow = UNet(pruned_config(found.net.config, keep))
+    x, label = jnp.ones((2, 8, 8, 3)), jnp.zeros(2, jnp.int32)
+    full = found.net.apply(kept, x, jnp.ones(2), label)
+    cut = prune(kept["params"], found.net.config, keep)
+    np.testing.assert_allclose(
+        full, narrow.apply({"params": cut}, x, jnp.ones(2), label), atol=2e-5
+    )
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), cut, prune(base.params, found.net.config,
+                                                                      keep))  # fmt: skip
+    assert 1e-3 < max(jax.tree.leaves(moved)) < 1e-2  # three steps of Adam

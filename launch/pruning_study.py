@@ -1,0 +1,38 @@
+"""The step-adaptive study: one command, cell by cell, into one record.
+
+    python -m launch.pruning_study --config=configs/pruning_study.py --workdir=runs/pruning \\
+        --record=notebooks/results/pruning.json
+    python -m launch.pruning_study ... --only="E3 seed 0",E8 --minutes=60
+
+The same command goes on where it stopped. Two processes with different seeds in `--only`, each on a
+core of its own, may share a work directory (then one last run with a record collects the cells).
+"""
+
+from absl import app
+
+from launch import cells
+from launch.pruning_experiment import Study
+from launch.pruning_experiment import cells as of_study
+from launch.pruning_findings import findings, table
+
+
+def study(config, workdir: str, **options) -> dict:
+    """Run what is missing; options: record, only and minutes of `cells.run_cells`."""
+    return cells.run_cells(
+        config,
+        workdir,
+        cells=lambda: of_study(Study(config, workdir)),
+        findings=findings,
+        table=table,
+        **options,
+    )
+
+
+def main(argv) -> None:
+    del argv
+    cells.main("pruning_study", study)
+
+
+if __name__ == "__main__":
+    cells.define_flags()
+    app.run(main)
