@@ -8,6 +8,7 @@
     unet        a training step and one-step sampling against diffusers.UNet2DModel
     features    Inception-v3 features of a set and its Frechet distance, against torch-fidelity
     statistics  moments, Frechet distance, precision and recall of sets of 50,000: seconds, memory
+    pruned      a specialist's training step and network call against its base's
 
 Both sides of a comparison are the same function with the same weights, and the record holds how far
 their outputs are apart. They take turns, call by call, so that whatever else the machine does falls
@@ -38,7 +39,7 @@ from absl import app, flags, logging
 
 from cheapscale.training.loop import provenance
 from configs.models import preset
-from launch import bench_statistics
+from launch import bench_pruned, bench_statistics
 from launch.command import execute, write_record
 from launch.memory import keep_memory
 
@@ -58,6 +59,7 @@ SIZES = {
     ),
     "tiny16": Size(preset("tiny16", groups=8), 32),
 }  # fmt: skip
+SHARES = (0.6, 0.8)  # of a specialist's FLOPs
 SETTINGS = ("XLA_FLAGS", "OMP_WAIT_POLICY", "GLIBC_TUNABLES")  # environment that changes seconds
 
 
@@ -183,6 +185,25 @@ def large_statistics(rows: int, dimension: int = 2048) -> Figures:
     return Figures({"statistics": found}, bench_statistics.table(found), {"statistics": found}, {})
 
 
+def pruned(size: Size, shares: tuple[float, ...], rounds: int) -> Figures:
+    """Specialists of some shares of the base's FLOPs; "ours" is the base, so that a ratio is a
+    specialist's seconds over the base's."""
+    facts, calls = bench_pruned.prepare(size.model, size.batch, shares)
+    uses = {use: summary(alternate(sides, rounds)) for use, sides in calls.items()}
+    found = facts | {"uses": uses}
+    rates = {
+        use: {side: row["wall_ratio"] for side, row in rows.items() if side != "ours"}
+        for use, rows in uses.items()
+    }
+    lines = [
+        f"{side:>10} {use:<10} {seconds:.2f} of the base's seconds; FLOPs "
+        f"{facts['compiled'][side][use]:.3f} compiled, {facts['analytic'][side]:.3f} analytic"
+        for use, row in rates.items()
+        for side, seconds in row.items()
+    ]
+    return Figures({"pruned": found}, "\n".join(lines), {"specialist_over_base": rates}, {})
+
+
 def total(*parts: dict) -> dict:
     """Seconds by side and clock, added up over the parts round by round."""
     return {
@@ -269,6 +290,7 @@ def main(argv) -> None:
         "unet": lambda: against_diffusers(sizes, rounds),
         "features": lambda: against_torch_fidelity(images, rounds),
         "statistics": lambda: large_statistics(options.rows),
+        "pruned": lambda: pruned(sizes[options.sizes[0]], SHARES, rounds),
     }
     chosen = {name: part for name, part in parts.items() if name in options.what}
     execute("bench", options.workdir, lambda: run(chosen, rounds, options.workdir, options.record))
@@ -278,11 +300,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Where the summary goes.")
     flags.DEFINE_string("record", "", "Where the record (.json) goes instead.")
     flags.DEFINE_multi_enum(
-        "what", ["unet"], ["unet", "features", "statistics"], "What to measure."
+        "what", ["unet"], ["unet", "features", "statistics", "pruned"], "What to measure."
     )
     flags.DEFINE_integer("rounds", 10, "Turns of each side.")
     flags.DEFINE_integer("cores", 0, "Cores to use; 0 = all.")
-    flags.DEFINE_multi_enum("sizes", list(SIZES), list(SIZES), "unet: which.")
+    flags.DEFINE_multi_enum("sizes", list(SIZES), list(SIZES), "unet: which; pruned: the first.")
     flags.DEFINE_integer("images", 128, "features: images in the set.", lower_bound=2)
     flags.DEFINE_integer("batch", 64, "features: images per call of the network.", lower_bound=1)
     flags.DEFINE_integer("rows", 50_000, "statistics: features in each set.", lower_bound=6)

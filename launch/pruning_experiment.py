@@ -60,6 +60,7 @@ class Study:
     def __init__(self, config, workdir: str):
         self.config, self.workdir = config, pathlib.Path(workdir)
         self.teacher = functools.cache(self._teacher)
+        self.sets: dict[tuple[int, str], tuple[Loaded, dict]] = {}
 
     def stage(self, stage: str, seed: int):
         config = scenes.get_config(f"{self.config.scenes},stage={stage},seed={seed}")
@@ -91,6 +92,8 @@ class Study:
 
     def arm(self, seed: int, name: str, changes: dict) -> tuple[Loaded, dict]:
         """(a set of specialists, its manifest), made where it is not there yet."""
+        if (seed, name) in self.sets:
+            return self.sets[seed, name]
         folder = self.workdir / f"set-{seed}-{re.sub(r'[^a-z0-9]+', '_', name)}"
         settings = self.config.prune.to_dict() | {
             "groups": self.config.groups,
@@ -112,7 +115,8 @@ class Study:
             return config
 
         make_set(configured, str(folder))
-        return load_model(folder), specialists.read_manifest(folder)
+        self.sets[seed, name] = load_model(folder), specialists.read_manifest(folder)
+        return self.sets[seed, name]
 
     def main(self, seed: int) -> tuple[Loaded, dict]:
         return self.arm(seed, "specialists", self.config.arms["specialists"][1])

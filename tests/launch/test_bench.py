@@ -57,6 +57,18 @@ def test_both_u_nets_are_one_function_and_the_record_says_where_time_goes(tmp_pa
     assert all(profile[kind] > 0 for kind in profile if kind.startswith("convolution"))
 
 
+def test_a_specialist_costs_what_it_was_cut_to(tmp_path):
+    plain = bench.Size(dict(resolution=8, channels=16, channel_mult=(1,), groups=4), 2)
+    record, summary = recorded("pruned", lambda: bench.pruned(plain, (0.8,), 1), tmp_path)
+    figures = record["pruned"]
+    assert figures["analytic"]["80 %"] == pytest.approx(0.8, abs=0.02)
+    for use in ("sampling", "training"):
+        compiled = figures["compiled"]["80 %"][use]
+        assert compiled == pytest.approx(figures["analytic"]["80 %"], rel=0.05)
+        assert summary["specialist_over_base"][use]["80 %"] > 0
+    assert figures["parameters"]["80 %"] < figures["parameters"]["ours"]
+
+
 def test_both_inceptions_give_the_same_features_and_distance(torchvision, tmp_path):
     pytest.importorskip("torch_fidelity", reason="install torch-fidelity (extra: test) to compare")
     tiny = {"num": 5, "batch": 4, "resolution": 8, "side": 75, "dimension": 3}
