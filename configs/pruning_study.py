@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# name -> section of the specification's protocol, changes of config.prune. Of every seed:
+# name -> section of the specification's protocol, changes of config.prune. Of every seed, each of
+# them trained for the FLOPs of the first, its search included:
 ARMS = {
     "specialists": ("E3", {}),
     "full size": ("E2", {"budget": "flat", "mean": 1.0}),
@@ -41,6 +42,8 @@ CHOICES = {
     "groups by loss": ("E13", {"partition": "loss"}),
     "groups by gradient": ("E13", {"partition": "gradient"}),
     "budget by decibels": ("E13", {"budget": "snr"}),
+    "budget by sensitivity": ("E13", {"budget": "sensitivity"}),
+    "most in the middle": ("E13", {"order": "mid"}),
     "all widths": ("E13", {"plan": "all"}),
     "distilled": ("E13", {"distil": 0.5}),
     "sliced moments": ("E13", {"optimiser": "sliced"}),
@@ -56,7 +59,7 @@ def get_config(arg: str = ""):
     config.groups = 5
     # the mean share; below the paper's 0.8 = K5 at k = 0.5, since widths hit it to 2 % of the base
     config.mean = 0.785
-    config.finetune_steps = 1600  # of all groups together
+    config.finetune_steps = 1600  # of all groups together; the controls take as many FLOPs
     config.steps, config.spacing, config.method = 50, "leading", "euler"
     config.prune = ConfigDict({"rounds": 6, "proxy_images": 256})
     config.arms = ConfigDict({name: list(arm) for name, arm in ARMS.items()})

@@ -73,7 +73,7 @@ class Study:
         """Trained where it is not there yet."""
         config = self.stage(data_name, "stage=pretrain", seed)
         if process != "edm":
-            changes = {"process": process, "prediction": "eps", "sigma_min": 0.02}
+            changes = {"process": process, "prediction": "v", "sigma_min": 0.02}
             config.diffusion.update(changes)
         config.eval_every = config.total_steps // 2
         place = self.workdir / f"{data_name}-{process}-seed{seed}"

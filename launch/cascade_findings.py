@@ -3,6 +3,7 @@
 Each finding holds the figures it rests on; one whose cells are not all there is left out.
 """
 
+import math
 import re
 
 from cheapscale.diffusion import process
@@ -117,9 +118,11 @@ def tuning(config: dict, held: dict, seed: int) -> dict | None:
     free = held.get(f"edm seed {seed}: K {config['k']}", {})
     pattern = rf"edm seed {seed}: (.+?) after (\d+)"
     rows: dict = {}
+    cells: dict = {}
     for name, figures in held.items():
         match = re.fullmatch(pattern, name)
         if match:
+            cells.setdefault(match[1], {})[match[2]] = figures
             row = {metric: figures[metric][0] for metric in METRICS if metric in figures}
             row |= {k: figures[k] for k in ("parameters", "steps_per_second") if k in figures}
             row |= {"minus tuning-free": difference(figures, free)} if free else {}
@@ -128,30 +131,34 @@ def tuning(config: dict, held: dict, seed: int) -> dict | None:
         return None
     reached = {}
     for design in ("full", "neck", "gain", "2k"):
-        for after, row in rows.get(design, {}).items():
-            target = row["patch_fd"]
+        for after in rows.get(design, {}):
+            target = cells[design][after]
             reached[f"{design} after {after}"] = {
-                "patch_fd": target,
-                "steps": {
-                    method: first_below(by_steps, target) for method, by_steps in rows.items()
-                },
-                "seconds": {
-                    method: seconds_below(by_steps, target) for method, by_steps in rows.items()
-                },
+                metric: {
+                    method: steps_to_reach(by_steps, target, metric)
+                    for method, by_steps in cells.items()
+                }
+                for metric in ("patch_fd", "fd")
             }
     return {"by steps": rows, "steps to reach": reached}
 
 
-def first_below(by_steps: dict, target: float) -> int | None:
-    """The fewest steps whose patch distance is at most the target."""
-    return min((int(s) for s, row in by_steps.items() if row["patch_fd"] <= target), default=None)
-
-
-def seconds_below(by_steps: dict, target: float) -> float | None:
-    """The same in seconds of training; None where the rate was not measured."""
-    steps = first_below(by_steps, target)
+def steps_to_reach(by_steps: dict, target: dict, metric: str) -> dict:
+    """{"steps": the fewest whose distance is at most the target's, "earliest" and "latest": the
+    fewest whose distance is not surely above it, and those that are surely below, by the paired
+    interval; "seconds" of training for "steps"}; None where none of those measured is."""
+    apart = {
+        int(steps): difference(figures, target).get(metric, (math.nan,) * 3)
+        for steps, figures in by_steps.items()
+    }
+    apart |= {int(s): (0.0, 0.0, 0.0) for s, figures in by_steps.items() if figures is target}
+    found = {
+        name: min((steps for steps, row in apart.items() if row[at] <= 0), default=None)
+        for name, at in (("steps", 0), ("earliest", 1), ("latest", 2))
+    }
     rates = [row["steps_per_second"] for row in by_steps.values() if "steps_per_second" in row]
-    return round(steps / rates[0], 1) if steps and rates else None
+    seconds = round(found["steps"] / rates[0], 1) if found["steps"] and rates else None
+    return found | {"seconds": seconds}
 
 
 def table(cells: dict) -> str:

@@ -5,7 +5,8 @@
     python -m launch.cascade_study ... --only=E1,"E6 edm seed 1" --minutes=60
 
 The same command goes on where it stopped. Two processes with different `--only`, each on a core of
-its own, may share a work directory (then one last run with a record collects the cells).
+its own, may share a work directory as long as neither needs what the other is just making, such as
+a teacher (then one last run with a record collects the cells).
 """
 
 from absl import app

@@ -40,7 +40,8 @@ def run_cells(
     only: Iterable[str] = (),
     minutes: float = 0.0,
 ) -> dict:
-    """Run what is missing and write the record; returns the summary.
+    """Run what is missing and write the record; returns the summary. A ValueError of cells is kept
+    until all others have run.
 
     cells: all of them, in the order in which they are worth having; called once the work directory
     is claimed. findings(config, {cell: {"figures": ...}}), table(the same) as text.
@@ -60,6 +61,7 @@ def run_cells(
         write_record(record, {"findings": found, "config": plain, "cells": done})
         return done
 
+    refused = []
     for name, cell in planned.items():
         path = folder / (re.sub(r"[^\w.]+", "_", name) + ".json")
         if path.is_file():
@@ -70,13 +72,21 @@ def run_cells(
             continue
         logging.info("%s", name)
         started = time.monotonic()
-        known[name] = {"section": cell.section, "figures": cell.run()}
+        try:
+            figures = cell.run()
+        except ValueError as error:  # refused: the other cells may still be measured
+            logging.error("%s: %s", name, error)
+            refused.append(f"{name} ({error})")
+            continue
+        known[name] = {"section": cell.section, "figures": figures}
         known[name] |= {"seconds": time.monotonic() - started, "provenance": provenance()}
         with whole_or_nothing(path) as temporary:
             temporary.write_text(json.dumps(known[name]) + "\n")
         keep()
     done = keep()
     print(table(done), flush=True)
+    if refused:
+        raise ValueError(f"{len(refused)} cells could not be measured: {'; '.join(refused)}")
     return {"cells": len(done), "of": len(planned), "findings": findings(plain, done)}
 
 

@@ -17,22 +17,29 @@ All arms draw the same images: the same noise, labels and grid. E1 is read off t
 import functools
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from cheapscale.diffusion import process
 from cheapscale.evaluation import quality
 from cheapscale.evaluation.cost import param_count
 from cheapscale.evaluation.fid import frechet_distance
 from cheapscale.evaluation.pixels import to_uint8
+from cheapscale.models.unet import unet
+from cheapscale.pruning.structure import prune, pruned_config
 from cheapscale.stages import data, specialists
-from cheapscale.stages.assessment import Assessment, read_proxy
+from cheapscale.stages.assess import OF_TRAINING
 from cheapscale.stages.groups import level_loss, levels_of, make_groups
-from cheapscale.stages.invert import round_trip
-from cheapscale.stages.networks import fingerprint, load_model, load_teacher, make_denoiser
+from cheapscale.stages.networks import (
+    complete,
+    fingerprint,
+    load_model,
+    load_teacher,
+    make_denoiser,
+)
 from cheapscale.stages.run import run
 from cheapscale.stages.sampler_cost import segment_calls
 from cheapscale.stages.sampling import levels, sampler
@@ -41,7 +48,7 @@ from cheapscale.training.classifier import fit_classifier
 from cheapscale.training.sharding import in_batches
 from cheapscale.training.state import stream_key
 from configs import scenes
-from launch.bench import alternate
+from launch import pruning_checks as checks
 from launch.cells import Cell
 from launch.paired import with_deviation
 from launch.specialists import make_set
@@ -78,20 +85,25 @@ class Study:
         jax.clear_caches()
         return load_teacher(place)
 
-    def longer(self, seed: int, steps: int, rate: float = 1.0) -> Loaded:
-        """The base trained on for so many steps, at `rate` times its learning rate."""
+    def longer(self, seed: int, steps: int, annealed: bool) -> Loaded:
+        """The base trained on for so many steps, at its constant rate or, as specialists are, with
+        a rate that falls to 0 (on the cosine of the whole run)."""
         config = self.stage("pretrain", seed)
         config.resume = self.teacher(seed).workdir
         config.total_steps += steps
-        config.optim.lr *= rate
+        config.optim.decay_steps = config.total_steps if annealed else 0
         config.eval_every = config.save_every = config.total_steps
-        place = self.workdir / f"base-{seed}-{steps}-{rate:g}"
+        place = self.workdir / f"base-{seed}-{steps}{'-annealed' * annealed}"
         run(config, place)
         jax.clear_caches()
         return load_teacher(place)
 
     def arm(self, seed: int, name: str, changes: dict) -> tuple[Loaded, dict]:
-        """(a set of specialists, its manifest), made where it is not there yet."""
+        """(a set of specialists, its manifest), made where it is not there yet.
+
+        The specialists of the headline take `finetune_steps`, shared by the groups, and so do the
+        choices beside them; every other arm as many as cost the same FLOPs. All rates fall to 0.
+        """
         if (seed, name) in self.sets:
             return self.sets[seed, name]
         folder = self.workdir / f"set-{seed}-{re.sub(r'[^a-z0-9]+', '_', name)}"
@@ -102,16 +114,22 @@ class Study:
             "spacing": self.config.spacing,
         }
         settings |= changes
-        steps = self.config.finetune_steps // settings["groups"]
-        if settings.get("start") == "scratch":
-            steps = self.scratch_steps(seed)
+        scratch = settings.get("start") == "scratch"
+        if name != "specialists" and not set(changes) - set(OF_TRAINING):
+            self.assessed_alike(seed, folder)
 
         def configured(stage: str):
             config = self.stage(stage, seed)
             config.teacher, config.specialists = self.teacher(seed).workdir, str(folder)
             config.prune.update(settings)
             if stage == "prune":
+                steps = self.config.finetune_steps // settings["groups"]
+                if name != "specialists" and name not in self.config.choices:
+                    steps = self.equal_steps(seed, specialists.read_manifest(folder), scratch)
+                if scratch:
+                    config.optim = self.stage("pretrain", seed).optim
                 config.total_steps = config.save_every = steps
+                config.optim.decay_steps = steps
             return config
 
         make_set(configured, str(folder))
@@ -127,11 +145,23 @@ class Study:
         per_step = base.meta["ledger"]["flops"] / base.step
         return (loaded.meta["ledger"]["flops"] - base.meta["ledger"]["flops"]) / per_step
 
-    def scratch_steps(self, seed: int) -> int:
-        """Of each group, so that networks from scratch cost what base and specialists together."""
-        trained, manifest = self.main(seed)
-        total = self.teacher(seed).step + self.bill(seed, trained)
-        return round(total / sum(manifest["shares"]))
+    def equal_steps(self, seed: int, manifest: dict, scratch: bool) -> int:
+        """Updates of each group, so that a set costs what the headline's does: search and
+        fine-tuning, from scratch also the base's own training."""
+        trained, _ = self.main(seed)
+        total = self.bill(seed, trained) + scratch * self.teacher(seed).step
+        return round((total - self.search(seed, manifest)) / sum(manifest["shares"]))
+
+    def search(self, seed: int, manifest: dict) -> float:
+        """What the assessment cost, in steps of the base."""
+        base = self.teacher(seed)
+        return manifest["ledger"]["flops"] / (base.meta["ledger"]["flops"] / base.step)
+
+    def assessed_alike(self, seed: int, folder: pathlib.Path) -> None:
+        """An arm that differs in its training alone takes the headline's assessment."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in pathlib.Path(self.main(seed)[0].workdir).glob("assessment-*.json"):
+            shutil.copy(path, folder)
 
     @functools.cached_property
     def source(self):
@@ -160,7 +190,16 @@ class Study:
         return sampler(loaded, batch_size=250, **options)(np.arange(num), labels)[0]
 
     def measured(self, seed: int, loaded: Loaded, manifest: dict | None = None) -> dict:
-        """See `figures`; what an arm's images are worth and what it costs."""
+        """What an arm's images are worth and what it costs.
+
+        fd              distance of its images above the floor
+        losses          held-out loss in each of the study's groups, from the cleanest
+        before          the same before fine-tuning
+        proxy           what the search minimised
+        share           compiled FLOPs of sampling over the base's
+        steps_of_base   all of its training, search included, in steps of the base
+        parameters      over the base's
+        """
         base = self.teacher(seed)
         features = quality.embed(
             self.reference.network, to_uint8(self.draw(loaded, self.config.num))
@@ -170,10 +209,11 @@ class Study:
         def distance(rows):
             return {"fd": frechet_distance(features[rows], self.reference.features) - floor}
 
+        scratch = bool(manifest) and manifest["settings"].get("start") == "scratch"
         found = {
             "losses": self.losses(loaded),
             "share": self.compiled_share(loaded, base),
-            "steps_of_base": self.bill(seed, loaded),
+            "steps_of_base": self.bill(seed, loaded) + (0 if scratch else base.step),
             "parameters": param_count(loaded.params) / param_count(base.params),
         }
         if manifest:
@@ -183,24 +223,36 @@ class Study:
                 "shares": manifest["shares"],
                 "mean_shares": manifest["mean_shares"],
                 "proxy": [row["score"] for row in rows],
-                "search_steps_of_base": manifest["ledger"]["flops"]
-                / (base.meta["ledger"]["flops"] / base.step),
+                "before": self.before(seed, rows, manifest["borders"]),
+                "search_steps_of_base": self.search(seed, manifest),
             }
         return found | with_deviation(distance, len(features), self.config.bootstrap)
 
     def losses(self, loaded: Loaded) -> list[float]:
         """Held-out loss in each of the study's equal groups, from the cleanest; each level by the
         network that owns it, on the same images, levels and noise for every arm."""
-        diffusion = loaded.meta["diffusion"]
+        diffusion, count = loaded.meta["diffusion"], len(self.held.images)
         groups = make_groups(diffusion, self.config.groups)
-        found = []
+        rows, positions = np.arange(count), []
         for group in range(groups.count):
             first, last = groups.positions(group)
-            rows = np.arange(len(self.held.images))
-            positions = first + (rows * (last - first + 1)) // len(rows)
-            sigma = levels_of(diffusion)[positions].astype(np.float32)
-            found.append(float(owned_losses(loaded, self.held, sigma).mean()))
-        return found
+            positions.append(first + (rows * (last - first + 1)) // count)
+        sigma = levels_of(diffusion)[np.concatenate(positions)].astype(np.float32)
+        tiled = Held(*(np.tile(a, (groups.count,) + (1,) * (a.ndim - 1)) for a in self.held))
+        return owned_losses(loaded, tiled, sigma).reshape(groups.count, count).mean(1).tolist()
+
+    def before(self, seed: int, rows: list[dict], borders: list[float]) -> list[float]:
+        """Held-out losses of the cut networks as they are, rows: the groups' assessments."""
+        base = self.teacher(seed)
+        model = base.meta["networks"]["net"]
+        whole, members = unet(**model).config, []
+        for row in rows:
+            keep = {name: np.asarray(channels) for name, channels in row["keep"].items()}
+            overrides = pruned_config(whole, keep).overrides
+            meta = base.meta | {"networks": {"net": complete(model | {"overrides": overrides})}}
+            members.append(base._replace(params=prune(base.params, whole, keep), meta=meta))
+        cut = specialists.joined(base.meta, fingerprint(base.params), borders, members)
+        return self.losses(cut)
 
     def compiled_share(self, loaded: Loaded, base: Loaded) -> float:
         """FLOPs of sampling an image over the base's, of compiled calls on the study's grid."""
@@ -251,12 +303,12 @@ def cells(study: Study) -> Iterator[Cell]:
     first = config.seeds[0]
     for seed in config.seeds:
         yield from headline(study, seed)
-    yield Cell("E9", "memory", functools.partial(memory, study, first))
+    yield Cell("E9", "memory", functools.partial(checks.memory, study, first))
     for name, (section, changes) in config.choices.to_dict().items():
         yield Cell(section, f"seed {first}: {name}", arm_cell(study, first, name, changes))
-    yield Cell("E10", "jumps", functools.partial(jumps, study, first))
-    yield Cell("E12", "inversion", functools.partial(inversion, study, first))
-    yield Cell("E3", "seconds", functools.partial(seconds, study, first))
+    yield Cell("E10", "jumps", functools.partial(checks.jumps, study, first))
+    yield Cell("E12", "inversion", functools.partial(checks.inversion, study, first))
+    yield Cell("E3", "seconds", functools.partial(checks.seconds, study, first))
 
 
 def headline(study: Study, seed: int) -> Iterator[Cell]:
@@ -265,8 +317,8 @@ def headline(study: Study, seed: int) -> Iterator[Cell]:
     yield Cell("E3", f"seed {seed}: base", lambda: study.measured(seed, study.teacher(seed)))
     section, changes = arms["specialists"]
     yield Cell(section, f"seed {seed}: specialists", arm_cell(study, seed, "specialists", changes))
-    for rate, title in ((1.0, "base longer"), (0.5, "base longer at half the rate")):
-        yield Cell("E3", f"seed {seed}: {title}", functools.partial(longer, study, seed, rate))
+    for annealed, title in ((False, "base longer"), (True, "base longer, annealed")):
+        yield Cell("E3", f"seed {seed}: {title}", functools.partial(longer, study, seed, annealed))
     for name, (section, changes) in arms.items():
         if name != "specialists":
             yield Cell(section, f"seed {seed}: {name}", arm_cell(study, seed, name, changes))
@@ -277,125 +329,30 @@ def arm_cell(study: Study, seed: int, name: str, changes: dict):
     return lambda: study.measured(seed, *study.arm(seed, name, changes))
 
 
-def longer(study: Study, seed: int, rate: float) -> dict:
+def longer(study: Study, seed: int, annealed: bool) -> dict:
     """The base trained on for what the specialists and their search have cost."""
     steps = round(study.bill(seed, study.main(seed)[0]))
-    return study.measured(seed, study.longer(seed, steps, rate))
+    return study.measured(seed, study.longer(seed, steps, annealed))
 
 
 def stitched(study: Study, seed: int) -> dict:
     """A network pruned and fine-tuned on all times for the noisy steps, the base for the rest, at
-    the mean share of the study."""
+    the specialists' share of the sampling FLOPs."""
     config, base = study.config, study.teacher(seed)
     changes = {"groups": 1, "budget": "flat", "mean": config.stitch, "importance": "all_times"}
     pruned, manifest = study.arm(seed, "stitch", changes)
     small = load_network(specialists.group_folder(pruned.workdir, 0), "net")
     grid = levels(base.meta["diffusion"], config.steps, "sample", config.spacing)
-    # the noisiest steps are the small one's, as many as bring the mean to the study's
-    early = round(config.steps * (1 - config.mean) / (1 - manifest["shares"][0]))
-    border = float(grid[min(early, config.steps - 1)])
+    # the noisiest steps are the small one's, as many as bring the mean to the specialists'
+    share = study.compiled_share(study.main(seed)[0], base)
+    early = round(config.steps * (1 - share) / (1 - manifest["compiled_shares"][0]))
+    if early >= config.steps:
+        raise ValueError(
+            f"stitch is {config.stitch}: with the small network at every step sampling still costs "
+            f"more than the specialists' {share:.3f}; lower it"
+        )
+    border = float(grid[early])
     both = specialists.joined(
         base.meta, fingerprint(base.params), [border], [base, small], paid=manifest["ledger"]
     )
     return study.measured(seed, both) | {"steps_of_small": early}
-
-
-def memory(study: Study, seed: int) -> dict:
-    """E9: the best proxy loss of searches with and without memory, of the most pruned group."""
-    scores: dict[str, list[float]] = {"remembered": [], "forgotten": []}
-    group, shape = 0, study.main(seed)[1]
-    group = int(np.argmin(shape["shares"]))
-    for search_seed in study.config.memory_seeds:
-        for kind, remember in (("remembered", True), ("forgotten", False)):
-            folder = study.workdir / f"search-{search_seed}-{kind}"
-            folder.mkdir(parents=True, exist_ok=True)
-            settings = study.stage("assess", seed).prune.to_dict() | study.config.prune.to_dict()
-            settings |= {
-                "groups": study.config.groups, "mean": study.config.mean, "remember": remember,
-                "steps": study.config.steps, "spacing": study.config.spacing,
-            }  # fmt: skip
-            most = max(settings["proxy_images"], settings["score_images"])
-            proxy = read_proxy(study.source, most)
-            searched = Assessment(study.teacher(seed), proxy, settings, search_seed, str(folder))
-            scores[kind].append(searched.assess(group)["score"])
-            jax.clear_caches()
-    return {
-        kind: {"scores": rows, "mean": float(np.mean(rows)), "deviation": float(np.std(rows))}
-        for kind, rows in scores.items()
-    }
-
-
-def jumps(study: Study, seed: int) -> dict:
-    """E10: root mean square of the difference of two neighbours' estimates at their border, over
-    that of the base's own error there; of specialists with overlap, without, and before tuning."""
-    with_overlap, manifest = study.main(seed)
-    name = "no overlap"
-    without, _ = study.arm(seed, name, study.config.choices[name][1])
-    base, rows = study.teacher(seed), []
-    diffusion = base.meta["diffusion"]
-    for j, border in enumerate(manifest["borders"]):
-        sigma = np.full(len(study.held.images), border, np.float32)
-        noise = np.random.default_rng(j).standard_normal(study.held.images.shape).astype("f")
-        noisy = study.held.images + border * noise
-
-        def estimate(loaded, index, noisy=noisy, sigma=sigma):
-            of_set = loaded.meta["diffusion"].get("specialists")
-            model = of_set["models"][index] if of_set else loaded.meta["networks"]["net"]
-            params = loaded.params[index] if of_set else loaded.params
-            bind = make_denoiser(model, diffusion)
-
-            def D(params, x, label, sigma):
-                return bind(params)(x, sigma, label=label)
-
-            return in_batches(D, params, noisy, study.held.labels, sigma, batch_size=128)
-
-        own = rms(estimate(base, 0) - study.held.images)
-        rows.append(
-            {"decibels": float(process.decibels(border)), "base_error": own}
-            | {
-                title: rms(estimate(loaded, j) - estimate(loaded, j + 1)) / own
-                for title, loaded in (("overlap", with_overlap), ("no overlap", without))
-            }
-        )
-    return {"borders": rows}
-
-
-def rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(x))))
-
-
-def inversion(study: Study, seed: int) -> dict:
-    """E12: images inverted and solved back, and how Gaussian the latents are."""
-    num, found = study.config.round_trip, {}
-    images, labels = study.held.images[:num], study.held.labels[:num]
-    for title, loaded in (("base", study.teacher(seed)), ("specialists", study.main(seed)[0])):
-        z, back = round_trip(loaded, nodes=40)(images, labels)
-        scaled = z / loaded.meta["diffusion"]["sigma_max"]
-        centred = scaled - scaled.mean(axis=0)
-        error = np.mean(np.square(back - images), axis=(1, 2, 3))
-        found[title] = {
-            "psnr": float(np.mean(10 * np.log10(4 / error))),
-            "mean": float(np.abs(scaled.mean(axis=0)).mean()),
-            "deviation": float(scaled.std()),
-            "kurtosis": float(np.mean(centred**4) / np.mean(centred**2) ** 2),
-        }
-    return found
-
-
-def seconds(study: Study, seed: int) -> dict:
-    """Sampling a batch, in turns; and FLOPs beside it."""
-    timing, ids = study.config.timing, np.arange(study.config.timing.batch)
-    options = {k: study.config[k] for k in ("steps", "spacing", "method")}
-    subjects = {"base": study.teacher(seed), "specialists": study.main(seed)[0]}
-    labels = data.class_mix(study.source, len(ids))
-    calls = {
-        title: functools.partial(sampler(loaded, batch_size=len(ids), **options), ids, labels)
-        for title, loaded in subjects.items()
-    }
-    walls = {side: np.array(t["wall"]) for side, t in alternate(calls, timing.rounds).items()}
-    return {
-        "batch": len(ids),
-        "seconds": {side: float(np.median(wall)) for side, wall in walls.items()},
-        "over_base": float(np.median(walls["specialists"] / walls["base"])),
-        "share": study.compiled_share(subjects["specialists"], subjects["base"]),
-    }

@@ -1,48 +1,98 @@
-"""What the cells of the step-adaptive study say about the paper's claims, claim by claim."""
+"""What the cells of the step-adaptive study say about the paper's claims, claim by claim.
+
+Intervals are of the images drawn, paired between arms; what other training runs would have given is
+seen in the seeds alone.
+"""
+
+import numpy as np
 
 from launch.paired import difference
+
+CONTROLS = ("base longer", "base longer, annealed")
 
 
 def findings(config: dict, cells: dict) -> dict:
     """{claim: figures} of the cells {name: {"figures": ...}}; a claim whose cells are not there is
     left out."""
     held = {name.partition(" ")[2]: cell["figures"] for name, cell in cells.items()}
-    found = {}
-    for seed in config["seeds"]:
-        for claim, rows in of_seed(held, f"seed {seed}: ").items():
-            found[f"{claim}, seed {seed}"] = rows
+    by_seed = {
+        seed: {
+            name.removeprefix(f"seed {seed}: "): row
+            for name, row in held.items()
+            if name.startswith(f"seed {seed}: ")
+        }
+        for seed in config["seeds"]
+    }
+    found: dict = {}
+    for seed, rows in by_seed.items():
+        for claim, figures in of_seed(rows).items():
+            found[f"{claim}, seed {seed}"] = figures
+    found |= over_seeds(list(by_seed.values()))
     for name in ("memory", "jumps", "inversion", "seconds"):
         if name in held:
             found[name] = held[name]
     return found
 
 
-def of_seed(held: dict, start: str) -> dict:
-    """The arms of one seed, against the base trained longer (the headline) and the specialists."""
-    rows = {n.removeprefix(start): row for n, row in held.items() if n.startswith(start)}
-    found = {}
-    controls = [name for name in ("base longer", "base longer at half the rate") if name in rows]
-    if "specialists" in rows and controls:
-        ours = rows["specialists"]
-        found["specialists against the base"] = {
-            "sampling FLOPs": ours["share"],
-            "mean shares": ours["mean_shares"],
-            "training, in steps of the base": ours["steps_of_base"],
-            "parameters": ours["parameters"],
-            **{f"fd minus {name}": difference(ours, rows[name])["fd"] for name in controls},
+def of_seed(rows: dict) -> dict:
+    """The arms {name: figures} of one seed."""
+    found: dict = {}
+    ours = rows.get("specialists")
+    controls = {name: rows[name] for name in CONTROLS if name in rows}
+    if ours and controls:
+        found["specialists against the base"] = costs(ours) | {
+            f"fd minus {name}": difference(ours, row)["fd"] for name, row in controls.items()
         }
-    if "specialists" in rows and len(rows) > 1:
+    if ours and len(rows) > 1:
         found["arms against the specialists"] = {
-            name: difference(row, rows["specialists"])
-            | {"share": row["share"], "steps_of_base": row["steps_of_base"]}
+            name: difference(row, ours) | costs(row)
             for name, row in rows.items()
             if name != "specialists"
         }
-    if "full size" in rows and "base longer" in rows:
-        found["loss of full-size specialists over the base's by group"] = [
-            a / b for a, b in zip(rows["full size"]["losses"], rows["base longer"]["losses"])
-        ]
+    full = rows.get("full size")
+    if full and controls:  # E2: does specialisation itself help?
+        found["full-size specialists against the base"] = {
+            name: {"fd": difference(full, row)["fd"], "losses": over(full, row)}
+            for name, row in controls.items()
+        }
+    if full and "flat" in rows:  # E1: what the same cut costs each group
+        found["excess loss of an equal cut by group"] = over(rows["flat"], full)
+    cut = {name: row["before"] for name, row in rows.items() if row.get("before")}
+    if cut:  # E6, E7
+        found["losses before fine-tuning by group"] = cut
     return found
+
+
+def over_seeds(seeds: list[dict]) -> dict:
+    """Mean and range over the seeds of what each arm's fd is above the specialists'."""
+    names = {name for rows in seeds for name in rows if "specialists" in rows}
+    found = {}
+    for name in sorted(names - {"specialists"}):
+        apart = [
+            rows[name]["fd"][0] - rows["specialists"]["fd"][0]
+            for rows in seeds
+            if name in rows and "specialists" in rows
+        ]
+        if len(apart) > 1:
+            found[name] = {
+                "mean": float(np.mean(apart)), "least": min(apart), "most": max(apart),
+                "seeds": len(apart),
+            }  # fmt: skip
+    return {"fd above the specialists' over seeds": found} if found else {}
+
+
+def costs(row: dict) -> dict:
+    """What an arm costs, in the three meanings of "80 %" of section 5.5, and its mean shares."""
+    return {
+        "sampling FLOPs": row["share"],
+        "training, in steps of the base": row["steps_of_base"],
+        "parameters": row["parameters"],
+    } | ({"mean shares": row["mean_shares"]} if "mean_shares" in row else {})
+
+
+def over(row: dict, other: dict) -> list[float]:
+    """Ratio of two arms' losses by group."""
+    return [a / b for a, b in zip(row["losses"], other["losses"])]
 
 
 def table(cells: dict) -> str:

@@ -4,8 +4,9 @@
         --record=notebooks/results/pruning.json
     python -m launch.pruning_study ... --only="E3 seed 0",E8 --minutes=60
 
-The same command goes on where it stopped. Two processes with different seeds in `--only`, each on a
-core of its own, may share a work directory (then one last run with a record collects the cells).
+The same command goes on where it stopped. Two processes with different `--only`, each on a core of
+its own, may share a work directory as long as neither needs what the other is just making, such as
+a teacher (then one last run with a record collects the cells).
 """
 
 from absl import app

@@ -376,7 +376,9 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
 def _refuse_difference(
     path: pathlib.Path, wanted: Mapping[str, Any], found: Mapping[str, Any]
 ) -> None:
-    """Every key of `wanted`, nested ones too, must be in `found` with an equal value."""
+    """Every key of `wanted`, nested ones too, must be in `found` with an equal value; what was
+    paid for the teacher changes no latent."""
+    wanted = {key: value for key, value in wanted.items() if key != "paid"}
     differing = list(_differences(json.loads(json.dumps(wanted)), found))  # tuples become lists
     if differing:
         raise ValueError(

@@ -202,7 +202,7 @@ def search(
     rounds: int,
     per_round: int,
     memory_path: str | os.PathLike,
-    seed: int = 0,
+    seed: int | tuple[int, ...] = 0,
     remember: bool = True,
 ) -> tuple[Entry, list[Entry]]:
     """(the best entry, all of them). Rounds that the file holds already are not run again.
@@ -212,7 +212,7 @@ def search(
     """
     memory, done = read_memory(memory_path, task)
     for number in range(done, rounds):
-        rng = np.random.default_rng((seed, number))
+        rng = np.random.default_rng([*np.atleast_1d(seed), number])
         known = {_key(entry.widths) for entry in memory}
         fresh = []
         for proposal in proposer.propose(task, memory if remember else [], per_round, rng):

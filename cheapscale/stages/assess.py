@@ -73,8 +73,9 @@ def build(config) -> Job:
         # what every group shares, such as losses at anchors, is the first one's
         before = 0.0 if group == 0 else before
         found["ledger"] = {
-            "flops": assessment.flops() - before, "device_seconds": time.monotonic() - began,
-        }  # fmt: skip
+            "flops": assessment.flops() - before,
+            "device_seconds": time.monotonic() - began + (assessment.seconds if group == 0 else 0),
+        }
         with whole_or_nothing(assessment_path(folder, group)) as temporary:
             temporary.write_text(json.dumps(found) + "\n")
         return {"share": found["share"], "score": found["score"]}

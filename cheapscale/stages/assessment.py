@@ -4,6 +4,7 @@ Stage `assess` (the job, one group a shard) asks it for a group's widths and cha
 """
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ class Assessment:
     """What all groups of a set share: the base, its levels, the proxy images, one compiled loss."""
 
     def __init__(self, teacher: Loaded, proxy: Proxy, settings: dict, seed: int, folder: str):
+        began = time.monotonic()
         self.teacher, self.proxy, self.settings, self.seed = teacher, proxy, settings, seed
         self.folder = folder
         self.diffusion = teacher.meta["diffusion"]
@@ -64,6 +66,7 @@ class Assessment:
         self.others = 0.0  # FLOPs of programs that served one candidate
         self.groups = self._groups()
         self.targets = self._targets()
+        self.seconds = time.monotonic() - began  # of what the groups share
 
     def level_loss(self, variables, x, label, sigma, key, net: UNet | None = None):
         """[b] at given levels; variables may carry masks. net: a narrower one."""
@@ -86,7 +89,7 @@ class Assessment:
                 rounds=settings["rounds"],
                 per_round=settings["per_round"],
                 memory_path=f"{self.folder}/memory-{group}.jsonl",
-                seed=self.seed,
+                seed=(self.seed, group),
                 remember=settings["remember"],
             )
             widths = best.widths
@@ -296,5 +299,10 @@ class Assessment:
                 ),
             },
             "sampler_steps": steps.tolist(),
+            "memories": [
+                f"memory-{j}.jsonl"
+                for j, row in enumerate(found)
+                if row["keep"] and self.settings["proposer"] != "uniform"
+            ],
             "settings": self.settings,
         }

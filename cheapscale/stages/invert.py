@@ -202,6 +202,7 @@ def make_manifest(teacher: Loaded, source, **settings) -> dict:
             "teacher": specialists["base"],
             "specialists": by["teacher"],
             "borders": list(specialists["borders"]),
+            "paid": specialists["paid"],  # whoever uses the latents pays for the specialists
         }
     return {
         **by,

@@ -55,8 +55,11 @@ def generator_stage(
             f"{source.num_classes}: use the data set that the teacher was trained on"
         )
     # The pairs are paid for once, where they are first used.
-    made = store.cost() if name == "distill" else {}
-    ledger = {unit: total + made.get(unit, 0.0) for unit, total in upstream["ledger"].items()}
+    costs = (store.cost(), store.manifest.get("paid", {})) if name == "distill" else ()
+    ledger = {
+        unit: total + sum(cost.get(unit, 0.0) for cost in costs)
+        for unit, total in upstream["ledger"].items()
+    }
     diffusion = upstream["diffusion"]
     judges = make_judges(
         source,

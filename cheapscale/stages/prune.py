@@ -51,6 +51,14 @@ def build(config) -> Stage:
             raise ValueError(
                 f"prune.{field} is {settings[field]!r}: choose one of {', '.join(known)}"
             )
+    if settings["optimiser"] == "sliced" and (
+        settings["start"] == "scratch" or config.optim.decay_steps
+    ):
+        raise ValueError(
+            f"prune.optimiser is 'sliced' with prune.start {settings['start']!r} and "
+            f"optim.decay_steps {config.optim.decay_steps}: the base's moments and its count of "
+            "steps go with its weights and a constant rate; use 'fresh'"
+        )
     teacher = load_teacher(config.teacher)
     if fingerprint(teacher.params) != manifest["teacher"]:
         raise ValueError(

@@ -76,6 +76,8 @@ def teacher_map(
     ) -> jax.Array:
         noise = None
         if method == "ancestral":
+            if ids is None:
+                raise ValueError("ancestral sampling draws noise by image: give their ids")
 
             def noise(step: jax.Array) -> jax.Array:
                 def of_image(i):

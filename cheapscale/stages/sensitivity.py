@@ -22,6 +22,7 @@ from cheapscale.training.state import stream_key
 
 MENU = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0)
 RATE, BATCH = 1e-3, 64  # of the recovery
+FORBIDDEN = 1e12  # excess of a share that cannot be had
 
 
 def targets(assessment, mean: float) -> np.ndarray:
@@ -40,14 +41,16 @@ def targets(assessment, mean: float) -> np.ndarray:
         for share in MENU[:-1]:
             try:
                 task = search.make_task(assessment.net.config, share, scores, "inner")
-            except ValueError:  # out of reach
+                widths = search.uniform(task)
+            except ValueError:  # out of this group's reach: never worth choosing
+                row.append(FORBIDDEN)
+                cost.append(share)
                 continue
-            widths = search.uniform(task)
             row.append(recover(group, task.keep(widths)) / whole - 1)
             cost.append(task.share(widths))
         excess.append([*row, 0.0])
         costs.append([*cost, 1.0])
-    weights = travelled(assessment.grid(), assessment.groups.borders, len(steps))
+    weights = travelled(assessment.grid(), assessment.groups.borders, len(steps)) + 1e-6
     chosen, _ = budget.allocate(np.array(excess), np.array(costs), weights, steps, mean)
     return np.array([costs[group][choice] for group, choice in enumerate(chosen)])
 

@@ -120,6 +120,7 @@ def joined(
         "base": teacher,
         "borders": [float(border) for border in borders],
         "models": [member.meta["networks"]["net"] for member in members],
+        "paid": {unit: total - base["ledger"][unit] for unit, total in ledger.items()},
     }
     meta = base | {
         "diffusion": base["diffusion"] | {"specialists": specialists},

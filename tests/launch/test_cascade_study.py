@@ -17,7 +17,7 @@ from cheapscale.training.sharding import make_mesh
 from configs import cascade_study as config_file
 from launch import cascade_experiment, cascade_study
 from launch.cascade_experiment import Study, cells
-from launch.cascade_findings import findings, table
+from launch.cascade_findings import findings, steps_to_reach, table
 from launch.cascade_measures import make_judge, measure
 from launch.cells import Cell
 from launch.paired import difference, with_deviation
@@ -78,7 +78,9 @@ def test_real_scenes_measure_as_real_and_blurred_ones_do_not():
 
 
 def figures(plain=None, **values):
-    return {"figures": {name: [value, 0.1] for name, value in values.items()} | (plain or {})}
+    draws = {k: " ".join(f"{v + d:.4g}" for d in (-0.1, 0.1)) for k, v in values.items()}
+    found = {name: [value, 0.1] for name, value in values.items()} | {"draws": draws}
+    return {"figures": found | (plain or {})}
 
 
 def restarted(k, **values):
@@ -110,9 +112,13 @@ def test_findings_name_the_best_k_and_the_steps_to_reach_the_tuned_score():
     # SNR 0.0907 lies at 0.493 T of the linear schedule (spec 2.2)
     assert best["linear"]["base_fd"]["own_time"] == pytest.approx(0.493, abs=0.002)
     reached = found["tuning, seed 0"]["steps to reach"]
-    assert reached["neck after 400"]["steps"] == {"neck": 400, "ft direct": 400, "ft": 100}
-    assert reached["neck after 50"]["steps"] == {"neck": 50, "ft direct": 100, "ft": 100}
-    assert reached["neck after 50"]["seconds"] == {"neck": 25.0, "ft direct": None, "ft": None}
+
+    def steps(design, name="steps"):
+        return {method: row[name] for method, row in reached[design]["patch_fd"].items()}
+
+    assert steps("neck after 400") == {"neck": 400, "ft direct": 400, "ft": 100}
+    assert steps("neck after 50") == {"neck": 50, "ft direct": 100, "ft": 100}
+    assert steps("neck after 50", "seconds") == {"neck": 25.0, "ft direct": None, "ft": None}
     assert "two stages against one jump" not in found  # its cells are not there
     of_another = {
         name.replace("seed 0", "seed 1").replace("E1", "E2"): cell for name, cell in done.items()
@@ -158,3 +164,19 @@ def test_the_study_goes_on_where_it_stopped_also_from_its_record(tmp_path, monke
         go("one")
     with pytest.raises(ValueError, match=r"measured under another config \(num\)"):
         go("three")
+
+
+def test_what_only_seems_to_be_reached_has_a_range():
+    def cell(value, *draws):
+        return {"patch_fd": [value, 0.1], "draws": {"patch_fd": " ".join(map(str, draws))}}
+
+    target = cell(1.0, 0.9, 1.1)
+    by_steps = {
+        "50": cell(1.5, 1.4, 1.6),  # surely above
+        "150": cell(1.05, 1.15, 0.95),  # above, but not surely
+        "400": cell(0.98, 1.1, 0.9),  # below, but not surely
+        "800": cell(0.5, 0.4, 0.6),  # surely below
+    }
+    found = steps_to_reach(by_steps, target, "patch_fd")
+    assert (found["earliest"], found["steps"], found["latest"]) == (150, 400, 800)
+    assert steps_to_reach({"50": by_steps["50"]}, target, "patch_fd")["steps"] is None

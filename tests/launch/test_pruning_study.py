@@ -54,7 +54,11 @@ def test_findings_hold_the_headline_with_its_interval_and_costs():
         "E3 seed 0: base": row(3.0),
         "E3 seed 0: specialists": row(2.0, 0.79, 1400, mean_shares={"positions": 0.785}),
         "E3 seed 0: base longer": row(2.5, 1.0, 1400, losses=(2.0, 2.0)),
-        "E2 seed 0: full size": row(2.2, 1.0, 1600, losses=(1.0, 3.0)),
+        "E3 seed 0: base longer, annealed": row(2.1, 1.0, 1400, losses=(1.0, 2.0)),
+        "E2 seed 0: full size": row(2.2, 1.0, 1600, losses=(1.0, 3.0), before=[1.5, 2.5]),
+        "E5 seed 0: flat": row(2.4, 0.8, 1600, losses=(3.0, 3.0)),
+        "E3 seed 1: specialists": row(1.0, 0.79, 1400, mean_shares={"positions": 0.785}),
+        "E3 seed 1: base longer": row(0.9, 1.0, 1400),
         "E3 seconds": {"figures": {"over_base": 0.9}},
     }
     found = findings(config, done)
@@ -64,9 +68,16 @@ def test_findings_hold_the_headline_with_its_interval_and_costs():
     assert headline["sampling FLOPs"] == 0.79 and headline["mean shares"] == {"positions": 0.785}
     arms = found["arms against the specialists, seed 0"]
     assert arms["full size"]["fd"][0] == pytest.approx(0.2) and "specialists" not in arms
-    ratios = found["loss of full-size specialists over the base's by group, seed 0"]
-    assert ratios == [0.5, 1.5] and found["seconds"]["over_base"] == 0.9
-    assert not any("seed 1" in claim for claim in found)
+    full = found["full-size specialists against the base, seed 0"]
+    assert full["base longer"]["losses"] == [0.5, 1.5]
+    assert full["base longer, annealed"]["losses"] == [1.0, 1.5]
+    assert full["base longer, annealed"]["fd"][0] == pytest.approx(0.1)
+    assert found["excess loss of an equal cut by group, seed 0"] == [3.0, 1.0]
+    assert found["losses before fine-tuning by group, seed 0"] == {"full size": [1.5, 2.5]}
+    seeds = found["fd above the specialists' over seeds"]["base longer"]
+    assert seeds["mean"] == pytest.approx(0.2) and seeds["least"] == pytest.approx(-0.1)
+    assert seeds["seeds"] == 2 and found["seconds"]["over_base"] == 0.9
+    assert not any("seed 2" in claim for claim in found)
     assert "E2 seed 0: full size" in table(done) and "seconds" not in table(done)
 
 

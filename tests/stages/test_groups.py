@@ -1,6 +1,7 @@
 """Groups of noise levels: who owns a step, and what a group trains on."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -8,6 +9,7 @@ from scipy import stats
 from cheapscale.diffusion import process
 from cheapscale.pruning.partition import step_owners
 from cheapscale.stages.groups import NODES, draw_levels, levels_of, make_groups, weight
+from cheapscale.stages.prune import group_loss
 
 EDM = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
        "sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}  # fmt: skip
@@ -131,3 +133,31 @@ def test_the_weight_is_the_teachers_own():
     sigma = np.array([0.1, 2.0])
     np.testing.assert_allclose(weight(VP, sigma), 1 / sigma**2)
     np.testing.assert_allclose(weight(EDM, sigma), (sigma**2 + 0.25) / (0.5 * sigma) ** 2)
+
+
+@pytest.mark.parametrize("distil", [0.0, 0.25])
+@pytest.mark.parametrize("diffusion", [EDM, VP])
+def test_a_specialist_s_loss_has_its_closed_form(diffusion, distil):
+    """Estimates that are constants: w(sigma) ((1 - d) (c - x)^2 + d (c - b)^2), in the group."""
+
+    def constant(params, **options):
+        return lambda x, sigma, label: jnp.full_like(x, params["c"])
+
+    groups = make_groups(diffusion, 5)
+    loss, sigma = group_loss(
+        {"c": 0.5},
+        {"base": {"c": 0.2}},
+        {"image": jnp.full((6, 2, 2, 3), -0.3), "label": jnp.zeros(6, jnp.int32)},
+        jax.random.key(0),
+        bind=constant,
+        bind_base=constant,
+        diffusion=diffusion,
+        groups=groups,
+        positions=groups.positions(2),
+        distil=distil,
+        null_label=8,
+        label_dropout=0.0,
+    )
+    expected = (1 - distil) * 0.8**2 + distil * 0.3**2
+    np.testing.assert_allclose(loss, weight(diffusion, sigma) * expected, rtol=1e-5)
+    assert groups.borders[1] * (1 - 1e-5) < sigma.min() < sigma.max() < groups.borders[2] * 1.0001

@@ -67,6 +67,7 @@ def as_set(*members, models=None, borders=None):
         "base": fingerprint(weights()),
         "borders": groups.borders if borders is None else borders,
         "models": models or [meta["networks"]["net"]] * len(members),
+        "paid": {},
     }
     return Loaded(members, meta | {"diffusion": DIFFUSION | {"specialists": chosen}}, 0, "set")
 
@@ -188,6 +189,7 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
     # the search is paid for: each of its proxy losses is 16 images through the whole network
     assert manifest["ledger"]["flops"] > 3 * 16 * manifest["compiled_flops"]
     assert sum(manifest["sampler_steps"]) == 40
+    assert manifest["memories"] == ["memory-1.jsonl"]
     memory = (folder / "memory-1.jsonl").read_text().splitlines()
     entries = [entry for entry in map(json.loads, memory) if "score" in entry]
     best = min(entries, key=lambda entry: entry["score"])
@@ -213,6 +215,8 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
     source = open_data(scenes.get_config("stage=invert,smoke").data)
     held = make_manifest(loaded, source)
     assert held["teacher"] == fingerprint(weights()) != held["specialists"]
+    surplus = loaded.meta["ledger"]["flops"] - LEDGER["flops"]
+    assert held["paid"]["flops"] == pytest.approx(surplus)
     config = scenes.get_config("stage=distill,smoke")
     config.teacher = str(folder)
     with pytest.raises(ValueError, match="is a set of specialists, which may invert"):
