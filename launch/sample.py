@@ -66,6 +66,9 @@ flags.DEFINE_list("stage_seeds", [], "A seed for each stage (default: --seed).")
 flags.DEFINE_bool("coupled", False, "Each stage's noise continues that of the scale before.")
 flags.DEFINE_enum("resize_kernel", "bilinear", list(KERNELS), "How the pivot is enlarged.")
 flags.DEFINE_enum("resize_space", "model", cascade.SPACES, "What is enlarged.")
+flags.DEFINE_enum(
+    "owner", "level", cascade.OWNERS, "Of a set: who takes a step, by its level or by blocks' SNR."
+)
 flags.DEFINE_string("pivot", "", "Picture or .npz that takes the place of the base samples.")
 flags.DEFINE_integer("pivot_resolution", 0, "Shrink pivots to this side first; 0: as they are.")
 flags.DEFINE_list(
@@ -80,7 +83,7 @@ FLAGS = flags.FLAGS
 
 OF_CASCADES = (
     "cascade_k", "stage_seeds", "coupled", "resize_kernel", "resize_space", "pivot",
-    "pivot_resolution", "tuned", "baseline", "direct", "preview",
+    "pivot_resolution", "owner", "tuned", "baseline", "direct", "preview",
 )  # fmt: skip
 
 
@@ -150,6 +153,7 @@ def run_cascade(
         "kernel": FLAGS.resize_kernel,
         "space": FLAGS.resize_space,
         "coupled": FLAGS.coupled,
+        "owner": FLAGS.owner,
     }
     subject, denoisers = cascade_denoisers(loaded, plan)
     sampler = cascade.cascade_sampler(subject, plan, **denoisers, **options)

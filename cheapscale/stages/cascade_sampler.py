@@ -50,6 +50,7 @@ StageDenoiser = Callable[
     [PyTree, jax.Array | None, jax.Array, np.ndarray], Sequence[solvers.Segment]
 ]
 
+OWNERS = ("level", "snr")
 SPACES = ("model", "image")
 
 
@@ -128,14 +129,25 @@ def schedule_shift(model: dict, size: Size) -> float:
     return math.sqrt(size[0] * size[1]) / model["resolution"]
 
 
+def owner_shift(model: dict, size: Size, owner: str) -> float:
+    """What levels are divided by before a set is asked who owns them."""
+    return schedule_shift(model, size) if owner == "snr" else 1.0
+
+
 def frozen_teacher(
-    model: dict, diffusion: dict, cfg_scale: float = 1.0, noise_shift: float = 1.0
+    model: dict,
+    diffusion: dict,
+    cfg_scale: float = 1.0,
+    noise_shift: float = 1.0,
+    owner_shift: float = 1.0,
 ) -> StageDenoiser:
     """The tuning-free denoiser of every scale: the teacher, which never looks at the pivot.
 
-    noise_shift: see `denoiser.edm`.
+    noise_shift: see `denoiser.edm`; owner_shift: see `networks.make_segments`.
     """
-    segments = make_segments(model, diffusion, cfg_scale=cfg_scale, noise_shift=noise_shift)
+    segments = make_segments(
+        model, diffusion, cfg_scale=cfg_scale, noise_shift=noise_shift, owner_shift=owner_shift
+    )
 
     def denoiser(params, pivot, label, grid):
         return segments(params, label, grid)
@@ -157,6 +169,7 @@ def cascade_sampler(
     kernel: str = "bilinear",
     space: str = "model",
     coupled: bool = False,
+    owner: str = "level",
 ) -> Cascade:
     """The cascade and the direct baseline of one plan. Each scale compiles once, at first use.
 
@@ -171,12 +184,21 @@ def cascade_sampler(
         space: what is resized, the network's own units ("model") or the image, within [-1, 1].
         coupled: a stage's noise continues that of the scale before, `pivot.coupled_noise`; where
             scale 0 is given images, fresh noise of their size begins the chain.
+        owner: which specialist of a set takes a step of a larger canvas: the one trained at its
+            "level", or at the level with the "snr" that means over blocks of the trained size have.
     """
     model, diffusion = _teacher(loaded.meta)
+    if owner not in OWNERS or (owner != "level" and "specialists" not in diffusion):
+        raise ValueError(
+            f"owner is {owner!r}: choose one of {', '.join(OWNERS)}, snr for a set of specialists"
+        )
     last = len(plan.sizes) - 1
     check_guidance(loaded.meta, cfg_scale)
     if denoisers is None:
-        denoisers = [frozen_teacher(model, diffusion, cfg_scale)] * (last + 1)
+        denoisers = [
+            frozen_teacher(model, diffusion, cfg_scale, owner_shift=owner_shift(model, size, owner))
+            for size in plan.sizes
+        ]
     _check_options(last, denoisers, stage_seeds, kernel, space)
     noise = functools.partial(
         scale_noise,
@@ -311,6 +333,7 @@ def cascade_cost(
     batch_size: int = 1,
     method: str = "heun",
     cfg_scale: float = 1.0,
+    owner: str = "level",
 ) -> dict:
     """What one image of the tuning-free cascade costs, and of direct sampling at its last size.
 
@@ -325,7 +348,10 @@ def cascade_cost(
         if grid is None or len(grid) < 2:
             return {"size": size, "nfe": 0, "flops_per_call": 0.0, "flops_per_image": 0.0}
         shape = (batch_size, *size, model["in_channels"])
-        parts = segment_calls(model, diffusion, loaded.params, shape, grid, method=method)
+        parts = segment_calls(
+            model, diffusion, loaded.params, shape, grid, method=method,
+            owner_shift=owner_shift(model, size, owner),
+        )  # fmt: skip
         calls, flops = (guided * sum(n * each for n, each in rows) for rows in (
             [(n, 1) for n, _ in parts], parts))  # fmt: skip
         return {

@@ -77,13 +77,21 @@ def denoiser_of(
 
 
 def make_segments(
-    model: dict, diffusion: dict, *, cfg_scale: float = 1.0, noise_shift: float = 1.0
+    model: dict,
+    diffusion: dict,
+    *,
+    cfg_scale: float = 1.0,
+    noise_shift: float = 1.0,
+    owner_shift: float = 1.0,
 ) -> Callable:
     """segments(params, label [b], grid) -> [(D(x, sigma), its part of the grid)] for `solve`.
 
     A teacher owns the whole grid. Of a set of specialists (`diffusion["specialists"]`, params a
     sequence) each owns the steps whose noisier end lies in its group, whichever way the grid runs:
     steps, not nodes, belong to networks, so that both directions solve the same ODE.
+
+    noise_shift: see `denoiser.edm`. owner_shift: owners are looked up at sigma / owner_shift, as of
+    a canvas whose block means have a higher SNR than its pixels.
     """
     null = {"label": model["num_classes"]}
     specialists = diffusion.get("specialists")
@@ -98,8 +106,9 @@ def make_segments(
         if specialists is None:
             return [(of_label(binds[0], params, label), grid)]
         # who is called is who was trained on the level that the network is told
-        parts = segment_grids(diffusion, grid, noise_shift)
-        owners = [step_owners(part / noise_shift, specialists["borders"])[0] for part in parts]
+        shift = noise_shift * owner_shift
+        parts = segment_grids(diffusion, grid, shift)
+        owners = [step_owners(part / shift, specialists["borders"])[0] for part in parts]
         return [
             (of_label(binds[owner], params[owner], label), part)
             for owner, part in zip(owners, parts)
@@ -108,11 +117,11 @@ def make_segments(
     return segments
 
 
-def segment_grids(diffusion: dict, grid: np.ndarray, noise_shift: float = 1.0) -> list[np.ndarray]:
-    """A grid cut where another network takes over: whole for a teacher."""
+def segment_grids(diffusion: dict, grid: np.ndarray, shift: float = 1.0) -> list[np.ndarray]:
+    """A grid cut where another network takes over: whole for a teacher. shift: of the owners."""
     if "specialists" not in diffusion:
         return [grid]
-    owners = step_owners(grid / noise_shift, diffusion["specialists"]["borders"])
+    owners = step_owners(grid / shift, diffusion["specialists"]["borders"])
     return solvers.split_grid(grid, np.flatnonzero(np.diff(owners)) + 1)
 
 

@@ -75,18 +75,20 @@ def segment_calls(
     grid: np.ndarray,
     *,
     method: str = "heun",
+    owner_shift: float = 1.0,
 ) -> list[tuple[int, float]]:
     """(network calls, FLOPs of one call for one image) of every segment of a grid: one segment for
-    a teacher, one for each specialist that owns a step of it. shape: of a batch [b, h, w, c].
+    a teacher, one for each specialist that owns a step of it. shape: of a batch [b, h, w, c];
+    owner_shift: see `make_segments`.
 
     Each network's call is compiled once and alone.
     """
-    segments = make_segments(model, diffusion)
+    segments = make_segments(model, diffusion, owner_shift=owner_shift)
     params = jax.eval_shape(lambda p: p, params)
     x = jax.ShapeDtypeStruct(shape, np.float32)
     label = jax.ShapeDtypeStruct(shape[:1], np.int32)
     found = []
-    for i, part in enumerate(segment_grids(diffusion, grid)):
+    for i, part in enumerate(segment_grids(diffusion, grid, owner_shift)):
 
         def one_call(params, x, label, i=i, part=part):
             D, _ = segments(params, label, grid)[i]

@@ -110,6 +110,27 @@ def test_the_cost_of_a_set_is_the_sum_of_its_members_calls():
         assert traced[0] == pytest.approx(traced[1]) and traced[0] > 0
 
 
+def test_on_a_larger_canvas_owners_may_go_by_the_snr_of_blocks():
+    """At twice the side a level sigma has the blocks' SNR of sigma / 2: cleaner members own it."""
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        one, other = (Loaded(weights(seed), base_meta(), 0, "one") for seed in (0, 1))
+        plan = cascade_plan(one.meta, "2x", steps=6, pivot_size=(8, 8))
+        (grid,) = plan.restarts
+        pivots, labels = np.zeros((2, 8, 8, 3), np.float32), np.zeros(2, np.int32)
+        # between half of the first level and all of it, so that only the shifted owner is the first
+        both = as_set(weights(0), weights(1), borders=[0.6 * float(grid[0])])
+
+        def draw(loaded, **options):
+            return cascade_sampler(loaded, plan, **options).draw(np.arange(2), labels, pivots)[0][1]
+
+        np.testing.assert_allclose(draw(both, owner="snr"), draw(one), atol=2e-5)
+        assert np.abs(draw(both) - draw(one)).max() > 1e-3
+        costs = [cascade_cost(both, plan, owner=owner)["nfe"] for owner in ("level", "snr")]
+        assert costs[0] == costs[1]
+        with pytest.raises(ValueError, match="owner is 'snr': choose"):
+            cascade_sampler(other, plan, owner="snr")
+
+
 def test_a_stitched_teacher_calls_the_base_below_its_border():
     """T-Stitch: a small network on the noisy steps, the base itself on the clean ones; the bill is
     the base's and what the small one added."""
