@@ -54,7 +54,7 @@ def wait_for(condition, processes, seconds=600):
 def together(tmp_path_factory):
     """(folder, [(exit status, last line, log)]) of two processes; only one is told to stop."""
     folder = tmp_path_factory.mktemp("together")
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=2 {os.environ['CHEAPSCALE_TEST_FLAGS']}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     port, processes = str(free_port()), []
     for index in range(2):

@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def command(*words, check=True, **env):
     """Run `python -m ...` on one device; (stdout lines, stderr, exit status)."""
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    flags = os.environ["CHEAPSCALE_TEST_FLAGS"]
     env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     env = os.environ | env
     done = subprocess.run(

@@ -29,7 +29,7 @@ DIFFUSION = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_ma
 
 
 def command(*words):
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    flags = os.environ["CHEAPSCALE_TEST_FLAGS"]
     env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-m", "launch.sample", *words],
