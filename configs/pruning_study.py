@@ -86,7 +86,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     })  # fmt: skip
     config.arms = ConfigDict({name: list(ARMS[name]) for name in ("specialists", "single stage")})
     config.choices = ConfigDict({"no overlap": list(CHOICES["no overlap"])})
-    config.stitch = 0.8
+    config.stitch = 0.7
     config.num, config.num_real, config.num_loss = 12, 24, 12
     config.bootstrap = 3
     config.memory_seeds = (0,)

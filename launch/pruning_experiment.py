@@ -91,7 +91,8 @@ class Study:
         config = self.stage("pretrain", seed)
         config.resume = self.teacher(seed).workdir
         config.total_steps += steps
-        config.optim.decay_steps = config.total_steps if annealed else 0
+        if annealed:
+            anneal(config.optim, config.total_steps)
         config.eval_every = config.save_every = config.total_steps
         place = self.workdir / f"base-{seed}-{steps}{'-annealed' * annealed}"
         run(config, place)
@@ -129,7 +130,7 @@ class Study:
                 if scratch:
                     config.optim = self.stage("pretrain", seed).optim
                 config.total_steps = config.save_every = steps
-                config.optim.decay_steps = steps
+                anneal(config.optim, steps)
             return config
 
         make_set(configured, str(folder))
@@ -268,6 +269,11 @@ class Study:
             return sum(count * each for count, each in rows)
 
         return flops(loaded) / flops(base)
+
+
+def anneal(optim, steps: int) -> None:
+    """Let the rate fall to 0 over so many steps."""
+    optim.warmup_steps, optim.decay_steps = min(optim.warmup_steps, steps // 5), steps
 
 
 def owned_losses(loaded: Loaded, held: Held, sigma: np.ndarray) -> np.ndarray:

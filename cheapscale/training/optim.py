@@ -28,6 +28,11 @@ def make_optimiser(
         raise ValueError(
             f"optim.name {name!r} is unknown: choose one of {', '.join(sorted(OPTIMISERS))}"
         )
+    if 0 < decay_steps <= warmup_steps:
+        raise ValueError(
+            f"optim.decay_steps is {decay_steps}, but the rate rises for optim.warmup_steps "
+            f"{warmup_steps}: decay over more steps than that, or not at all (0)"
+        )
     if decay_steps:
         rate = optax.warmup_cosine_decay_schedule(0.0, lr, warmup_steps, decay_steps)
     elif warmup_steps:
