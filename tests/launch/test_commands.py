@@ -1,11 +1,7 @@
 """The commands as a user runs them: a pipeline from the shell, sampling, the plan, the errors."""
 
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 import types
 
 import jax
@@ -23,21 +19,7 @@ from cheapscale.training import checkpoint
 from cheapscale.training.stage import Job
 from cheapscale.training.state import split
 from launch.plan import describe
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-def command(*words, check=True, **env):
-    """Run `python -m ...` on one device; (stdout lines, stderr, exit status)."""
-    flags = os.environ["CHEAPSCALE_TEST_FLAGS"]
-    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    env = os.environ | env
-    done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    if check:
-        assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip().splitlines(), done.stderr, done.returncode
+from tests.launch.shell import command
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The step-adaptive study: whose loss is taken, what it concludes from cells, and its arms."""
 
+import json
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +16,7 @@ from configs import pruning_study as config_file
 from launch.cells import check_chosen
 from launch.pruning_experiment import Held, Study, cells, owned_losses
 from launch.pruning_findings import findings, table
+from tests.launch.shell import command
 
 MODEL = complete({"resolution": 4, "channels": 8, "num_classes": 3})
 VP = {"process": "linear", "prediction": "x0", "sigma_min": 0.02, "sigma_max": 80.0, "rho": 7.0,
@@ -91,3 +93,26 @@ def test_every_section_of_the_protocol_has_cells_with_names_of_their_own(tmp_pat
     check_chosen(["E3 seed 0", "E8"], names)
     with pytest.raises(ValueError, match="--only names E1, with which no cell begins"):
         check_chosen(["E1"], names)
+
+
+def test_the_whole_study_runs_and_bills_its_arms_alike(tmp_path):
+    record = tmp_path / "record.json"
+    lines, _, _ = command(
+        "launch.pruning_study", "--config=configs/pruning_study.py:smoke",
+        f"--workdir={tmp_path / 'runs'}", f"--record={record}",
+    )  # fmt: skip
+    summary, held = json.loads(lines[-1]), json.loads(record.read_text())["cells"]
+    assert summary["cells"] == summary["of"] == len(held)
+    arm = {name.partition(": ")[2]: cell["figures"] for name, cell in held.items()}
+    ours = arm["specialists"]
+    assert arm["base"]["share"] == 1 and arm["base"]["steps_of_base"] == 3
+    assert ours["share"] < 0.85 and ours["search_steps_of_base"] > 0
+    steps = ours["steps_of_base"]
+    for control in ("base longer", "base longer, annealed", "single stage", "T-Stitch"):
+        # to the nearest update of a network
+        assert arm[control]["steps_of_base"] == pytest.approx(steps, abs=1.5)
+    assert arm["T-Stitch"]["share"] == pytest.approx(ours["share"], abs=0.1)
+    assert len(ours["losses"]) == len(ours["before"]) == 2
+    assert 0 < held["E10 jumps"]["figures"]["borders"][0]["overlap"]
+    inversion = held["E12 inversion"]["figures"]
+    assert inversion["base"]["psnr"] > 20 and inversion["specialists"]["psnr"] > 20

@@ -1,10 +1,7 @@
 """`launch.sample --cascade` as a user runs it, on a teacher that was saved untrained."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +16,7 @@ from cheapscale.stages.networks import complete, fingerprint
 from cheapscale.training.checkpoint import Checkpoints, load_network
 from cheapscale.training.state import create_state
 from configs import common
+from tests.launch.shell import command
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = {"resolution": 4, "channels": 8, "channel_mult": (1,), "groups": 2, "num_classes": 2,
@@ -28,14 +26,8 @@ DIFFUSION = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_ma
              "rho": 7.0, "sigma_data": 0.5}  # fmt: skip
 
 
-def command(*words):
-    flags = os.environ["CHEAPSCALE_TEST_FLAGS"]
-    env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.sample", *words],
-        cwd=ROOT, env=os.environ | env, capture_output=True, text=True,
-    )  # fmt: skip
-    return done.stdout.strip().splitlines(), done.stderr, done.returncode
+def sample(*words):
+    return command("launch.sample", *words, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +51,7 @@ def teacher(tmp_path_factory):
 
 def test_a_cascade_leaves_its_images_their_base_and_a_preview(teacher, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    lines, errors, status = command(
+    lines, errors, status = sample(
         f"--model={teacher}", f"--out={first}", "--cascade=2x,4x", "--num=3", "--steps=4",
         "--start=6", "--labels=1,0", "--coupled", "--direct", "--preview=2",
     )  # fmt: skip
@@ -84,7 +76,7 @@ def test_a_cascade_leaves_its_images_their_base_and_a_preview(teacher, tmp_path)
         top = 2 + 18 * row
         np.testing.assert_array_equal(sheet[top : top + 16, 20:36], picture)
     # its base, given back as the pivot of one more run, with its labels and numbers
-    lines, errors, status = command(
+    lines, errors, status = sample(
         f"--model={teacher}", f"--out={second}", "--cascade=8x8", "--num=2", "--steps=4",
         "--start=7", f"--pivot={first / 'base.npz'}", "--cascade_k=sigma0", "--preview=0",
     )  # fmt: skip
@@ -98,7 +90,7 @@ def test_a_cascade_leaves_its_images_their_base_and_a_preview(teacher, tmp_path)
 
 
 def test_cascade_flags_without_a_cascade_are_refused():
-    _, errors, status = command("--model=nowhere", "--coupled", "--pivot=x.png")
+    _, errors, status = sample("--model=nowhere", "--coupled", "--pivot=x.png")
     assert status == 1
     assert errors.strip().splitlines()[-1] == (
         "error: --coupled, --pivot say how to cascade: give --cascade=2x,4x as well"
@@ -127,9 +119,9 @@ def tuned(teacher, tmp_path_factory):
 
 def test_tuned_weights_join_their_teacher_and_the_preview_compares(teacher, tuned, tmp_path):
     common_words = (f"--model={teacher}", "--cascade=2x", "--num=2", "--steps=8", "--preview=2")
-    lines, errors, status = command(*common_words, f"--out={tmp_path / 'a'}", f"--tuned={tuned}")
+    lines, errors, status = sample(*common_words, f"--out={tmp_path / 'a'}", f"--tuned={tuned}")
     assert status == 0, errors[-3000:]
-    lines, errors, status = command(*common_words, f"--out={tmp_path / 'b'}")
+    lines, errors, status = sample(*common_words, f"--out={tmp_path / 'b'}")
     assert status == 0, errors[-3000:]
     held = {name: np.load(tmp_path / name / "samples.npz")["images"] for name in "ab"}
     assert np.abs(held["a"].astype(int) - held["b"]).max() > 3
@@ -143,8 +135,8 @@ def test_tuned_weights_join_their_teacher_and_the_preview_compares(teacher, tune
 
 def test_a_baseline_runs_on_every_larger_canvas(teacher, tmp_path):
     words = (f"--model={teacher}", "--cascade=2x", "--num=2", "--steps=4", "--preview=0")
-    _, errors, status = command(*words, f"--out={tmp_path}", "--baseline=shifted", "--direct")
+    _, errors, status = sample(*words, f"--out={tmp_path}", "--baseline=shifted", "--direct")
     assert status == 0, errors[-3000:]
     assert np.load(tmp_path / "direct.npz")["images"].shape == (2, 8, 8, 3)
-    _, errors, status = command(*words, "--baseline=shifted", "--tuned=x")
+    _, errors, status = sample(*words, "--baseline=shifted", "--tuned=x")
     assert status == 1 and "two methods for the same canvas" in errors.splitlines()[-1]

@@ -1,0 +1,33 @@
+"""The three methods in one command."""
+
+import json
+
+import pytest
+
+from cheapscale.training.checkpoint import read_meta
+from tests.launch.shell import command
+
+
+def test_specialists_invert_a_grown_network_gives_the_pivot_and_the_cascade_goes_on(tmp_path):
+    record = tmp_path / "record.json"
+    lines, _, _ = command(
+        "launch.compose", "--arg=smoke", "--num=8", "--num_real=24",
+        f"--workdir={tmp_path / 'runs'}", f"--record={record}",
+    )  # fmt: skip
+    found = json.loads(record.read_text())
+    assert found == json.loads(lines[-1]) and lines[0].startswith("| | px | calls | MFLOPs")
+    rows = found["rows"]
+    sizes = {title: row["size"] for title, row in rows.items()}
+    cascaded = "one step, grown, then cascade by the specialists"
+    assert sizes["teacher"] == sizes["one step"] == 8 and sizes["one step, grown"] == 16
+    assert sizes[cascaded] == sizes["teacher, directly"] == 32
+    assert rows["specialists"]["flops"] < rows["teacher"]["flops"]
+    assert rows["one step"]["calls"] == 1 and rows["teacher, directly"]["calls"] == 79
+    assert rows[cascaded]["flops"] < rows["teacher, directly"]["flops"]
+    parts = {name: part["flops"] for name, part in found["ledger"].items()}
+    total = parts.pop("all")
+    assert all(flops > 0 for flops in parts.values())
+    assert sum(parts.values()) == pytest.approx(total)
+    # the generator was made with the specialists' latents, so it has paid for them
+    billed = read_meta(tmp_path / "runs" / "grow16")[1]["ledger"]["flops"]
+    assert billed == pytest.approx(total)
