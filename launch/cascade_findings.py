@@ -129,13 +129,22 @@ def tuning(config: dict, held: dict, seed: int) -> dict | None:
             rows.setdefault(match[1], {})[match[2]] = row
     if not rows:
         return None
+    # a run's rate stands in the first cell that was measured of it
+    rates = {
+        method: row["steps_per_second"]
+        for method, by_steps in rows.items()
+        for row in by_steps.values()
+        if "steps_per_second" in row
+    }
     reached = {}
     for design in ("full", "neck", "gain", "2k"):
         for after in rows.get(design, {}):
             target = cells[design][after]
             reached[f"{design} after {after}"] = {
                 metric: {
-                    method: steps_to_reach(by_steps, target, metric)
+                    method: steps_to_reach(
+                        by_steps, target, metric, rates.get(method.removesuffix(" direct"))
+                    )
                     for method, by_steps in cells.items()
                 }
                 for metric in ("patch_fd", "fd")
@@ -143,10 +152,11 @@ def tuning(config: dict, held: dict, seed: int) -> dict | None:
     return {"by steps": rows, "steps to reach": reached}
 
 
-def steps_to_reach(by_steps: dict, target: dict, metric: str) -> dict:
+def steps_to_reach(by_steps: dict, target: dict, metric: str, rate: float | None = None) -> dict:
     """{"steps": the fewest whose distance is at most the target's, "earliest" and "latest": the
     fewest whose distance is not surely above it, and those that are surely below, by the paired
-    interval; "seconds" of training for "steps"}; None where none of those measured is."""
+    interval; "seconds" of training for "steps", at `rate` a second}; None where none of those
+    measured is."""
     apart = {
         int(steps): difference(figures, target).get(metric, (math.nan,) * 3)
         for steps, figures in by_steps.items()
@@ -156,8 +166,7 @@ def steps_to_reach(by_steps: dict, target: dict, metric: str) -> dict:
         name: min((steps for steps, row in apart.items() if row[at] <= 0), default=None)
         for name, at in (("steps", 0), ("earliest", 1), ("latest", 2))
     }
-    rates = [row["steps_per_second"] for row in by_steps.values() if "steps_per_second" in row]
-    seconds = round(found["steps"] / rates[0], 1) if found["steps"] and rates else None
+    seconds = round(found["steps"] / rate, 1) if found["steps"] and rate else None
     return found | {"seconds": seconds}
 
 
