@@ -10,8 +10,8 @@ import numpy as np
 from cheapscale.evaluation.cost import param_count
 from cheapscale.models.unet import unet
 from cheapscale.pruning import importance, search
-from cheapscale.pruning.structure import prune, pruned_config
-from cheapscale.stages.networks import complete
+from cheapscale.pruning.structure import prune
+from cheapscale.stages.networks import complete, pruned_model
 from launch.bench_ours import our_calls, random_weights
 
 
@@ -29,9 +29,8 @@ def prepare(model: dict, batch: int, shares: tuple[float, ...]) -> tuple[dict, d
         task = search.make_task(config, share, importance.magnitude(params, config))
         widths = search.uniform(task)
         keep, title = task.keep(widths), f"{100 * share:.0f} %"
-        narrow = model | {"overrides": pruned_config(config, keep).overrides}
         cut = jax.tree.map(np.asarray, prune(params, config, keep))
-        sides[title], costs[title], _ = our_calls(narrow, cut, images)
+        sides[title], costs[title], _ = our_calls(pruned_model(model, keep), cut, images)
         facts["parameters"][title] = param_count(cut)
         facts["analytic"][title] = task.share(widths)
         facts["compiled"][title] = {

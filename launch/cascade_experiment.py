@@ -35,11 +35,11 @@ from cheapscale.stages.run import run
 from cheapscale.stages.sampling import sampler
 from cheapscale.stages.tuned import load_tuned, tuned_cascade
 from cheapscale.training.checkpoint import Loaded
-from cheapscale.training.classifier import fit_classifier
 from configs import clothing, scenes
 from launch.bench import alternate
 from launch.cascade_measures import Judge, make_judge, measure
 from launch.cells import Cell
+from launch.judge import metric_network
 
 FILES = {"scenes": scenes, "photographs": clothing}
 
@@ -99,10 +99,7 @@ class Study:
 
     def _judge(self, data_name: str, resolution: int) -> Judge:
         config, settings = self.config, self.stage(data_name, "stage=pretrain", 0).data
-        train = data.open_data(settings, resolution=resolution)
-        test = data.open_data(settings, resolution=resolution, split=settings.eval_split)
-        steps = 3 if config.smoke else None
-        network = fit_classifier(train, purpose="metric", steps=steps).network
+        network, train, test = metric_network(settings, resolution, 3 if config.smoke else None)
         crop = min(config.crop, resolution)
         return make_judge(network, train, test, num=config.num, num_real=config.num_real, crop=crop)
 

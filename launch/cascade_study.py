@@ -11,27 +11,12 @@ a teacher (then one last run with a record collects the cells).
 
 from absl import app
 
-from launch import cells
-from launch.cascade_experiment import Study
-from launch.cascade_experiment import cells as of_study
-from launch.cascade_findings import findings, table
-
-
-def study(config, workdir: str, **options) -> dict:
-    """Run what is missing; options: record, only and minutes of `cells.run_cells`."""
-    return cells.run_cells(
-        config,
-        workdir,
-        cells=lambda: of_study(Study(config, workdir)),
-        findings=findings,
-        table=table,
-        **options,
-    )
+from launch import cascade_experiment, cascade_findings, cells
 
 
 def main(argv) -> None:
     del argv
-    cells.main("cascade_study", study)
+    cells.main("cascade_study", cascade_experiment, cascade_findings)
 
 
 if __name__ == "__main__":

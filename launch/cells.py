@@ -10,6 +10,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import NamedTuple
 
 from absl import flags, logging
@@ -32,10 +33,9 @@ class Cell(NamedTuple):
 def run_cells(
     config,
     workdir: str,
+    experiment: ModuleType,
+    conclusions: ModuleType,
     *,
-    cells: Callable[[], Iterable[Cell]],
-    findings: Callable[[dict, dict], dict],
-    table: Callable[[dict], str],
     record: str = "",
     only: Iterable[str] = (),
     minutes: float = 0.0,
@@ -43,8 +43,9 @@ def run_cells(
     """Run what is missing and write the record; returns the summary. A ValueError of cells is kept
     until all others have run.
 
-    cells: all of them, in the order in which they are worth having; called once the work directory
-    is claimed. findings(config, {cell: {"figures": ...}}), table(the same) as text.
+    experiment: has Study(config, workdir), made once the work directory is claimed, and
+    cells(study), all of them in the order in which they are worth having.
+    conclusions: has findings(config, {cell: {"figures": ...}}), and table(the same) as text.
     only: how the names of the cells to run begin; minutes: start no cell after so many.
     """
     began, folder = time.monotonic(), pathlib.Path(workdir) / "cells"
@@ -52,12 +53,13 @@ def run_cells(
     plain = json.loads(json.dumps(config.to_dict()))
     claim_workdir(workdir, plain, ())  # cells of another config would be taken for these
     known = from_record(record, plain)
-    planned = {f"{cell.section} {cell.name}": cell for cell in cells()}
+    cells = experiment.cells(experiment.Study(config, workdir))
+    planned = {f"{cell.section} {cell.name}": cell for cell in cells}
     check_chosen(only, planned)
 
     def keep() -> dict:
         done = {name: known[name] for name in planned if name in known}
-        found = findings(plain, done)
+        found = conclusions.findings(plain, done)
         write_record(record, {"findings": found, "config": plain, "cells": done})
         return done
 
@@ -84,10 +86,10 @@ def run_cells(
             temporary.write_text(json.dumps(known[name]) + "\n")
         keep()
     done = keep()
-    print(table(done), flush=True)
+    print(conclusions.table(done), flush=True)
     if refused:
         raise ValueError(f"{len(refused)} cells could not be measured: {'; '.join(refused)}")
-    return {"cells": len(done), "of": len(planned), "findings": findings(plain, done)}
+    return {"cells": len(done), "of": len(planned), "findings": conclusions.findings(plain, done)}
 
 
 def check_chosen(only: Iterable[str], planned: Iterable[str]) -> None:
@@ -128,15 +130,17 @@ def define_flags() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(name: str, study: Callable[..., dict]) -> None:
-    """Run study(config, workdir, record=..., only=..., minutes=...) from the flags."""
+def main(name: str, experiment: ModuleType, conclusions: ModuleType) -> None:
+    """`run_cells` as the flags say."""
     given = flags.FLAGS
     execute(
         name,
         given.workdir,
-        lambda: study(
+        lambda: run_cells(
             given.config,
             given.workdir,
+            experiment,
+            conclusions,
             record=given.record,
             only=given.only,
             minutes=given.minutes,

@@ -13,15 +13,15 @@ Each is an ordinary stage in a work directory of its own: the same command resum
 Frechet distances in the features of the data's metric classifier at that size, above the floor.
 """
 
+import functools
 import pathlib
 
 import jax
 import numpy as np
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
-from cheapscale.evaluation import quality
-from cheapscale.evaluation.fid import frechet_distance
-from cheapscale.evaluation.pixels import to_uint8
+from cheapscale.evaluation.quality import Reference
 from cheapscale.stages import data
 from cheapscale.stages.cascade_sampler import cascade_cost, cascade_plan, cascade_sampler
 from cheapscale.stages.networks import load_model
@@ -29,90 +29,56 @@ from cheapscale.stages.run import run
 from cheapscale.stages.sampler_cost import sampler_cost
 from cheapscale.stages.sampling import sample
 from cheapscale.training.checkpoint import Loaded, load_network
-from cheapscale.training.classifier import fit_classifier
 from cheapscale.training.logging import image_grid, save_png
 from cheapscale.training.loop import provenance
-from configs import scenes
 from launch.command import execute, write_record
-from launch.paired import with_deviation
+from launch.judge import distance, make_judge
 from launch.pipeline import stage_configs
-from launch.specialists import make_set
+from launch.specialists import make_set, stage_config
 
 CONFIG = "configs/scenes.py"
 RESAMPLES = 100
 
 
-def train(arg: str, workdir: pathlib.Path) -> dict[str, dict]:
-    """{folder: its summary} of every stage up to the first growth; "specialists" is the set."""
-    summaries, folder = {}, str(workdir / "specialists")
+def train(arg: str, workdir: pathlib.Path) -> dict[str, ConfigDict]:
+    """{folder: its config} of every stage up to the first growth, which comes last; the
+    set of specialists is made in "specialists" before it inverts."""
+    done, folder = {}, str(workdir / "specialists")
     for name, config in stage_configs(CONFIG, arg, str(workdir)):
         if config.stage == "invert":
-
-            def configured(stage):
-                config = scenes.get_config(",".join(filter(None, (arg, f"stage={stage}"))))
-                config.teacher, config.specialists = str(workdir / "pretrain"), folder
-                return config
-
-            summaries["specialists"] = make_set(configured, folder)
+            paths = {"teacher": config.teacher, "folder": folder, "changes": ()}
+            make_set(functools.partial(stage_config, CONFIG, arg, **paths), folder)
             config.teacher = folder
         logging.info("%s", name)
-        summaries[name] = run(config, str(workdir / name))
+        run(config, str(workdir / name))
+        done[name] = config
         jax.clear_caches()
         if config.stage == "grow":
-            return summaries
+            return done
     raise ValueError(f"--arg={arg} has no growth stage: name a size of configs/scenes.py with one")
-
-
-class Judges:
-    """The real images of each size, read once."""
-
-    def __init__(self, settings, steps: int | None):
-        self.settings, self.steps, self.known = settings, steps, {}
-
-    def at(self, resolution: int, num: int) -> quality.Reference:
-        if resolution not in self.known:
-            train_set = data.open_data(self.settings, resolution=resolution)
-            test = data.open_data(
-                self.settings, resolution=resolution, split=self.settings.eval_split
-            )
-            network = fit_classifier(train_set, purpose="metric", steps=self.steps).network
-            self.known[resolution] = quality.reference(
-                network, test, train_source=train_set, num=num, num_train=num
-            )
-        return self.known[resolution]
-
-    def fd(self, images: np.ndarray, num_real: int) -> list[float]:
-        """[distance above the floor, bootstrap deviation]."""
-        judge = self.at(images.shape[1], num_real)
-        features = quality.embed(judge.network, to_uint8(images))
-        floor = judge.floor(len(features))[0]
-
-        def figures(rows):
-            return {"fd": frechet_distance(features[rows], judge.features) - floor}
-
-        return with_deviation(figures, len(features), RESAMPLES)["fd"]
 
 
 def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
     """Train what is missing, draw, measure; returns the figures."""
     root = pathlib.Path(workdir)
-    summaries = train(arg, root)
-    pretrain, grow = (config for name, config in stage_configs(CONFIG, arg, workdir) if name in (
-        "pretrain", next(n for n in summaries if n.startswith("grow"))))  # fmt: skip
+    done = train(arg, root)
+    *_, last = done
+    settings, steps = done["pretrain"].data, done[last].features.metric_steps or None
     teacher, specialists = load_model(root / "pretrain"), load_model(root / "specialists")
-    one_step = load_network(root / "distill")
-    grown = load_network(root / f"grow{grow.data.resolution}")
+    one_step, grown = load_network(root / "distill"), load_network(root / last)
     ids = np.arange(num)
-    labels = data.class_mix(data.open_data(pretrain.data), num)
-    judges = Judges(pretrain.data, pretrain.total_steps if "smoke" in arg else None)
+    labels = data.class_mix(data.open_data(settings), num)
+
+    @functools.cache
+    def judge(resolution: int) -> Reference:
+        return make_judge(settings, resolution, num_real=num_real, steps=steps)
 
     rows, pictures = {}, {}
 
     def add(title: str, images: np.ndarray, calls: float, flops: float) -> None:
-        fd = judges.fd(images, num_real)
-        rows[title] = {
-            "size": images.shape[1], "fd": fd, "calls": calls, "flops": flops
-        }  # fmt: skip
+        size = images.shape[1]
+        fd = distance(judge(size), images, RESAMPLES)["fd"]
+        rows[title] = {"size": size, "fd": fd, "calls": calls, "flops": flops}
         pictures[title] = images[:8]
         logging.info("%s: fd %.2f", title, fd[0])
 
@@ -146,25 +112,23 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
         "arg": arg,
         "num": num,
         "rows": rows,
-        "ledger": ledger(summaries, specialists),
+        "ledger": ledger(
+            {
+                "pretrain": teacher.meta["ledger"],
+                "specialists": specialists.meta["ledger"],
+                "inversion and distillation": one_step.meta["ledger"],
+                "growth": grown.meta["ledger"],
+            }
+        ),
         "provenance": provenance(),
     }
 
 
-def ledger(summaries: dict[str, dict], specialists: Loaded) -> dict:
-    """Training FLOPs and device-seconds that each part added, and their sums."""
-    after = {
-        "pretrain": summaries["pretrain"]["ledger"],
-        "specialists": specialists.meta["ledger"],
-    }
-    last = next(summary for name, summary in summaries.items() if name.startswith("grow"))
-    after |= {
-        "inversion and distillation": summaries["distill"]["ledger"],
-        "growth": last["ledger"],
-    }
-    rows, before = {}, dict.fromkeys(after["pretrain"], 0.0)
+def ledger(after: dict[str, dict]) -> dict:
+    """What each part added, from the bill after each of them, and the last bill as "all"."""
+    rows, before = {}, {}
     for name, paid in after.items():
-        rows[name] = {unit: paid[unit] - before[unit] for unit in paid}
+        rows[name] = {unit: paid[unit] - before.get(unit, 0.0) for unit in paid}
         before = paid
     return rows | {"all": before}
 

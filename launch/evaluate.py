@@ -22,6 +22,7 @@ from absl import app, flags
 
 from cheapscale.data import sources
 from cheapscale.data.digest import digest
+from cheapscale.diffusion.solvers import METHODS
 from cheapscale.evaluation.pixels import from_uint8
 from cheapscale.evaluation.quality import choice
 from cheapscale.models import features
@@ -79,7 +80,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Seed of the latents.")
     flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", lower_bound=2)
     flags.DEFINE_enum(
-        "method", "heun", ["heun", "euler", "ancestral"],
+        "method", "heun", METHODS,
         "Teacher: solver; euler is DDIM, ancestral DDPM's.",
     )  # fmt: skip
     flags.DEFINE_enum(

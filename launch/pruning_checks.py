@@ -12,7 +12,7 @@ from cheapscale.pruning.search import make_task, search
 from cheapscale.stages import data
 from cheapscale.stages.assessment import Assessment, read_proxy
 from cheapscale.stages.invert import round_trip
-from cheapscale.stages.networks import make_denoiser
+from cheapscale.stages.networks import make_denoiser, members
 from cheapscale.stages.sampling import sampler
 from cheapscale.training.sharding import in_batches
 from launch.bench import alternate
@@ -61,9 +61,7 @@ def jumps(study, seed: int) -> dict:
         noisy = study.held.images + border * noise
 
         def estimate(loaded, index, noisy=noisy, sigma=sigma):
-            of_set = loaded.meta["diffusion"].get("specialists")
-            model = of_set["models"][index] if of_set else loaded.meta["networks"]["net"]
-            params = loaded.params[index] if of_set else loaded.params
+            model, params = members(loaded)[index]
             bind = make_denoiser(model, diffusion)
 
             def D(params, x, label, sigma):

@@ -26,31 +26,29 @@ import numpy as np
 
 from cheapscale.evaluation import quality
 from cheapscale.evaluation.cost import param_count
-from cheapscale.evaluation.fid import frechet_distance
-from cheapscale.evaluation.pixels import to_uint8
 from cheapscale.models.unet import unet
-from cheapscale.pruning.structure import prune, pruned_config
+from cheapscale.pruning.structure import prune
 from cheapscale.stages import data, specialists
 from cheapscale.stages.assess import OF_TRAINING
 from cheapscale.stages.groups import level_loss, levels_of, make_groups
 from cheapscale.stages.networks import (
-    complete,
     fingerprint,
     load_model,
     load_teacher,
     make_denoiser,
+    members,
+    pruned_model,
 )
 from cheapscale.stages.run import run
 from cheapscale.stages.sampler_cost import segment_calls
 from cheapscale.stages.sampling import levels, sampler
 from cheapscale.training.checkpoint import Loaded, load_network
-from cheapscale.training.classifier import fit_classifier
 from cheapscale.training.sharding import in_batches
 from cheapscale.training.state import stream_key
 from configs import scenes
 from launch import pruning_checks as checks
 from launch.cells import Cell
-from launch.paired import with_deviation
+from launch.judge import distance, make_judge
 from launch.specialists import make_set
 
 
@@ -140,11 +138,15 @@ class Study:
     def main(self, seed: int) -> tuple[Loaded, dict]:
         return self.arm(seed, "specialists", self.config.arms["specialists"][1])
 
-    def bill(self, seed: int, loaded: Loaded) -> float:
-        """Training FLOPs beyond the base's, in steps of the base."""
+    def in_steps(self, seed: int, flops: float) -> float:
+        """FLOPs of training in steps of the base."""
         base = self.teacher(seed)
-        per_step = base.meta["ledger"]["flops"] / base.step
-        return (loaded.meta["ledger"]["flops"] - base.meta["ledger"]["flops"]) / per_step
+        return flops / (base.meta["ledger"]["flops"] / base.step)
+
+    def bill(self, seed: int, loaded: Loaded) -> float:
+        """Training beyond the base's, in steps of the base."""
+        before = self.teacher(seed).meta["ledger"]["flops"]
+        return self.in_steps(seed, loaded.meta["ledger"]["flops"] - before)
 
     def equal_steps(self, seed: int, manifest: dict, scratch: bool) -> int:
         """Updates of each group, so that a set costs what the headline's does: search and
@@ -155,8 +157,7 @@ class Study:
 
     def search(self, seed: int, manifest: dict) -> float:
         """What the assessment cost, in steps of the base."""
-        base = self.teacher(seed)
-        return manifest["ledger"]["flops"] / (base.meta["ledger"]["flops"] / base.step)
+        return self.in_steps(seed, manifest["ledger"]["flops"])
 
     def assessed_alike(self, seed: int, folder: pathlib.Path) -> None:
         """An arm that differs in its training alone takes the headline's assessment."""
@@ -171,10 +172,8 @@ class Study:
     @functools.cached_property
     def reference(self) -> quality.Reference:
         settings, num = self.stage("pretrain", 0).data, self.config.num_real
-        test = data.open_data(settings, split=settings.eval_split)
         steps = 3 if self.config.scenes == "smoke" else None
-        network = fit_classifier(self.source, purpose="metric", steps=steps).network
-        return quality.reference(network, test, train_source=self.source, num=num, num_train=num)
+        return make_judge(settings, settings.resolution, num_real=num, steps=steps)
 
     @functools.cached_property
     def held(self) -> Held:
@@ -202,14 +201,6 @@ class Study:
         parameters      over the base's
         """
         base = self.teacher(seed)
-        features = quality.embed(
-            self.reference.network, to_uint8(self.draw(loaded, self.config.num))
-        )
-        floor = self.reference.floor(len(features))[0]
-
-        def distance(rows):
-            return {"fd": frechet_distance(features[rows], self.reference.features) - floor}
-
         scratch = bool(manifest) and manifest["settings"].get("start") == "scratch"
         found = {
             "losses": self.losses(loaded),
@@ -227,7 +218,8 @@ class Study:
                 "before": self.before(seed, rows, manifest["borders"]),
                 "search_steps_of_base": self.search(seed, manifest),
             }
-        return found | with_deviation(distance, len(features), self.config.bootstrap)
+        images = self.draw(loaded, self.config.num)
+        return found | distance(self.reference, images, self.config.bootstrap)
 
     def losses(self, loaded: Loaded) -> list[float]:
         """Held-out loss in each of the study's equal groups, from the cleanest; each level by the
@@ -249,8 +241,7 @@ class Study:
         whole, members = unet(**model).config, []
         for row in rows:
             keep = {name: np.asarray(channels) for name, channels in row["keep"].items()}
-            overrides = pruned_config(whole, keep).overrides
-            meta = base.meta | {"networks": {"net": complete(model | {"overrides": overrides})}}
+            meta = base.meta | {"networks": {"net": pruned_model(model, keep)}}
             members.append(base._replace(params=prune(base.params, whole, keep), meta=meta))
         cut = specialists.joined(base.meta, fingerprint(base.params), borders, members)
         return self.losses(cut)
@@ -278,14 +269,13 @@ def anneal(optim, steps: int) -> None:
 
 def owned_losses(loaded: Loaded, held: Held, sigma: np.ndarray) -> np.ndarray:
     """The teacher's loss [n] at the levels sigma [n], each by the network that owns it."""
-    diffusion = loaded.meta["diffusion"]
-    of_set = diffusion.get("specialists")
-    models = of_set["models"] if of_set else [loaded.meta["networks"]["net"]]
-    params = loaded.params if of_set else (loaded.params,)
-    owner = np.searchsorted(of_set["borders"] if of_set else [], sigma * (1 - 1e-6))
+    diffusion, networks = loaded.meta["diffusion"], members(loaded)
+    borders = diffusion.get("specialists", {"borders": []})["borders"]
+    owner = np.searchsorted(borders, sigma * (1 - 1e-6))
     out = np.zeros(len(sigma))
     for j in np.unique(owner):
-        bind, rows = make_denoiser(models[j], diffusion), owner == j
+        model, params = networks[j]
+        bind, rows = make_denoiser(model, diffusion), owner == j
 
         def loss(params, x, label, sigma, ids, bind=bind):
             def of_image(x, label, sigma, i):
@@ -297,7 +287,7 @@ def owned_losses(loaded: Loaded, held: Held, sigma: np.ndarray) -> np.ndarray:
             return jax.vmap(of_image)(x, label, sigma, ids)
 
         out[rows] = in_batches(
-            loss, params[j], held.images[rows], held.labels[rows], sigma[rows],
+            loss, params, held.images[rows], held.labels[rows], sigma[rows],
             np.flatnonzero(rows).astype(np.int32), batch_size=128,
         )  # fmt: skip
     return out

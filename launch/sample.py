@@ -24,6 +24,7 @@ from absl import app, flags
 
 from cheapscale.diffusion.pivot import KERNELS, named, resize
 from cheapscale.diffusion.process import decibels
+from cheapscale.diffusion.solvers import METHODS
 from cheapscale.evaluation.pixels import to_uint8
 from cheapscale.stages import cascade_sampler as cascade
 from cheapscale.stages.cascade_baselines import BASELINES, baseline
@@ -46,7 +47,7 @@ flags.DEFINE_list("labels", [], "Classes, repeated in turn; default: drawn unifo
 flags.DEFINE_integer("batch_size", 64, "Images per call.", lower_bound=1)
 flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", lower_bound=2)
 flags.DEFINE_enum(
-    "method", "heun", ["heun", "euler", "ancestral"],
+    "method", "heun", METHODS,
     "Teacher: solver; euler is DDIM, ancestral DDPM's, which draws noise at every step.",
 )  # fmt: skip
 flags.DEFINE_enum(

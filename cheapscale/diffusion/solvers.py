@@ -63,12 +63,14 @@ def solve(
         the state at the last level of the last segment.
     """
     grids = _checked_grids(segments, method)
-    if (method == "ancestral") != (noise is not None):
+    if method == "ancestral" and noise is None:
+        raise ValueError(
+            "method 'ancestral' needs `noise`: use euler or heun where nothing may be drawn"
+        )
+    if method != "ancestral" and noise is not None:
         raise ValueError(
             "ancestral sampling draws noise at every step and the other solvers draw none: give "
             f"`noise` with method='ancestral' and with no other, not with {method!r}"
-            if noise
-            else "method 'ancestral' needs `noise`: use euler or heun where nothing may be drawn"
         )
     first = 0
     for (denoise, _), sigmas in zip(segments, grids, strict=True):

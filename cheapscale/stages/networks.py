@@ -7,7 +7,7 @@
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from cheapscale.diffusion import denoiser, guidance, process, solvers
 from cheapscale.models.unet import UNet, unet
 from cheapscale.pruning.partition import step_owners
+from cheapscale.pruning.structure import pruned_config
 from cheapscale.stages.specialists import is_set, load_set
 from cheapscale.training.checkpoint import Loaded, load_network
 
@@ -26,6 +27,20 @@ PyTree = Any
 def complete(model: dict) -> dict:
     """Every field of the U-Net with its value, as plain JSON: what travels with the weights."""
     return dataclasses.asdict(unet(**model).config)
+
+
+def pruned_model(model: dict, keep: Mapping[str, np.ndarray]) -> dict:
+    """The fields of a network of which only the channels `keep` stay."""
+    return complete(model | {"overrides": pruned_config(unet(**model).config, keep).overrides})
+
+
+def members(loaded: Loaded) -> list[tuple[dict, PyTree]]:
+    """(fields, weights) of every network of a teacher: of a set from the cleanest group, else its
+    only one."""
+    specialists = loaded.meta["diffusion"].get("specialists")
+    if specialists is None:
+        return [(loaded.meta["networks"]["net"], loaded.params)]
+    return list(zip(specialists["models"], loaded.params, strict=True))
 
 
 def check_process(diffusion: dict) -> None:

@@ -21,10 +21,10 @@ import numpy as np
 
 from cheapscale.diffusion import guidance, process
 from cheapscale.models.unet import unet
-from cheapscale.pruning.structure import prune, prune_optimiser, pruned_config
+from cheapscale.pruning.structure import prune, prune_optimiser
 from cheapscale.stages import data
 from cheapscale.stages.groups import Groups, draw_levels, levels_of, weight
-from cheapscale.stages.networks import complete, fingerprint, load_teacher, make_denoiser
+from cheapscale.stages.networks import fingerprint, load_teacher, make_denoiser, pruned_model
 from cheapscale.stages.one_step import init_generator
 from cheapscale.stages.pretrain import augmented
 from cheapscale.stages.sampling import levels
@@ -70,9 +70,7 @@ def build(config) -> Stage:
     data.check_teacher(teacher, source)
     found = read_assessment(folder, group)
     keep = {name: np.asarray(channels) for name, channels in found["keep"].items()}
-    whole = unet(**base).config
-    narrow = pruned_config(whole, keep)
-    model = complete(base | {"overrides": narrow.overrides})
+    whole, model = unet(**base).config, pruned_model(base, keep)
     diffusion = teacher.meta["diffusion"]
     groups = Groups(levels_of(diffusion), np.asarray(manifest["edges"]))
     optimiser = Optimiser(make_optimiser(**config.optim))

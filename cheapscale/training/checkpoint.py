@@ -92,7 +92,6 @@ def load_network(
     checkpoint, ValueError where it holds no such network.
     """
     step, meta = read_meta(workdir, step)
-    folder = pathlib.Path(workdir).resolve() / "checkpoints"
     names = list(meta["networks"])
     if net is None and len(names) == 1:
         net = names[0]
@@ -100,16 +99,9 @@ def load_network(
         raise ValueError(f"{workdir} holds the networks {names}, not {net!r}: name one of them")
     field = "ema_params" if ema else "params"
     with ocp.PyTreeCheckpointer() as reader:
-        path = folder / str(step) / "state"
-        stored = reader.metadata(path).item_metadata.tree[field][net]
-        shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
-        target = {field: {net: shapes}}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
-        tree = reader.restore(
-            path,
-            args=ocp.args.PyTreeRestore(item=target, restore_args=as_numpy, partial_restore=True),
-        )
-    return Loaded(tree[field][net], meta, step, str(workdir))
+        stored = reader.metadata(state_path(workdir, step)).item_metadata.tree[field][net]
+    shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
+    return Loaded(read_part(workdir, step, field, net, shapes), meta, step, str(workdir))
 
 
 def load_optimiser(
@@ -117,15 +109,25 @@ def load_optimiser(
 ) -> PyTree:
     """The optimiser's state of one network, in NumPy; shapes: what its transform makes of it."""
     step, _ = read_meta(workdir, step)
-    path = pathlib.Path(workdir).resolve() / "checkpoints" / str(step) / "state"
-    target = {"opt_state": {net: shapes}}
+    return read_part(workdir, step, "opt_state", net, shapes)
+
+
+def state_path(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
+    return pathlib.Path(workdir).resolve() / "checkpoints" / str(step) / "state"
+
+
+def read_part(
+    workdir: str | pathlib.Path, step: int, field: str, net: str, shapes: PyTree
+) -> PyTree:
+    """One network's part of one field of the state, in NumPy, and nothing else of it."""
+    target = {field: {net: shapes}}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     with ocp.PyTreeCheckpointer() as reader:
         tree = reader.restore(
-            path,
+            state_path(workdir, step),
             args=ocp.args.PyTreeRestore(item=target, restore_args=as_numpy, partial_restore=True),
         )
-    return tree["opt_state"][net]
+    return tree[field][net]
 
 
 def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, dict]:

@@ -15,11 +15,11 @@ from cheapscale.evaluation.pixels import from_uint8, to_uint8
 from cheapscale.models.features.network import FeatureNetwork
 from cheapscale.training.sharding import make_mesh
 from configs import cascade_study as config_file
-from launch import cascade_experiment, cascade_study
+from launch import cascade_experiment, cascade_findings
 from launch.cascade_experiment import Study, cells
 from launch.cascade_findings import findings, steps_to_reach, table
 from launch.cascade_measures import make_judge, measure
-from launch.cells import Cell
+from launch.cells import Cell, run_cells
 from launch.paired import difference, with_deviation
 
 
@@ -143,12 +143,13 @@ def test_the_study_goes_on_where_it_stopped_also_from_its_record(tmp_path, monke
     def cell(name):
         return Cell("E1", name, lambda: (ran.append(name), {"fd": [1.0, 0.1]})[1])
 
-    monkeypatch.setattr(cascade_study, "of_study", lambda study: iter([cell("a"), cell("b")]))
+    monkeypatch.setattr(cascade_experiment, "cells", lambda study: iter([cell("a"), cell("b")]))
     config, record = config_file.get_config("smoke"), str(tmp_path / "record.json")
 
     def go(workdir, **changes):
         options = {"record": record, "only": [], "minutes": 0.0} | changes
-        return cascade_study.study(config, str(tmp_path / workdir), **options)
+        place = str(tmp_path / workdir)
+        return run_cells(config, place, cascade_experiment, cascade_findings, **options)
 
     assert go("one", minutes=1e-9)["cells"] == 0 and ran == []
     assert go("one")["cells"] == 2 and ran == ["a", "b"]
