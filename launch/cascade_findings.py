@@ -62,7 +62,8 @@ def composition(held: dict, seed: int) -> dict | None:
 
 
 def best_k(config: dict, held: dict) -> dict | None:
-    """E3, E4: where the distances are least, in decibels and in each schedule's own time."""
+    """E3, E4: where the distances are least, in decibels and in each schedule's own time, and
+    which K are not surely worse, by the paired interval."""
     rows = {}
     for schedule in ("edm", *config["vp"]):
         row = {}
@@ -70,10 +71,18 @@ def best_k(config: dict, held: dict) -> dict | None:
             figures = by_k(held, schedule, config["seeds"][0], metric)
             if len(figures) < max(2, len(config["ks"])):
                 continue
+            start = f"{schedule} seed {config['seeds'][0]}: K"
             best = min(figures, key=figures.get)
-            name = f"{schedule} seed {config['seeds'][0]}: K {best}"
-            sigma = held[name]["restart_sigma"]
-            row[metric] = {"k": best, "decibels": float(process.decibels(sigma))}
+            sigma = held[f"{start} {best}"]["restart_sigma"]
+            row[metric] = {
+                "k": best,
+                "decibels": float(process.decibels(sigma)),
+                "not surely worse": [
+                    k
+                    for k in figures
+                    if difference(held[f"{start} {k}"], held[f"{start} {best}"])[metric][1] <= 0
+                ],
+            }
             if schedule != "edm":
                 time = process.vp_schedule(schedule).time_of_sigma(sigma)
                 row[metric]["own_time"] = float(time) / 1000

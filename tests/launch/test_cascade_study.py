@@ -103,11 +103,15 @@ def test_findings_name_the_best_k_and_the_steps_to_reach_the_tuned_score():
         "E6 edm seed 0: ft direct after 400": figures(patch_fd=0.9),
         "E6 edm seed 0: ft after 100": figures(patch_fd=0.8),
     }
+    # resamples that move apart: 0.3 is not surely above 0.2
+    done["E4 linear seed 0: K t0.5"]["figures"]["draws"]["base_fd"] = "0.1 0.5"
     found = findings(config, done)
     right = found["composition, seed 0"]
     assert right["best K by fd"] == "t0.7" and right["points below the base"] == pytest.approx(20)
     best = found["best K by schedule"]
     assert best["edm"]["fd"]["k"] == "t0.7" and best["linear"]["fd"]["k"] == "t0.5"
+    assert best["edm"]["fd"]["not surely worse"] == ["t0.7"]
+    assert best["linear"]["base_fd"]["not surely worse"] == ["t0.5", "t0.7"]
     assert best["edm"]["fd"]["decibels"] == pytest.approx(-10.42, abs=0.01)
     # SNR 0.0907 lies at 0.493 T of the linear schedule (spec 2.2)
     assert best["linear"]["base_fd"]["own_time"] == pytest.approx(0.493, abs=0.002)
