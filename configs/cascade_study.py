@@ -4,9 +4,11 @@ Paper: Guo et al. 2024 (arXiv 2402.10491), tables 1 and 2 at toy scale: a teache
 16 px, canvases of 32 and 64; E10 and E13 on photographs of clothing.
 Hardware: 2 CPU cores, some hours in all, cell by cell; `smoke` proves nothing.
 
-    python -m launch.cascade_study --config=configs/cascade_study.py --workdir=runs/cascade \\
-        --record=notebooks/results/cascade.json
-    python -m launch.cascade_study --config=configs/cascade_study.py --only=E1,"E6 edm seed 1" ...
+    python -m launch.cascade_study --config=configs/cascade_study.py:data_dir=DIR \\
+        --workdir=runs/cascade --record=notebooks/results/cascade.json
+    python -m launch.cascade_study --config=... --workdir=... --only=E1,"E6 edm seed 1"
+
+DIR holds TFDS's clothing photographs, for E10 and E13.
 """
 
 from ml_collections import ConfigDict
@@ -29,6 +31,10 @@ TUNINGS = {
     "ft": ("tune=ft", {}, 1e-3, 2000),
     "ft slow": ("tune=ft", {}, 3e-4, 800),
 }
+# whose weights are also measured as they start; the other starts are the tuning-free cascade
+AS_THEY_START = ("full identity",)
+# whose programs are those of another: not timed
+SAME_PROGRAMS = ("full identity", "lora4 fast", "ft slow")
 # E11: what the released code does, one switch at a time, of the full modules with identity start
 # (the last row); on a VP teacher, for which "all times" is a third more of them
 VARIANTS = {
@@ -48,7 +54,8 @@ def get_config(arg: str = ""):
     config = ConfigDict()
     config.seeds = (0, 1, 2)  # of E2, E6, E7; the rest takes the first
     config.scenes = "size=cascade"
-    config.photographs = f"size=cpu,data_dir={args.data_dir}"
+    config.photographs = "size=cpu"
+    config.data_dir = args.data_dir  # of the photographs
     config.vp = ("linear", "cosine")  # E4's other teachers
     config.num = 256  # images of a cell
     config.num_real = 2000
@@ -63,6 +70,8 @@ def get_config(arg: str = ""):
     config.variant_steps = 400  # of E10 and E11
     config.batch_size = 16
     config.tunings = ConfigDict({name: list(value) for name, value in TUNINGS.items()})
+    config.as_they_start = AS_THEY_START
+    config.same_programs = SAME_PROGRAMS
     config.variants = ConfigDict(VARIANTS)
     config.few = (16, 64, 256)  # E10's numbers of high-resolution images
     config.timing = ConfigDict({"batch": 16, "rounds": 7})
@@ -84,6 +93,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.eval_steps, config.variant_steps = (1, 2), 2
     config.batch_size = 8
     config.tunings = ConfigDict({name: [*TUNINGS[name][:3], 2] for name in ("gain", "ft")})
+    config.as_they_start = ("gain",)
     config.variants = ConfigDict({"zero gate": VARIANTS["zero gate"]})
     config.few = (8,)
     config.timing = ConfigDict({"batch": 8, "rounds": 2})

@@ -15,8 +15,8 @@ All cells of one teacher share pivots, labels and noise: image i of each starts 
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,15 +29,17 @@ from cheapscale.evaluation.pixels import to_uint8
 from cheapscale.evaluation.quality import embed
 from cheapscale.stages import data
 from cheapscale.stages.cascade_baselines import BASELINES, baseline
-from cheapscale.stages.cascade_sampler import cascade_plan, cascade_sampler, network_calls
+from cheapscale.stages.cascade_sampler import cascade_plan, cascade_sampler
 from cheapscale.stages.networks import load_teacher
-from cheapscale.stages.run import run
+from cheapscale.stages.run import build, run
 from cheapscale.stages.sampling import sampler
-from cheapscale.stages.tuned import load_tuned, tuned_cascade
+from cheapscale.stages.tuned import Tuned, load_tuned, tuned_cascade
 from cheapscale.training.checkpoint import Loaded
+from cheapscale.training.loop import fresh_state
+from cheapscale.training.sharding import make_mesh
 from configs import clothing, scenes
-from launch.bench import alternate
 from launch.cascade_measures import Judge, make_judge, measure
+from launch.cascade_seconds import seconds
 from launch.cells import Cell
 from launch.judge import metric_network
 
@@ -67,6 +69,8 @@ class Study:
 
     def stage(self, data_name: str, arg: str, seed: int):
         common = getattr(self.config, data_name)
+        if data_name == "photographs" and self.config.data_dir:
+            common += f",data_dir={self.config.data_dir}"
         return FILES[data_name].get_config(f"{common},seed={seed},{arg}")
 
     def _teacher(self, data_name: str, process: str, seed: int) -> Loaded:
@@ -120,7 +124,6 @@ class Study:
         side = teacher.meta["networks"]["net"]["resolution"]
         return cascade_plan(
             teacher.meta, scales, k=(k,), steps=self.config.steps,
-            spacing="karras" if key[1] == "edm" else "leading",  # each schedule's own grid
             pivot_size=(side, side) if given else None, **options,
         )  # fmt: skip
 
@@ -136,8 +139,8 @@ class Study:
             return cascade.direct(self.ids, base.labels)[0]
         return cascade.draw(self.ids, base.labels, base.pivots)[0][-1]
 
-    def tune(self, key: tuple, name: str, arg: str, changes: dict, **limits) -> tuple[str, dict]:
-        """(work directory, its summary) of one tuned run at twice the base size."""
+    def tuning(self, key: tuple, arg: str, changes: dict, **limits):
+        """The config of one tuned run at twice the base size."""
         data_name, _, seed = key
         teacher = self.teacher(*key)
         config = self.stage(data_name, f"stage=cascade,{arg}", seed)
@@ -155,11 +158,22 @@ class Study:
                 config.data[field] = limits[field]
         with config.unlocked():
             config.cascade.update(changes)
+        return config
+
+    def tune(self, key: tuple, name: str, arg: str, changes: dict, **limits) -> tuple[str, dict]:
+        """(work directory, its summary) of one tuned run."""
+        config = self.tuning(key, arg, changes, **limits)
         folder = name.replace(" ", "_").replace(":", "")
         place = self.workdir / f"{'-'.join(map(str, key))}-{folder}"
         summary = run(config, place)
         jax.clear_caches()
         return str(place), summary
+
+    def untuned(self, key: tuple, arg: str, changes: dict, **limits) -> Tuned:
+        """A tuned run's weights as they start."""
+        stage = build(self.tuning(key, arg, changes, **limits))
+        (params,) = fresh_state(stage, make_mesh(), key[2]).ema_params.values()
+        return Tuned(params, stage.meta, stage.meta["cascade"]["tune"])
 
 
 def cells(study: Study) -> Iterator[Cell]:
@@ -169,7 +183,7 @@ def cells(study: Study) -> Iterator[Cell]:
     yield from composition(study, first, study.config.ks)
     yield from tuned(study, first)
     yield from stages(study, first)
-    yield Cell("E9", "seconds", lambda: seconds(study, first))
+    yield Cell("E9", "seconds", lambda: seconds(study, first))  # alone on the machine
     for process in study.config.vp:
         yield from composition(study, ("scenes", process, seeds[0]), study.config.ks)
     yield from baselines(study, first)
@@ -230,7 +244,8 @@ def tuned(study: Study, key: tuple) -> Iterator[Cell]:
     for name, (arg, changes, lr, last) in config.tunings.to_dict().items():
         if key[2] != config.seeds[0] and name not in config.repeated:
             continue
-        for after in (steps for steps in config.eval_steps if steps <= last):
+        started = (0,) if name in config.as_they_start else ()
+        for after in (*started, *(steps for steps in config.eval_steps if steps <= last)):
             for direct in (False, True) if of_base_weights(name) else (False,):
                 title = f"edm seed {key[2]}: {name} {'direct ' * direct}after {after}"
                 run_cell = functools.partial(
@@ -245,16 +260,14 @@ def of_base_weights(name: str) -> bool:
 
 
 def tuned_cell(study, key, name, arg, changes, after, direct=False, **limits) -> dict:
-    """One tuned run after so many steps; limits: of the run, see `Study.tune`."""
-    place, summary = study.tune(key, name, arg, changes, **limits)
-    found = load_tuned(place, study.teacher(*key), step=after)
+    """One tuned run after so many steps; limits: of the run, see `Study.tuning`."""
+    if after:
+        place, _ = study.tune(key, name, arg, changes, **limits)
+        found = load_tuned(place, study.teacher(*key), step=after)
+    else:
+        found = study.untuned(key, arg, changes, **limits)
     images = study.draw(key, tuned=(found,), direct=direct)
-    rate = summary["steps_per_second"]
-    return (
-        {"parameters": param_count(found.params)}
-        | ({"steps_per_second": rate} if rate else {})
-        | study.measured(images, key)
-    )
+    return {"parameters": param_count(found.params)} | study.measured(images, key)
 
 
 def variants(study: Study, key: tuple) -> Iterator[Cell]:
@@ -289,47 +302,6 @@ def baseline_cell(study: Study, key: tuple, name: str, added: bool) -> dict:
     else:
         images, _ = cascade.direct(study.ids, base.labels)
     return study.measured(images, key)
-
-
-def seconds(study: Study, key: tuple) -> dict:
-    """E9: seconds of a batch, in turns: the base, direct sampling, tuning-free, tuned.
-
-    model: 1/C + share of the steps, C being direct sampling over the base, the paper's time model.
-    """
-    teacher, timing = study.teacher(*key), study.config.timing
-    method, ids = study.config.method, np.arange(timing.batch)
-    options = {"method": method, "batch_size": timing.batch}
-    plan = study.plan(key, "2x", study.config.k, given=False)
-    free = cascade_sampler(teacher, plan, **options)
-    base = sampler(teacher, steps=study.config.steps, **options)
-    labels = study.base(*key).labels[: len(ids)]
-    calls: dict[str, Callable[[], Any]] = {
-        "base": lambda: base(ids, labels),
-        "direct": lambda: free.direct(ids, labels),
-        "tuning-free": lambda: free.draw(ids, labels),
-    }
-    for name, (arg, changes, lr, steps) in study.config.tunings.to_dict().items():
-        if of_base_weights(name) or name.endswith("identity"):
-            continue
-        place, _ = study.tune(key, name, arg, changes, lr=lr, steps=steps)
-        subject, denoisers = tuned_cascade(teacher, [load_tuned(place, teacher)], plan)
-        cascade = cascade_sampler(subject, plan, **options, **denoisers)
-        calls[name] = functools.partial(cascade.draw, ids, labels)
-    walls = {side: np.array(t["wall"]) for side, t in alternate(calls, timing.rounds).items()}
-    median = {side: float(np.median(wall)) for side, wall in walls.items()}
-    (at_base, at_top), alone = network_calls(plan, method=method)
-    C = float(np.median(walls["direct"] / walls["base"]))
-    return {
-        "batch": timing.batch,
-        "seconds": median,
-        "over_direct": {s: float(np.median(w / walls["direct"])) for s, w in walls.items()},
-        "over_tuning_free": {
-            s: float(np.median(w / walls["tuning-free"])) for s, w in walls.items()
-        },
-        "C": C,
-        "share": at_top / alone,
-        "model": at_base / alone / C + at_top / alone,
-    }
 
 
 def photographs(study: Study) -> Iterator[Cell]:
@@ -375,8 +347,8 @@ def few_cell(study: Study, key: tuple, tune: str, few: int, steps: int, direct: 
 
 
 def real_pivots(study: Study, key: tuple) -> dict:
-    """Test images shrunk to the base size, enlarged again: how close to the pivot, how different
-    from seed to seed, and from the photograph itself."""
+    """Test images shrunk to the base size and enlarged again, PSNR in dB [mean, standard error]: to
+    the pivot, to the photograph itself (and of the pivot merely enlarged), from seed to seed."""
     settings = study.stage(key[0], "stage=pretrain", 0).data
     teacher = study.teacher(*key)
     side = 2 * teacher.meta["networks"]["net"]["resolution"]
@@ -384,21 +356,23 @@ def real_pivots(study: Study, key: tuple) -> dict:
     items = [source[i] for i in range(min(len(source), study.config.num))]
     images = np.stack([item["image"] for item in items])
     labels = np.array([item["label"] for item in items], np.int32)
-    pivots = np.asarray(area_mean(images, side // 2))
-    plan, ids = study.plan(key, "2x", study.config.k), np.arange(len(images))
-    drawn = [
-        cascade_sampler(teacher, plan, seed=seed, method=study.config.method, batch_size=64).draw(
-            ids, labels, pivots
-        )[0][-1]
-        for seed in (0, 1)
-    ]
+    pivots, ids = np.asarray(area_mean(images, side // 2)), np.arange(len(images))
+
+    def drawn(k: str, seed: int) -> np.ndarray:
+        cascade = cascade_sampler(
+            teacher, study.plan(key, "2x", k), seed=seed, method=study.config.method, batch_size=64
+        )
+        return cascade.draw(ids, labels, pivots)[0][-1]
 
     def psnr(a, b):
-        return float(np.mean(10 * np.log10(4 / np.mean((a - b) ** 2, axis=(1, 2, 3)))))
+        rows = 10 * np.log10(4 / np.mean((a - b) ** 2, axis=(1, 2, 3)))
+        return [float(rows.mean()), float(rows.std() / np.sqrt(len(rows)))]
 
+    first, second = drawn(study.config.k, 0), drawn(study.config.k, 1)
     return {
         "num": len(images),
-        "psnr_to_pivot": psnr(np.asarray(area_mean(drawn[0], side // 2)), pivots),
-        "psnr_to_photograph": psnr(drawn[0], images),
-        "psnr_between_seeds": psnr(*drawn),
+        "psnr_to_pivot": psnr(np.asarray(area_mean(first, side // 2)), pivots),
+        "psnr_to_photograph": psnr(first, images),
+        "psnr_of_enlarged_pivot": psnr(drawn("sigma0", 0), images),
+        "psnr_between_seeds": psnr(first, second),
     }

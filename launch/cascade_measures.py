@@ -6,7 +6,7 @@ import numpy as np
 
 from cheapscale.data.resize import area_mean
 from cheapscale.evaluation import quality
-from cheapscale.evaluation.fid import frechet_distance
+from cheapscale.evaluation.fid import frechet_distance, kernel_distance
 from cheapscale.evaluation.objects import count_objects
 from cheapscale.evaluation.patches import random_crops
 from cheapscale.evaluation.pixels import to_uint8
@@ -56,6 +56,7 @@ def measure(
     base_fd      of the images reduced to the base size, to the base's own samples (biased towards
                  methods that start from a pivot)
     pivot_mse    mean square between the block means and the pivot
+    kd           kernel distance to real images of that size (photographs, of which there are few)
     contrast     standard deviation of all pixels over that of real images
     single       share of pictures of exactly one object (scenes, `counted`)
     objects      objects in a picture
@@ -90,6 +91,8 @@ def measure(
         }
         if counts is not None:
             found |= {"single": np.mean(counts[rows] == 1), "objects": counts[rows].mean()}
+        else:
+            found["kd"] = kernel_distance(features[rows], top.reference.features)
         return found
 
     return with_deviation(figures, len(images), resamples)

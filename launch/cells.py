@@ -17,9 +17,11 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from cheapscale.data.files import whole_or_nothing
-from cheapscale.training.checkpoint import claim_workdir
-from cheapscale.training.loop import provenance
+from cheapscale.training.checkpoint import claim_workdir, differing_keys
+from cheapscale.training.loop import Diverged, provenance
 from launch.command import execute, write_record
+
+PLACES = ("data_dir",)  # a study may go on, or be continued, with the data elsewhere
 
 
 class Cell(NamedTuple):
@@ -40,8 +42,8 @@ def run_cells(
     only: Iterable[str] = (),
     minutes: float = 0.0,
 ) -> dict:
-    """Run what is missing and write the record; returns the summary. A ValueError of cells is kept
-    until all others have run.
+    """Run what is missing and write the record; returns the summary. A ValueError of cells, or
+    divergence, is kept until all others have run.
 
     experiment: has Study(config, workdir), made once the work directory is claimed, and
     cells(study), all of them in the order in which they are worth having.
@@ -51,7 +53,8 @@ def run_cells(
     began, folder = time.monotonic(), pathlib.Path(workdir) / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(config.to_dict()))
-    claim_workdir(workdir, plain, ())  # cells of another config would be taken for these
+    shown = {name: value for name, value in plain.items() if name not in PLACES}
+    claim_workdir(workdir, plain, PLACES)  # cells of another config would be taken for these
     known = from_record(record, plain)
     cells = experiment.cells(experiment.Study(config, workdir))
     planned = {f"{cell.section} {cell.name}": cell for cell in cells}
@@ -60,7 +63,7 @@ def run_cells(
     def keep() -> dict:
         done = {name: known[name] for name in planned if name in known}
         found = conclusions.findings(plain, done)
-        write_record(record, {"findings": found, "config": plain, "cells": done})
+        write_record(record, {"findings": found, "config": shown, "cells": done})
         return done
 
     refused = []
@@ -76,7 +79,7 @@ def run_cells(
         started = time.monotonic()
         try:
             figures = cell.run()
-        except ValueError as error:  # refused: the other cells may still be measured
+        except (ValueError, Diverged) as error:  # the other cells may still be measured
             logging.error("%s: %s", name, error)
             refused.append(f"{name} ({error})")
             continue
@@ -113,10 +116,10 @@ def from_record(record: str, config: dict) -> dict:
     if not record or not pathlib.Path(record).is_file():
         return {}
     held = json.loads(pathlib.Path(record).read_text())
-    if held["config"] != config:
-        keys = [k for k in config if held["config"].get(k) != config[k]]
+    rows = differing_keys(held["config"], config, PLACES)
+    if rows:
         raise ValueError(
-            f"{record} was measured under another config ({', '.join(keys)}): name another file"
+            f"{record} was measured under another config ({'; '.join(rows)}): name another file"
         )
     return dict(held["cells"])
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-PAIRED = ("single", "fd", "patch_fd", "base_fd")  # whose resamples are kept
+PAIRED = ("single", "fd", "kd", "patch_fd", "base_fd")  # whose resamples are kept
 
 
 def with_deviation(figures: Callable[[np.ndarray], dict], n: int, resamples: int) -> dict:

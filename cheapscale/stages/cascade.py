@@ -253,8 +253,8 @@ def injected(theta, phi, pivot, settings, fields, model, diffusion):
     ratio = (float(settings["ratio"]),) * 2
 
     def D(x, sigma, label):
-        level = sigma if settings["features"] == "step" else diffusion["sigma_min"]
-        features = jax.lax.stop_gradient(read(theta, pivot, level, label))
+        step = sigma if settings["features"] == "step" else diffusion["sigma_min"]
+        features = jax.lax.stop_gradient(read(theta, pivot, step, label))
         lifted = Upsamplers(config).apply({"params": phi}, features, ratio, method=Upsamplers.lift)
         return denoise(theta, phi, lifted, x, sigma, label)
 

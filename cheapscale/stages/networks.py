@@ -141,17 +141,22 @@ def segment_grids(diffusion: dict, grid: np.ndarray, shift: float = 1.0) -> list
 
 
 def make_taps(model: dict, diffusion: dict, names: tuple[str, ...]) -> Callable:
-    """read(params, x [b,h,w,c], sigma [b] or scalar, label) -> {name: what the network holds there}
-    (`UNet.__call__`'s taps), given x as the denoiser gives it. Nothing after the last is run."""
+    """read(params, x [b,h,w,c], sigma [b] or scalar, label, told=sigma) -> {name: what the network
+    holds there} (`UNet.__call__`'s taps), given x at sigma as the denoiser gives it, and told that
+    it is at `told`. Nothing after the last is run."""
     net = unet(**model)
 
-    def read(params: PyTree, x: jax.Array, sigma: Any, label: jax.Array) -> dict[str, jax.Array]:
+    def inputs(x: jax.Array, sigma: Any) -> tuple[jax.Array, jax.Array]:
         if diffusion["process"] == "edm":
             feature = net.config.noise_feature
-            x_in, noise = denoiser.edm_inputs(x, sigma, diffusion["sigma_data"], feature)
-        else:
-            schedule = process.vp_schedule(diffusion["process"])
-            x_in, noise = denoiser.vp_inputs(x, sigma, schedule)
+            return denoiser.edm_inputs(x, sigma, diffusion["sigma_data"], feature)
+        return denoiser.vp_inputs(x, sigma, process.vp_schedule(diffusion["process"]))
+
+    def read(
+        params: PyTree, x: jax.Array, sigma: Any, label: jax.Array, told: Any = None
+    ) -> dict[str, jax.Array]:
+        x_in, _ = inputs(x, sigma)
+        _, noise = inputs(x, sigma if told is None else told)
         return net.apply({"params": params}, x_in, noise, label, taps=names)[1]
 
     return read

@@ -67,9 +67,15 @@ def injection(settings: dict, sigma_data: float) -> Injection:
 
 
 def reader(model: dict, diffusion: dict, config: upsampler.UpsamplerConfig) -> Callable:
-    """read(theta, pivot [b,h,w,c], sigma, label) -> {place: f_n}; the paper's sigma is that of step
-    0, the lowest the teacher samples at."""
-    return make_taps(model, diffusion, tuple(name for name, _ in config.channels))
+    """read(theta, pivot [b,h,w,c], step, label) -> {place: f_n}. The pivot is clean, at the level
+    of step 0, the lowest that the teacher samples at; `step` is the sigma whose embedding the
+    network is given with it: that of step 0 in the paper, every step's own in the released code."""
+    taps = make_taps(model, diffusion, tuple(name for name, _ in config.channels))
+
+    def read(theta: PyTree, pivot: jax.Array, step: Any, label: jax.Array) -> dict[str, jax.Array]:
+        return taps(theta, pivot, diffusion["sigma_min"], label, told=step)
+
+    return read
 
 
 def embedder(model: dict, diffusion: dict) -> Callable:
@@ -139,8 +145,8 @@ def upsampled_teacher(
             label = jnp.concatenate([label, jnp.full_like(label, null)])
             pivot = jnp.concatenate([pivot, pivot])
 
-        def lifted(clean, sigma):
-            features = read(theta, clean, sigma, label)
+        def lifted(clean, step):
+            features = read(theta, clean, step, label)
             return module.apply({"params": phi}, features, ratio, method=Upsamplers.lift)
 
         once = lifted(pivot, diffusion["sigma_min"]) if injected.features == "clean" else None

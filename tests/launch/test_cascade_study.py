@@ -97,11 +97,25 @@ def test_findings_name_the_best_k_and_the_steps_to_reach_the_tuned_score():
         "E2 edm seed 0: K t0.7": restarted("t0.7", single=0.6, fd=1.0, patch_fd=2.0, base_fd=0.2),
         "E4 linear seed 0: K t0.5": restarted("t0.5", fd=3.0, patch_fd=1.0, base_fd=0.3),
         "E4 linear seed 0: K t0.7": restarted("t0.7", fd=4.0, patch_fd=2.0, base_fd=0.2),
-        "E6 edm seed 0: neck after 50": figures({"steps_per_second": 2.0}, patch_fd=1.5),
+        "E6 edm seed 0: neck after 50": figures(patch_fd=1.5),
         "E6 edm seed 0: neck after 400": figures(patch_fd=1.0),
         "E6 edm seed 0: ft direct after 100": figures(patch_fd=1.5),
+        "E6 edm seed 0: ft direct after 200": figures(patch_fd=1.7),
         "E6 edm seed 0: ft direct after 400": figures(patch_fd=0.9),
         "E6 edm seed 0: ft after 100": figures(patch_fd=0.8),
+        "E6 edm seed 0: neck M after 400": figures(patch_fd=0.7),
+        "E9 seconds": {"figures": {"training_step": {"neck": 0.5, "ft": 1.0}}},
+        "E5 edm seed 0: 4x two stages": figures(single=0.9, base_fd=2.0),
+        "E5 edm seed 0: 4x one jump": figures(single=0.8, base_fd=0.5),
+        "E5 edm seed 0: 4x direct": figures(single=0.1, base_fd=9.0),
+        "E5 edm seed 0: 4x enlarged pivot": figures(single=0.7, base_fd=0.1),
+        "E11 code: all times after 400": figures(fd=5.0),
+        "E11 identity start after 400": figures(fd=3.5),
+        "E12 windows, alone": figures(single=0.5, fd=2.5),
+        "E12 windows, on top of the cascade": figures(single=0.65, fd=1.25),
+        "E10 photographs: enlarged pivot": figures(kd=0.5),
+        "E10 photographs: tuning-free": figures(kd=0.25),
+        "E10 photographs: ft direct of 16 images after 400": figures(kd=1.0),
     }
     # resamples that move apart: 0.3 is not surely above 0.2
     done["E4 linear seed 0: K t0.5"]["figures"]["draws"]["base_fd"] = "0.1 0.5"
@@ -120,15 +134,49 @@ def test_findings_name_the_best_k_and_the_steps_to_reach_the_tuned_score():
     def steps(design, name="steps"):
         return {method: row[name] for method, row in reached[design]["patch_fd"].items()}
 
-    assert steps("neck after 400") == {"neck": 400, "ft direct": 400, "ft": 100}
-    assert steps("neck after 50") == {"neck": 50, "ft direct": 100, "ft": 100}
-    assert steps("neck after 50", "seconds") == {"neck": 25.0, "ft direct": None, "ft": None}
-    assert "two stages against one jump" not in found  # its cells are not there
+    assert steps("neck after 400") == {"neck": 400, "neck M": 400, "ft direct": 400, "ft": 100}
+    # after 100 steps it only touched the target: after 200 it was above again
+    assert steps("neck after 50") == {"neck": 50, "neck M": 400, "ft direct": 400, "ft": 100}
+    assert steps("neck after 50", "earliest")["ft direct"] == 100
+    assert steps("neck after 50", "seconds") == {
+        "neck": 25.0, "neck M": None, "ft direct": 400.0, "ft": 100.0
+    }  # fmt: skip
+    # every difference is against what its name says
+    cascade = {
+        kind: right[f"K t0.7 minus {kind}"]["single"] for kind in ("direct", "enlarged pivot")
+    }
+    for row, value in (
+        (cascade["direct"], 0.5),
+        (cascade["enlarged pivot"], -0.1),
+        (found["two stages against one jump"]["two stages - one jump"]["base_fd"], 1.5),
+        (found["designs"]["neck M - neck after 400"]["patch_fd"], -0.3),
+        (found["tuning, seed 0"]["by steps"]["neck"]["400"]["minus tuning-free"]["patch_fd"], -1),
+    ):
+        assert row[0] == pytest.approx(value)
+    compared = {
+        (name, against): next(row[metric][0] for metric in ("kd", "fd", "single") if metric in row)
+        for name, rows in found["variants, baselines, photographs"].items()
+        for against, row in rows.items()
+    }
+    assert compared == pytest.approx({
+        ("windows, alone", "minus direct"): 0.4,
+        ("windows, alone", "minus tuning-free"): 1.5,
+        ("windows, on top of the cascade", "minus tuning-free"): 0.25,
+        ("code: all times after 400", "minus tuning-free"): 1.0,  # of the linear teacher
+        ("identity start after 400", "minus tuning-free"): -0.5,
+        ("code: all times after 400", "minus plain"): 1.5,
+        ("photographs: ft direct of 16 images after 400", "minus tuning-free"): 0.75,
+        ("photographs: ft direct of 16 images after 400", "minus its pivot"): 0.5,
+        ("photographs: tuning-free", "minus its pivot"): -0.25,
+    })  # fmt: skip
     of_another = {
         name.replace("seed 0", "seed 1").replace("E1", "E2"): cell for name, cell in done.items()
     }
     again = findings(config, of_another)  # the further seeds' cells are E2's
     assert again["composition, seed 1"] == right
+    both = findings(config | {"seeds": (0, 1)}, done | of_another)["over seeds"]
+    assert both["direct, minus tuning-free"]["single"] == pytest.approx([-0.5, -0.5])
+    assert both["neck after 400, minus tuning-free"]["patch_fd"] == pytest.approx([-1, -1])
     assert "E1 edm seed 0: direct" in table(done)
 
 
@@ -167,7 +215,7 @@ def test_the_study_goes_on_where_it_stopped_also_from_its_record(tmp_path, monke
     config.num = 99
     with pytest.raises(ValueError, match="was started with another config .*num: 12 -> 99"):
         go("one")
-    with pytest.raises(ValueError, match=r"measured under another config \(num\)"):
+    with pytest.raises(ValueError, match=r"measured under another config \(num: 12 -> 99\)"):
         go("three")
 
 

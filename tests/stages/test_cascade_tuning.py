@@ -13,74 +13,17 @@ from cheapscale.models import upsampler
 from cheapscale.models.unet import unet
 from cheapscale.stages import cascade, tuned
 from cheapscale.stages.cascade_sampler import cascade_plan, cascade_sampler, frozen_teacher
-from cheapscale.stages.networks import complete, fingerprint
-from cheapscale.stages.sampling import teacher_map
-from cheapscale.training.checkpoint import Loaded
+from cheapscale.stages.networks import fingerprint
 from cheapscale.training.sharding import make_mesh
 from cheapscale.training.stage import denoise_step, noise_bins
 from cheapscale.training.state import Optimiser, create_state
-from configs import common
-
-UNET = complete({"resolution": 8, "channels": 8, "channel_mult": (1, 2), "attention": (4,),
-                 "num_blocks": 1, "groups": 4, "num_classes": 3})  # fmt: skip
-EDM = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
-       "sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}  # fmt: skip
-VP = EDM | {"process": "linear", "prediction": "eps", "sigma_min": 0.02, "sigma_max": 150.0}
+from tests.stages.tuned_runs import EDM, UNET, VP, settings, teacher, tuned_run, weights
 
 
 @pytest.fixture(autouse=True)
 def one_device():
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         yield
-
-
-@functools.cache
-def weights(seed=0):
-    """Weights that do something, without compiling an initialisation."""
-    net, rng = unet(**UNET), np.random.default_rng(seed)
-    shapes = jax.eval_shape(
-        lambda key: net.init(key, jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), label=jnp.zeros(1, int)),
-        jax.random.key(0),
-    )
-    fill = lambda s: rng.normal(0.02, 0.25, s.shape).astype(np.float32)  # noqa: E731
-    return jax.tree.map(fill, shapes["params"])
-
-
-def teacher(diffusion=EDM):
-    meta = {
-        "stage": "pretrain",
-        "networks": {"net": UNET},
-        "diffusion": diffusion,
-        "config": {"pretrain": {"label_dropout": 0.1}},
-    }
-    return Loaded(weights(), meta, 0, "nowhere")
-
-
-def settings(tune="neck", **changes):
-    resolved = {"times": "all" if tune in ("lora", "ft") else "to_k", "label_dropout": 0.0}
-    return common.cascade(tune).to_dict() | {"width": 4, "lora_rank": 2} | resolved | changes
-
-
-def tuned_run(tune="neck", seed=None, **changes):
-    """A tuned run that was never saved: fresh weights, or noise of a seed."""
-    chosen = settings(tune, **changes)
-    fields = cascade.network_fields(chosen, UNET)
-    params = upsampler.init_upsamplers(upsampler.from_fields(fields), jax.random.key(1))
-    if seed is not None:
-        rng = np.random.default_rng(seed)
-        params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), params)
-    meta = {"networks": {"upsampler": fields}, "cascade": chosen, "diffusion": EDM}
-    return tuned.Tuned(params, meta, tune)
-
-
-def images_of(run, pivots, *, cfg_scale=1.0, steps=10, diffusion=EDM, **options):
-    loaded = teacher(diffusion)
-    plan = cascade_plan(loaded.meta, "2x", steps=steps, pivot_size=(8, 8))
-    subject, denoisers = tuned.tuned_cascade(loaded, [run], plan, cfg_scale)
-    sampler = cascade_sampler(
-        subject, plan, method="euler", cfg_scale=cfg_scale, **denoisers, **options
-    )
-    return sampler.draw(np.arange(2), np.array([0, 2]), pivots)[0][1]
 
 
 @pytest.fixture
@@ -317,40 +260,6 @@ def test_labels_are_dropped_where_guidance_will_need_it(monkeypatch):
     assert 0.35 < float((spy.seen["label"] == 3).mean()) < 0.65
 
 
-def test_the_released_codes_switches_change_what_they_name(pivots):
-    """E11: step-wise features, the decaying pivot, no injection at the end."""
-    plain = images_of(tuned_run("gain", seed=2), pivots)
-    stepwise = images_of(tuned_run("gain", seed=2, features="step"), pivots)
-    assert np.abs(plain - stepwise).max() > 1e-3
-    decayed = tuned_run("gain", seed=2, features="step", pivot_decay=0.13)
-    assert np.abs(images_of(decayed, pivots) - stepwise).max() > 1e-3
-    never = images_of(tuned_run("gain", seed=2, off_below="sigma70"), pivots)
-    free = images_of(tuned_run("gain"), pivots)
-    np.testing.assert_allclose(never, free, atol=1e-6)
-    assert np.abs(plain - free).max() > 1e-3
-    for change, message in (
-        ({"mode": "X"}, "cascade.mode is 'X'"),
-        ({"pivot_decay": 0.5}, "pivot_decay is 0.5, but cascade.features 'clean'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            tuned.injection(settings("gain", **change), 0.5)
-
-
-def test_a_sampled_pivot_is_the_teachers_own():
-    chosen = settings("gain", pivot="sampled", pivot_steps=3)
-    label, shape = jnp.array([0, 1]), (2, 8, 8, 3)
-    draw_from = functools.partial(
-        cascade.sampled_pivot, shape=shape, label=label, model=UNET, diffusion=EDM,
-        settings=chosen,
-    )  # fmt: skip
-    draw = jax.jit(lambda key: draw_from(weights(), key=key))
-    one, other = draw(jax.random.key(0)), draw(jax.random.key(1))
-    assert one.shape == shape and np.abs(one - other).max() > 0.01
-    by_hand = jax.jit(teacher_map(UNET, EDM, steps=3, method="euler"))
-    z = 80.0 * jax.random.normal(jax.random.key(0), shape)
-    np.testing.assert_allclose(one, by_hand(weights(), z, label), rtol=1e-4, atol=1e-4)
-
-
 def test_one_run_serves_all_stages_or_each_its_own(pivots):
     loaded = teacher()
     plan = cascade_plan(loaded.meta, "2x,4x", steps=3)
@@ -401,11 +310,16 @@ def test_the_places_of_both_modes_are_the_networks_own_keys():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("diffusion", [EDM, VP])
-def test_training_and_sampling_inject_the_same_and_it_is_the_papers(diffusion, pivots):
+@pytest.mark.parametrize(
+    "diffusion, mode, features", [(EDM, "S", "clean"), (VP, "M", "step"), (EDM, "S", "step")]
+)
+def test_training_and_sampling_inject_the_same_and_it_is_the_papers(
+    diffusion, mode, features, pivots
+):
     """The stage's D, the loss's D, and one composed by hand from the network itself: features of
-    step 0, the step's own embedding, four sums (points 6 and 10)."""
-    run = tuned_run("neck", seed=4)
+    the clean pivot at step 0, the step's own embedding, four sums (points 6 and 10); the released
+    code tells the network the step with the same clean pivot (6.2.1)."""
+    run = tuned_run("neck", seed=4, mode=mode, features=features)
     config = upsampler.from_fields(run.meta["networks"]["upsampler"])
     label, fields = jnp.array([0, 2]), run.meta["networks"]["upsampler"]
     x, sigma = jax.random.normal(jax.random.key(0), (2, 16, 16, 3)), 1.3
@@ -426,13 +340,15 @@ def test_training_and_sampling_inject_the_same_and_it_is_the_papers(diffusion, p
         ((stage, _),) = make(tree, pivot, label, grid)
         loss = cascade.injected(theta, params, pivot, run.meta["cascade"], fields, UNET, diffusion)
         clean, noise = inputs(pivot, diffusion["sigma_min"])
+        noise = inputs(pivot, sigma)[1] if features == "step" else noise
         names = tuple(name for name, _ in config.channels)
         f = net.apply({"params": theta}, clean, noise, label, taps=names)[1]
         x_in, noise = inputs(x, sigma)
         emb = net.apply({"params": theta}, x_in, noise, label, taps=("emb",))[1]["emb"]
         once = phi.apply({"params": params}, f, (2.0, 2.0), method=upsampler.Upsamplers.lift)
         u = phi.apply({"params": params}, once, emb, jnp.full(2, sigma, jnp.float32))
-        inject = {(n if n.startswith("dec") else f"{n}/skip"): v for n, v in u.items()}
+        end = {"S": "skip", "M": "stream"}[mode]
+        inject = {(n if n.startswith("dec") else f"{n}/{end}"): v for n, v in u.items()}
         F = net.apply({"params": theta}, x_in, noise, label, inject=inject)
         if diffusion is EDM:
             c_skip, c_out, _ = denoiser.preconditioning(sigma, 0.5)
