@@ -200,7 +200,7 @@ def cascade(tune: str = "neck") -> ConfigDict:
     return ConfigDict(
         {
             "tune": tune,  # none | neck | gain | 2k | full | lora | ft
-            "k": "t0.7",  # where stages restart, as --cascade_k
+            "k": "t0.7",  # where stages restart, as --cascade_k (of tune=none "t0.7,t0.5" too)
             "ratio": 2,  # of a canvas to its pivot, per side
             "sizes": (),  # sides tuned at, sharing weights; () is data.resolution alone
             "mode": "S",  # u joins the decoder's skips (S) or the main stream (M)
@@ -225,6 +225,13 @@ def cascade(tune: str = "neck") -> ConfigDict:
             "per_shard": 64,
             "steps": 40,
             "method": "heun",
+            "spacing": "karras",
+            "cfg_scale": 1.0,
+            "kernel": "bilinear",  # and below: as launch.sample's flags
+            "space": "model",
+            "coupled": False,
+            "stage_seeds": (),
+            "owner": "level",
         }
     )
 

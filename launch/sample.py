@@ -12,10 +12,11 @@ or a teacher beyond the size it was trained at, by a self-cascade (Guo et al. 20
 Image i depends on the seed and i alone, not on the batch size or the devices. Out come
 samples.npz (uint8 `images`, `labels`, `ids`) and samples.png; the last line is one JSON object. A
 cascade also leaves base.npz, its first scale, and preview.png: in rows the base enlarged, direct
-sampling at the last size, the tuning-free cascade and, where one is named, the tuned one (or the
-baseline).
+sampling at the last size and the tuning-free cascade, all three of the model itself, and where they
+are named the cascade with the tuned weights or with the baseline.
 """
 
+import functools
 import pathlib
 import time
 
@@ -27,7 +28,7 @@ from cheapscale.diffusion.process import decibels
 from cheapscale.diffusion.solvers import METHODS
 from cheapscale.evaluation.pixels import to_uint8
 from cheapscale.stages import cascade_sampler as cascade
-from cheapscale.stages.cascade_baselines import BASELINES, baseline
+from cheapscale.stages.cascade_baselines import BASELINES, baseline, num_windows
 from cheapscale.stages.networks import load_model
 from cheapscale.stages.pivot_images import read_pivots
 from cheapscale.stages.sampling import SPACINGS, sample
@@ -78,7 +79,10 @@ flags.DEFINE_list(
 flags.DEFINE_enum(
     "baseline", "", ["", *BASELINES], "Another method on every larger canvas, for comparison."
 )
-flags.DEFINE_bool("direct", False, "Also sample all images directly at the last size: direct.npz.")
+flags.DEFINE_bool(
+    "direct", False, "Also sample all images directly at the last size: direct.npz, by the baseline"
+    " or the fine-tuned weights where they are given, beside upsamplers by the model itself."
+)  # fmt: skip
 flags.DEFINE_integer("preview", 8, "Columns of preview.png; 0: none.", lower_bound=0)
 FLAGS = flags.FLAGS
 
@@ -139,15 +143,12 @@ def run_cascade(
     if FLAGS.pivot:
         pivots, known = read_pivots(FLAGS.pivot, ids, FLAGS.pivot_resolution)
         labels = known if labels is None else labels
-    plan = cascade.cascade_plan(
-        loaded.meta,
-        FLAGS.cascade,
-        k=FLAGS.cascade_k,
-        steps=FLAGS.steps,
-        spacing=FLAGS.spacing,
+    make_plan = functools.partial(
+        cascade.cascade_plan, loaded.meta, FLAGS.cascade,
+        k=FLAGS.cascade_k, steps=FLAGS.steps, spacing=FLAGS.spacing,
         pivot_size=None if pivots is None else pivots.shape[1:3],
-        shifted=FLAGS.baseline == "shifted",
-    )
+    )  # fmt: skip
+    plan = make_plan(shifted=FLAGS.baseline == "shifted")
     options = sampler_options() | {
         "seed": FLAGS.seed,
         "stage_seeds": [int(seed) for seed in FLAGS.stage_seeds],
@@ -160,21 +161,22 @@ def run_cascade(
     sampler = cascade.cascade_sampler(subject, plan, **denoisers, **options)
     scales, labels = sampler.draw(ids, labels, pivots)
     save_images(out / "base.npz", scales[0], labels, ids)
-    shown = len(ids) if FLAGS.direct else min(FLAGS.preview, len(ids))
-    if shown:
-        direct, _ = sampler.direct(ids[:shown], labels[:shown])
     if FLAGS.direct:
-        save_images(out / "direct.npz", direct, labels, ids)
+        save_images(out / "direct.npz", sampler.direct(ids, labels)[0], labels, ids)
     if FLAGS.preview:
-        few = min(FLAGS.preview, len(ids))
-        enlarged = np.asarray(resize(scales[0][:few], plan.sizes[-1], "nearest"))
-        rows = [enlarged, direct[:few], scales[-1][:few]]
-        if FLAGS.tuned:
-            free = cascade.cascade_sampler(loaded, plan, **options)
-            given = None if pivots is None else pivots[:few]
-            rows.insert(2, free.draw(ids[:few], labels[:few], given)[0][-1])
-        save_png(out / "preview.png", image_grid(np.concatenate(rows), columns=few))
+        few = slice(min(FLAGS.preview, len(ids)))
+        rows, free = [scales[-1][few]], sampler
+        if denoisers:
+            free = cascade.cascade_sampler(loaded, make_plan(), **options)
+            given = None if pivots is None else pivots[few]
+            rows.insert(0, free.draw(ids[few], labels[few], given)[0][-1])
+        enlarged = np.asarray(resize(scales[0][few], plan.sizes[-1], "nearest"))
+        rows = [enlarged, free.direct(ids[few], labels[few])[0], *rows]
+        save_png(out / "preview.png", image_grid(np.concatenate(rows), columns=few.stop))
     calls, alone = cascade.network_calls(plan, method=FLAGS.method, cfg_scale=FLAGS.cfg_scale)
+    if FLAGS.baseline == "windows":  # one call for each of them, on canvases of the trained size
+        times = [num_windows(size, loaded.meta["networks"]["net"]) for size in plan.sizes]
+        calls, alone = [n * c for n, c in zip(times, calls)], times[-1] * alone
     sigmas = [float(grid[0]) for grid in plan.restarts]
     return scales[-1], labels, {
         "sizes": [named(size) for size in plan.sizes],

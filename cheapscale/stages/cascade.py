@@ -330,11 +330,14 @@ def sampling_job(config, teacher: Loaded) -> Job:
     steps, method = settings["steps"], settings["method"]
     side = config.data.resolution
     plan = cascade_plan(
-        teacher.meta, settings["scales"] or f"{side}x{side}", k=(settings["k"],), steps=steps
-    )
+        teacher.meta, settings["scales"] or f"{side}x{side}", k=settings["k"].split(","),
+        steps=steps, spacing=settings["spacing"],
+    )  # fmt: skip
+    names = ("cfg_scale", "kernel", "space", "coupled", "stage_seeds", "owner")
     sampler = cascade_sampler(
-        teacher, plan, seed=config.seed, batch_size=config.batch_size, method=method
-    )
+        teacher, plan, seed=config.seed, batch_size=config.batch_size, method=method,
+        **{name: settings[name] for name in names},
+    )  # fmt: skip
     per_shard, num = settings["per_shard"], settings["num"]
 
     def path(shard: int) -> pathlib.Path:
@@ -361,7 +364,7 @@ def sampling_job(config, teacher: Loaded) -> Job:
         top = few["images"].shape[1]
         rows = np.concatenate([enlarge(few["base"], top), few["direct"], few["images"]])
         save_png(folder / "preview.png", image_grid(rows / 127.5 - 1, columns=len(few["images"])))
-        calls, direct = network_calls(plan, method=method)
+        calls, direct = network_calls(plan, method=method, cfg_scale=settings["cfg_scale"])
         return {"out": str(folder), "num": num, "nfe": calls, "nfe_direct": direct}
 
     return Job(

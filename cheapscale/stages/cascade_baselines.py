@@ -99,6 +99,11 @@ def windowed(base: StageDenoiser, side: int) -> StageDenoiser:
     return denoiser
 
 
+def num_windows(size: Size, model: dict) -> int:
+    """Network calls that one estimate of "windows" takes."""
+    return len(starts(size[0], model["resolution"])) * len(starts(size[1], model["resolution"]))
+
+
 def starts(length: int, side: int) -> list[int]:
     """Where windows of `side` begin along a canvas of `length`, the last one at its end."""
     return sorted({*range(0, length - side, max(side // 2, 1)), length - side})

@@ -206,9 +206,10 @@ def train(
             places = jax.tree.map(lambda s: s.sharding, shapes)
             frozen = jax.device_put(jax.tree.map(np.asarray, frozen), places)
             step_fn, flops, peak = compiling.result()
+        trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         logging.info(
-            "%s: compiled in %.1f s, %.3g FLOPs a step, %.0f MB",
-            name, time.monotonic() - began, flops, peak / 1e6,
+            "%s: compiled in %.1f s, %s weights to train, %.3g FLOPs a step, %.0f MB",
+            name, time.monotonic() - began, f"{trained:,}", flops, peak / 1e6,
         )  # fmt: skip
 
         log = Log(workdir, name, total_steps)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from PIL import Image
 
 from cheapscale.models import upsampler
@@ -89,6 +90,35 @@ def test_a_cascade_leaves_its_images_their_base_and_a_preview(teacher, tmp_path)
     assert not (second / "preview.png").exists()
 
 
+def test_every_flag_reaches_the_plan_or_the_sampler(teacher, tmp_path, monkeypatch):
+    """In this process, stopped before anything is sampled."""
+    from launch import sample as program  # defines flags: not while other programs are imported
+
+    seen = {}
+
+    class Enough(Exception):
+        pass
+
+    def stop(loaded, plan, **options):
+        seen.update(options, sizes=plan.sizes, restarts=[grid[0] for grid in plan.restarts])
+        raise Enough
+
+    monkeypatch.setattr(program.cascade, "cascade_sampler", stop)
+    words = ("--cascade=2x,4x", "--cascade_k=sigma3,sigma2", "--steps=60", "--stage_seeds=5,6",
+             "--resize_kernel=bicubic", "--resize_space=image", "--coupled", "--owner=level",
+             "--seed=4", "--cfg_scale=2", "--method=euler", "--batch_size=3")  # fmt: skip
+    with flagsaver.flagsaver():
+        program.FLAGS(["sample", f"--model={teacher}", f"--out={tmp_path}", *words])
+        with pytest.raises(Enough):
+            program.run()
+    assert seen["sizes"] == ((4, 4), (8, 8), (16, 16))
+    assert 2.5 < seen["restarts"][0] <= 3 and 1.6 < seen["restarts"][1] <= 2
+    expected = {"stage_seeds": [5, 6], "kernel": "bicubic", "space": "image", "coupled": True,
+                "owner": "level", "seed": 4, "cfg_scale": 2.0, "method": "euler",
+                "batch_size": 3}  # fmt: skip
+    assert {name: seen[name] for name in expected} == expected
+
+
 def test_cascade_flags_without_a_cascade_are_refused():
     _, errors, status = sample("--model=nowhere", "--coupled", "--pivot=x.png")
     assert status == 1
@@ -135,8 +165,12 @@ def test_tuned_weights_join_their_teacher_and_the_preview_compares(teacher, tune
 
 def test_a_baseline_runs_on_every_larger_canvas(teacher, tmp_path):
     words = (f"--model={teacher}", "--cascade=2x", "--num=2", "--steps=4", "--preview=0")
-    _, errors, status = sample(*words, f"--out={tmp_path}", "--baseline=shifted", "--direct")
+    lines, errors, status = sample(*words, f"--out={tmp_path}", "--baseline=windows", "--direct")
     assert status == 0, errors[-3000:]
+    summary = json.loads(lines[-1])
     assert np.load(tmp_path / "direct.npz")["images"].shape == (2, 8, 8, 3)
+    # nine windows of 4 px on a canvas of 8: as many calls for an estimate
+    assert summary["nfe"][0] == 7 and summary["nfe_direct"] == 9 * 7
+    assert summary["nfe"][1] % 9 == 0
     _, errors, status = sample(*words, "--baseline=shifted", "--tuned=x")
     assert status == 1 and "two methods for the same canvas" in errors.splitlines()[-1]

@@ -377,6 +377,17 @@ def test_calls_and_flops_are_those_of_the_papers_model(real_teacher):
     assert network_calls(karras) == ((39, 2 * tail - 1, 0), 39)
 
 
+@pytest.mark.parametrize("cascade, size, pixels", [("2x", (8, 8), 4), ("16x32", (8, 16), 4)])
+def test_k_in_blocks_counts_the_pixels_that_a_stage_adds(cascade, size, pixels):
+    """The SNR of means over blocks of n pixels is n times the pixels'."""
+    plans = [
+        cascade_plan(GREY.meta, cascade, k=(k,), steps=400, pivot_size=size).restarts[0]
+        for k in ("block-4.4dB", f"snr{-4.4 - 10 * np.log10(pixels):.6f}dB", "snr-4.4dB")
+    ]
+    np.testing.assert_array_equal(plans[0], plans[1])
+    assert plans[0][0] > 1.5 * plans[2][0]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -1,5 +1,7 @@
 """`stage=cascade` through the one loop, and what its runs are good for afterwards."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cheapscale.models.unet import unet
-from cheapscale.stages import tuned
+from cheapscale.stages import cascade, tuned
 from cheapscale.stages.cascade_sampler import cascade_plan, cascade_sampler
 from cheapscale.stages.networks import complete, fingerprint, load_teacher
 from cheapscale.stages.run import build, run
@@ -18,7 +20,7 @@ DIFFUSION = {"process": "edm", "prediction": "x0", "sigma_min": 0.002, "sigma_ma
              "rho": 7.0, "sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}  # fmt: skip
 
 
-def save_teacher(workdir, seed):
+def save_teacher(workdir, seed, label_dropout=0.0):
     model = scenes.get_config("stage=pretrain,smoke").model.to_dict()
     net, rng = unet(**model), np.random.default_rng(seed)
     shapes = jax.eval_shape(
@@ -28,7 +30,7 @@ def save_teacher(workdir, seed):
     params = jax.tree.map(lambda s: rng.normal(0, 0.1, s.shape).astype("f"), shapes["params"])
     meta = {
         "stage": "pretrain", "networks": {"net": complete(model)}, "diffusion": DIFFUSION,
-        "config": {"pretrain": {"label_dropout": 0.0}},
+        "config": {"pretrain": {"label_dropout": label_dropout}},
         "ledger": {"flops": 5.0, "device_seconds": 1.0},
     }  # fmt: skip
     with checkpoint.Checkpoints(workdir) as checkpoints:
@@ -73,6 +75,9 @@ def test_a_tuned_run_trains_saves_and_samples_with_its_teacher(teacher, tune, ne
     started = build(onward)
     jax.tree.map(np.testing.assert_array_equal, started.warm_start({net: None})[net], found.params)
     assert started.meta["ledger"]["flops"] == found.meta["ledger"]["flops"] > 5.0
+    for changes in ({"mode": "M"}, {"init": "identity"}) if tune == "gain" else ():
+        with pytest.raises(ValueError, match="holds other modules than tune="):
+            build(smoke(teacher, tune, init_from=str(tmp_path / "tuned"), **changes))
     alone, _ = cascade_sampler(subject, plan, method="euler", **options).direct(ids)
     direct, _ = cascade_sampler(loaded, plan, method="euler").direct(ids)
     assert np.allclose(alone, direct, atol=1e-5) == (tune == "gain")
@@ -87,6 +92,8 @@ def test_tune_none_draws_the_cascade_in_shards_and_resumes(teacher, tmp_path):
     config = smoke(teacher, "none", out=str(tmp_path / "images"), num=6, method="euler")
     summary = run(config, tmp_path / "job")
     assert summary["nfe_direct"] == 2 and summary["num"] == 6
+    with pytest.raises(ValueError, match="coupled noise need scales such as 2x,4x"):
+        build(smoke(teacher, "none", out="x", scales="1.5x", coupled=True))
     shards = [np.load(tmp_path / "images" / f"shard-{i:05d}.npz") for i in range(2)]
     assert [len(shard["ids"]) for shard in shards] == [4, 2]
     assert shards[0]["images"].shape == (4, 16, 16, 3) and shards[0]["base"].shape[1] == 8
@@ -101,6 +108,41 @@ def test_tune_none_draws_the_cascade_in_shards_and_resumes(teacher, tmp_path):
     other = smoke(teacher, "none", out=str(tmp_path / "images"), num=6, method="heun")
     with pytest.raises(ValueError, match="was started with another config .*cascade.method"):
         run(other, tmp_path / "other")
+
+
+@pytest.mark.parametrize("tune, times", [("gain", "to_k"), ("lora", "all"), ("ft", "all")])
+def test_what_a_run_leaves_open_is_the_teachers_or_the_controls(tmp_path, tune, times):
+    """Upsamplers train up to K, controls that also sample directly at all levels; labels drop as
+    they did for the teacher."""
+    place = save_teacher(tmp_path, 0, label_dropout=0.25)
+    found = build(smoke(place, tune)).meta["cascade"]
+    assert (found["times"], found["label_dropout"]) == (times, 0.25)
+    found = build(smoke(place, tune, times="to_k", label_dropout=0.0)).meta["cascade"]
+    assert (found["times"], found["label_dropout"]) == ("to_k", 0.0)
+
+
+def test_the_preview_shows_base_direct_tuning_free_and_tuned_in_this_order(teacher, monkeypatch):
+    class Fake:
+        def __init__(self, loaded, plan, *, denoisers=None, **_):
+            self.grey = -0.5 if denoisers is None else 0.5
+
+        def draw(self, ids, labels, params=None):
+            assert (params is None) == (self.grey < 0)
+            return [
+                np.full((8, side, side, 3), g) for side, g in ((8, -1), (16, self.grey))
+            ], labels
+
+        def direct(self, ids, labels):
+            return np.full((8, 16, 16, 3), 0.0), labels
+
+    monkeypatch.setattr(cascade, "cascade_sampler", Fake)
+    loaded = load_teacher(teacher)
+    meta = build(smoke(teacher, "gain")).meta
+    show = cascade.preview(loaded, tuned.Tuned({}, meta, "gain"), 4)
+    state = SimpleNamespace(ema_params={"upsampler": {}})
+    grid = show(state, {"teacher": loaded.params})["grid"]
+    rows = [grid[2 + 18 * row + 8, 10, 0] for row in range(4)]
+    np.testing.assert_allclose(rows, [0, 127.5, 63.75, 191.25], atol=1)
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs(teacher, tmp_path):

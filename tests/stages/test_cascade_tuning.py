@@ -10,6 +10,7 @@ import pytest
 from cheapscale.diffusion import denoiser, process, solvers
 from cheapscale.diffusion.pivot import block_mean, restart_sigma
 from cheapscale.models import upsampler
+from cheapscale.models.lora import adapted, init_lora
 from cheapscale.models.unet import unet
 from cheapscale.stages import cascade, tuned
 from cheapscale.stages.cascade_sampler import cascade_plan, cascade_sampler, frozen_teacher
@@ -258,6 +259,46 @@ def test_labels_are_dropped_where_guidance_will_need_it(monkeypatch):
         sizes=(16,),
     )  # fmt: skip
     assert 0.35 < float((spy.seen["label"] == 3).mean()) < 0.65
+
+
+def test_adapters_of_a_stage_are_its_own_merged_into_the_teacher_with_their_scale(pivots):
+    chosen = settings("lora", lora_scale=0.5)
+    fields, rng = cascade.network_fields(chosen, UNET), np.random.default_rng(7)
+    meta = {"networks": {"lora": fields}, "cascade": chosen, "diffusion": EDM}
+    drawn = init_lora(weights(), chosen["lora_rank"], jax.random.key(0))
+    ours = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), drawn)
+    zero = jax.tree.map(np.zeros_like, ours)
+    run = tuned.Tuned(ours, meta, "lora")
+    x, label = jax.random.normal(jax.random.key(0), (2, 16, 16, 3)), jnp.array([0, 2])
+    grid = np.array([2.0, 0.0])
+
+    @jax.jit
+    def three(params):
+        free = frozen_teacher(UNET, EDM, 1.0)
+        ((D, _),) = tuned.stage_denoiser(run, teacher().meta, 1, (16, 16))(
+            params, None, label, grid
+        )
+        ((merged, _),) = free(adapted(params["teacher"], ours, 0.5), None, label, grid)
+        ((plain, _),) = free(params["teacher"], None, label, grid)
+        return D(x, 1.3), merged(x, 1.3), plain(x, 1.3)
+
+    found, merged, plain = three({"teacher": weights(), "tuned": [zero, ours]})
+    np.testing.assert_allclose(found, merged, rtol=1e-5, atol=1e-6)
+    assert np.abs(found - plain).max() > 1e-2
+
+
+def test_upsamplers_follow_canvases_that_are_not_square():
+    run, size = tuned_run("neck", seed=1), (16, 24)
+    make = tuned.stage_denoiser(run, teacher().meta, 0, size)
+
+    def D(pivot, x):
+        ((denoise, _),) = make(
+            {"teacher": weights(), "tuned": [run.params]}, pivot, jnp.array([0]), np.array([2.0, 0])
+        )
+        return denoise(x, 1.3)
+
+    shapes = [jax.ShapeDtypeStruct((1, *side, 3), np.float32) for side in ((8, 12), size)]
+    assert jax.eval_shape(D, *shapes).shape == (1, 16, 24, 3)
 
 
 def test_one_run_serves_all_stages_or_each_its_own(pivots):
