@@ -33,11 +33,14 @@ from cheapscale.training.logging import image_grid, save_png
 from cheapscale.training.loop import provenance
 from launch.command import execute, write_record
 from launch.judge import distance, make_judge
+from launch.paired import difference
 from launch.pipeline import stage_configs
+from launch.round_trips import round_trips
 from launch.specialists import make_set, stage_config
 
 CONFIG = "configs/scenes.py"
 RESAMPLES = 100
+SEARCH = ("rounds=6", "proxy_images=256")  # so that it costs less than it saves
 
 
 def train(arg: str, workdir: pathlib.Path) -> dict[str, ConfigDict]:
@@ -46,8 +49,12 @@ def train(arg: str, workdir: pathlib.Path) -> dict[str, ConfigDict]:
     done, folder = {}, str(workdir / "specialists")
     for name, config in stage_configs(CONFIG, arg, str(workdir)):
         if config.stage == "invert":
-            paths = {"teacher": config.teacher, "folder": folder, "changes": ()}
-            make_set(functools.partial(stage_config, CONFIG, arg, **paths), folder)
+            teacher = config.teacher
+
+            def configured(stage: str, group: int, teacher: str = teacher):
+                return stage_config(CONFIG, arg, stage, teacher, folder, SEARCH)
+
+            make_set(configured, folder)
             config.teacher = folder
         logging.info("%s", name)
         run(config, str(workdir / name))
@@ -77,10 +84,10 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
 
     def add(title: str, images: np.ndarray, calls: float, flops: float) -> None:
         size = images.shape[1]
-        fd = distance(judge(size), images, RESAMPLES)["fd"]
-        rows[title] = {"size": size, "fd": fd, "calls": calls, "flops": flops}
+        found = distance(judge(size), images, RESAMPLES)
+        rows[title] = {"size": size, "calls": calls, "flops": flops} | found
         pictures[title] = images[:8]
-        logging.info("%s: fd %.2f", title, fd[0])
+        logging.info("%s: fd %.2f", title, found["fd"][0])
 
     def drawn(title: str, loaded: Loaded) -> np.ndarray:
         images, _ = sample(loaded, ids, labels=labels)
@@ -93,12 +100,13 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
     drawn("one step", one_step)
     pivots = drawn("one step, grown", grown)
     one_call = rows["one step, grown"]["flops"]
+    onward = "one step, grown, then cascade by the {}"
     for title, loaded in (("specialists", specialists), ("teacher", teacher)):
         plan = cascade_plan(loaded.meta, "2x", pivot_size=pivots.shape[1:3])
         cascade, cost = cascade_sampler(loaded, plan), cascade_cost(loaded, plan, batch_size=8)
         images = cascade.draw(ids, labels, pivots)[0][-1]
         calls, flops = cost["nfe"] + 1, cost["flops_per_image"] + one_call
-        add(f"one step, grown, then cascade by the {title}", images, calls, flops)
+        add(onward.format(title), images, calls, flops)
     add(
         "teacher, directly",
         cascade.direct(ids, labels)[0],
@@ -108,10 +116,22 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
     for title, images in pictures.items():
         save_png(root / "pictures" / f"{title.replace(', ', '_').replace(' ', '-')}.png",
                  image_grid(images, columns=8))  # fmt: skip
+    test = data.open_data(settings, split=settings.eval_split)
+    held = [test[i] for i in range(min(num, len(test)))]
     return {
         "arg": arg,
         "num": num,
         "rows": rows,
+        "specialists - teacher": {
+            "sampling": difference(rows["specialists"], rows["teacher"]),
+            "cascade": difference(*(rows[onward.format(t)] for t in ("specialists", "teacher"))),
+        },
+        "inversion": round_trips(
+            teacher,
+            specialists,
+            np.stack([item["image"] for item in held]),
+            np.array([item["label"] for item in held], np.int32),
+        ),
         "ledger": ledger(
             {
                 "pretrain": teacher.meta["ledger"],

@@ -11,11 +11,11 @@ from cheapscale.diffusion import process
 from cheapscale.pruning.search import make_task, search
 from cheapscale.stages import data
 from cheapscale.stages.assessment import Assessment, read_proxy
-from cheapscale.stages.invert import round_trip
 from cheapscale.stages.networks import make_denoiser, members
 from cheapscale.stages.sampling import sampler
 from cheapscale.training.sharding import in_batches
 from launch.bench import alternate
+from launch.round_trips import round_trips
 
 
 def memory(study, seed: int) -> dict:
@@ -85,22 +85,10 @@ def rms(x: np.ndarray) -> float:
 
 
 def inversion(study, seed: int) -> dict:
-    """E12: images inverted and solved back, and how Gaussian the latents are. By Heun on 40 Karras
-    levels, as inversion is, although these specialists overlap by a stride of the study's grid."""
-    num, found = study.config.round_trip, {}
+    """E12. These specialists overlap by a step of the study's grid, not of inversion's."""
+    num = study.config.round_trip
     images, labels = study.held.images[:num], study.held.labels[:num]
-    for title, loaded in (("base", study.teacher(seed)), ("specialists", study.main(seed)[0])):
-        z, back = round_trip(loaded, nodes=40)(images, labels)
-        scaled = z / loaded.meta["diffusion"]["sigma_max"]
-        centred = scaled - scaled.mean(axis=0)
-        error = np.mean(np.square(back - images), axis=(1, 2, 3))
-        found[title] = {
-            "psnr": float(np.mean(10 * np.log10(4 / error))),
-            "mean": float(np.abs(scaled.mean(axis=0)).mean()),
-            "deviation": float(scaled.std()),
-            "kurtosis": float(np.mean(centred**4) / np.mean(centred**2) ** 2),
-        }
-    return found
+    return round_trips(study.teacher(seed), study.main(seed)[0], images, labels)
 
 
 def seconds(study, seed: int) -> dict:

@@ -1,6 +1,7 @@
 """The cells of the step-adaptive study (spec 9.3): each one an arm of the comparison, or a check.
 
-E2, E3   specialists, of full size and pruned, against the base trained longer at equal FLOPs
+E2, E3   specialists, of full size and pruned, against the base trained longer at equal FLOPs: as it
+         was ("base longer"), and as they are, fresh optimiser, falling rate ("one network")
 E4       the same networks trained from scratch
 E5       orders of the budget
 E6, E7   what the search and the scores are worth, before and after fine-tuning
@@ -11,7 +12,8 @@ E11      T-Stitch: a small network early, the base late
 E12      inversion
 E13      what the specification offers beside its defaults
 
-All arms draw the same images: the same noise, labels and grid. E1 is read off the losses by group.
+All arms draw the same images: the same noise, labels and grid, and all cost as much to train, the
+search included. E1 is read off the losses by group.
 """
 
 import functools
@@ -49,7 +51,8 @@ from configs import scenes
 from launch import pruning_checks as checks
 from launch.cells import Cell
 from launch.judge import distance, make_judge
-from launch.specialists import make_set
+from launch.paired import with_deviation
+from launch.specialists import anneal, make_set
 
 
 class Held(NamedTuple):
@@ -66,6 +69,7 @@ class Study:
         self.config, self.workdir = config, pathlib.Path(workdir)
         self.teacher = functools.cache(self._teacher)
         self.sets: dict[tuple[int, str], tuple[Loaded, dict]] = {}
+        self.base_flops = 0.0  # of sampling with a base; all are one network
 
     def stage(self, stage: str, seed: int):
         config = scenes.get_config(f"{self.config.scenes},stage={stage},seed={seed}")
@@ -83,28 +87,28 @@ class Study:
         jax.clear_caches()
         return load_teacher(place)
 
-    def longer(self, seed: int, steps: int, annealed: bool) -> Loaded:
-        """The base trained on for so many steps, at its constant rate or, as specialists are, with
-        a rate that falls to 0 (on the cosine of the whole run)."""
+    def longer(self, seed: int, steps: int) -> Loaded:
+        """The base trained on for so many steps, as it was before."""
         config = self.stage("pretrain", seed)
         config.resume = self.teacher(seed).workdir
         config.total_steps += steps
-        if annealed:
-            anneal(config.optim, config.total_steps)
         config.eval_every = config.save_every = config.total_steps
-        place = self.workdir / f"base-{seed}-{steps}{'-annealed' * annealed}"
+        place = self.workdir / f"base-{seed}-{steps}"
         run(config, place)
         jax.clear_caches()
         return load_teacher(place)
 
-    def arm(self, seed: int, name: str, changes: dict) -> tuple[Loaded, dict]:
+    def arm(self, seed: int, name: str, changes: dict, part: float = 1.0) -> tuple[Loaded, dict]:
         """(a set of specialists, its manifest), made where it is not there yet.
 
-        The specialists of the headline take `finetune_steps`, shared by the groups, and so do the
-        choices beside them; every other arm as many as cost the same FLOPs. All rates fall to 0.
+        The specialists of the headline take `finetune_steps`, shared by the groups; every other arm
+        as many as cost the same FLOPs, or a part of them. All rates fall to 0.
+        changes: of config.prune; "seed" is added to that of the training alone.
         """
         if (seed, name) in self.sets:
             return self.sets[seed, name]
+        changes = dict(changes)
+        training_seed = seed + changes.pop("seed", 0)
         folder = self.workdir / f"set-{seed}-{re.sub(r'[^a-z0-9]+', '_', name)}"
         settings = self.config.prune.to_dict() | {
             "groups": self.config.groups,
@@ -117,14 +121,15 @@ class Study:
         if name != "specialists" and not set(changes) - set(OF_TRAINING):
             self.assessed_alike(seed, folder)
 
-        def configured(stage: str):
-            config = self.stage(stage, seed)
+        def configured(stage: str, group: int):
+            config = self.stage(stage, training_seed if stage == "prune" else seed)
             config.teacher, config.specialists = self.teacher(seed).workdir, str(folder)
             config.prune.update(settings)
             if stage == "prune":
                 steps = self.config.finetune_steps // settings["groups"]
-                if name != "specialists" and name not in self.config.choices:
-                    steps = self.equal_steps(seed, specialists.read_manifest(folder), scratch)
+                if name != "specialists":
+                    manifest = specialists.read_manifest(folder)
+                    steps = self.equal_steps(seed, manifest, group, scratch, part)
                 if scratch:
                     config.optim = self.stage("pretrain", seed).optim
                 config.total_steps = config.save_every = steps
@@ -148,12 +153,21 @@ class Study:
         before = self.teacher(seed).meta["ledger"]["flops"]
         return self.in_steps(seed, loaded.meta["ledger"]["flops"] - before)
 
-    def equal_steps(self, seed: int, manifest: dict, scratch: bool) -> int:
-        """Updates of each group, so that a set costs what the headline's does: search and
-        fine-tuning, from scratch also the base's own training."""
+    def equal_steps(
+        self, seed: int, manifest: dict, group: int, scratch: bool = False, part: float = 1.0
+    ) -> int:
+        """Updates of a group, so that a set costs (a part of) what the headline's does: search and
+        fine-tuning, from scratch also the base's own training. Groups take them by their size, so
+        that every noise level is trained as much."""
         trained, _ = self.main(seed)
-        total = self.bill(seed, trained) + scratch * self.teacher(seed).step
-        return round((total - self.search(seed, manifest)) / sum(manifest["shares"]))
+        total = part * self.bill(seed, trained) + scratch * self.teacher(seed).step
+        left, sizes = total - self.search(seed, manifest), np.diff(manifest["edges"])
+        if left <= 0:
+            raise ValueError(
+                f"the search alone costs {self.search(seed, manifest):.0f} steps of the base and "
+                f"the specialists all in all {total:.0f}: nothing is left to train with"
+            )
+        return max(1, round(left * sizes[group] / float(np.dot(manifest["shares"], sizes))))
 
     def search(self, seed: int, manifest: dict) -> float:
         """What the assessment cost, in steps of the base."""
@@ -194,6 +208,7 @@ class Study:
 
         fd              distance of its images above the floor
         losses          held-out loss in each of the study's groups, from the cleanest
+        loss 0 ...      the same with deviations, over the images
         before          the same before fine-tuning
         proxy           what the search minimised
         share           compiled FLOPs of sampling over the base's
@@ -202,8 +217,9 @@ class Study:
         """
         base = self.teacher(seed)
         scratch = bool(manifest) and manifest["settings"].get("start") == "scratch"
+        losses = self.losses(loaded)
         found = {
-            "losses": self.losses(loaded),
+            "losses": losses.mean(1).tolist(),
             "share": self.compiled_share(loaded, base),
             "steps_of_base": self.bill(seed, loaded) + (0 if scratch else base.step),
             "parameters": param_count(loaded.params) / param_count(base.params),
@@ -215,15 +231,25 @@ class Study:
                 "shares": manifest["shares"],
                 "mean_shares": manifest["mean_shares"],
                 "proxy": [row["score"] for row in rows],
-                "before": self.before(seed, rows, manifest["borders"]),
                 "search_steps_of_base": self.search(seed, manifest),
             }
+            if not scratch:
+                cut = self.before(seed, rows, manifest["borders"])
+                found["before"] = cut.mean(1).tolist()
         images = self.draw(loaded, self.config.num)
-        return found | distance(self.reference, images, self.config.bootstrap)
+        measured = distance(self.reference, images, self.config.bootstrap)
+        names = [f"loss {group}" for group in range(len(losses))]
+        by_group = with_deviation(
+            lambda pick: dict(zip(names, losses[:, pick].mean(1))),
+            losses.shape[1], self.config.bootstrap, names,
+        )  # fmt: skip
+        draws = measured["draws"] | by_group["draws"]
+        return found | measured | by_group | {"draws": draws}
 
-    def losses(self, loaded: Loaded) -> list[float]:
-        """Held-out loss in each of the study's equal groups, from the cleanest; each level by the
-        network that owns it, on the same images, levels and noise for every arm."""
+    def losses(self, loaded: Loaded) -> np.ndarray:
+        """Held-out losses [groups, images] in each of the study's equal groups, from the cleanest;
+        each level by the network that owns it, on the same images, levels and noise for every
+        arm."""
         diffusion, count = loaded.meta["diffusion"], len(self.held.images)
         groups = make_groups(diffusion, self.config.groups)
         rows, positions = np.arange(count), []
@@ -232,9 +258,9 @@ class Study:
             positions.append(first + (rows * (last - first + 1)) // count)
         sigma = levels_of(diffusion)[np.concatenate(positions)].astype(np.float32)
         tiled = Held(*(np.tile(a, (groups.count,) + (1,) * (a.ndim - 1)) for a in self.held))
-        return owned_losses(loaded, tiled, sigma).reshape(groups.count, count).mean(1).tolist()
+        return owned_losses(loaded, tiled, sigma).reshape(groups.count, count)
 
-    def before(self, seed: int, rows: list[dict], borders: list[float]) -> list[float]:
+    def before(self, seed: int, rows: list[dict], borders: list[float]) -> np.ndarray:
         """Held-out losses of the cut networks as they are, rows: the groups' assessments."""
         base = self.teacher(seed)
         model = base.meta["networks"]["net"]
@@ -259,12 +285,9 @@ class Study:
             )  # fmt: skip
             return sum(count * each for count, each in rows)
 
-        return flops(loaded) / flops(base)
-
-
-def anneal(optim, steps: int) -> None:
-    """Let the rate fall to 0 over so many steps."""
-    optim.warmup_steps, optim.decay_steps = min(optim.warmup_steps, steps // 5), steps
+        if not self.base_flops:
+            self.base_flops = flops(base)
+        return flops(loaded) / self.base_flops
 
 
 def owned_losses(loaded: Loaded, held: Held, sigma: np.ndarray) -> np.ndarray:
@@ -313,8 +336,7 @@ def headline(study: Study, seed: int) -> Iterator[Cell]:
     yield Cell("E3", f"seed {seed}: base", lambda: study.measured(seed, study.teacher(seed)))
     section, changes = arms["specialists"]
     yield Cell(section, f"seed {seed}: specialists", arm_cell(study, seed, "specialists", changes))
-    for annealed, title in ((False, "base longer"), (True, "base longer, annealed")):
-        yield Cell("E3", f"seed {seed}: {title}", functools.partial(longer, study, seed, annealed))
+    yield Cell("E3", f"seed {seed}: base longer", functools.partial(longer, study, seed))
     for name, (section, changes) in arms.items():
         if name != "specialists":
             yield Cell(section, f"seed {seed}: {name}", arm_cell(study, seed, name, changes))
@@ -325,19 +347,23 @@ def arm_cell(study: Study, seed: int, name: str, changes: dict):
     return lambda: study.measured(seed, *study.arm(seed, name, changes))
 
 
-def longer(study: Study, seed: int, annealed: bool) -> dict:
+def longer(study: Study, seed: int) -> dict:
     """The base trained on for what the specialists and their search have cost."""
     steps = round(study.bill(seed, study.main(seed)[0]))
-    return study.measured(seed, study.longer(seed, steps, annealed))
+    return study.measured(seed, study.longer(seed, steps))
 
 
 def stitched(study: Study, seed: int) -> dict:
-    """A network pruned and fine-tuned on all times for the noisy steps, the base for the rest, at
-    the specialists' share of the sampling FLOPs."""
+    """A network pruned and fine-tuned on all times for the noisy steps, the whole one fine-tuned
+    alike for the rest, at the specialists' share of the sampling FLOPs; each for half of their
+    training's."""
     config, base = study.config, study.teacher(seed)
     changes = {"groups": 1, "budget": "flat", "mean": config.stitch, "importance": "all_times"}
-    pruned, manifest = study.arm(seed, "stitch", changes)
-    small = load_network(specialists.group_folder(pruned.workdir, 0), "net")
+    pruned, manifest = study.arm(seed, "stitch, small", changes, part=0.5)
+    tuned, other = study.arm(seed, "stitch, whole", changes | {"mean": 1.0}, part=0.5)
+    small, whole = (
+        load_network(specialists.group_folder(each.workdir, 0), "net") for each in (pruned, tuned)
+    )
     grid = levels(base.meta["diffusion"], config.steps, "sample", config.spacing)
     # the noisiest steps are the small one's, as many as bring the mean to the specialists'
     share = study.compiled_share(study.main(seed)[0], base)
@@ -348,7 +374,8 @@ def stitched(study: Study, seed: int) -> dict:
             f"more than the specialists' {share:.3f}; lower it"
         )
     border = float(grid[early])
+    paid = {unit: cost + other["ledger"][unit] for unit, cost in manifest["ledger"].items()}
     both = specialists.joined(
-        base.meta, fingerprint(base.params), [border], [base, small], paid=manifest["ledger"]
+        base.meta, fingerprint(base.params), [border], [whole, small], paid=paid
     )
     return study.measured(seed, both) | {"steps_of_small": early}

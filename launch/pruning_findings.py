@@ -8,7 +8,7 @@ import numpy as np
 
 from launch.paired import difference
 
-CONTROLS = ("base longer", "base longer, annealed")
+CONTROLS = ("base longer", "one network")
 
 
 def findings(config: dict, cells: dict) -> dict:
@@ -25,7 +25,7 @@ def findings(config: dict, cells: dict) -> dict:
     }
     found: dict = {}
     for seed, rows in by_seed.items():
-        for claim, figures in of_seed(rows).items():
+        for claim, figures in of_seed(rows, config["finetune_steps"]).items():
             found[f"{claim}, seed {seed}"] = figures
     found |= over_seeds(list(by_seed.values()))
     for name in ("memory", "jumps", "inversion", "seconds"):
@@ -34,15 +34,22 @@ def findings(config: dict, cells: dict) -> dict:
     return found
 
 
-def of_seed(rows: dict) -> dict:
-    """The arms {name: figures} of one seed."""
+def of_seed(rows: dict, updates: int) -> dict:
+    """The arms {name: figures} of one seed; updates: of the specialists together."""
     found: dict = {}
     ours = rows.get("specialists")
     controls = {name: rows[name] for name in CONTROLS if name in rows}
     if ours and controls:
         found["specialists against the base"] = costs(ours) | {
-            f"fd minus {name}": difference(ours, row)["fd"] for name, row in controls.items()
+            f"minus {name}": difference(ours, row) for name, row in controls.items()
         }
+        if "base" in rows:  # section 5.5: had the base taken as many updates
+            alone = rows["base"]["steps_of_base"] + updates
+            paid, search = ours["steps_of_base"], ours.get("search_steps_of_base", 0.0)
+            found["specialists against the base"] |= {
+                "training FLOPs, without the search": (paid - search) / alone,
+                "training FLOPs, with the search": paid / alone,
+            }
     if ours and len(rows) > 1:
         found["arms against the specialists"] = {
             name: difference(row, ours) | costs(row)
@@ -52,7 +59,7 @@ def of_seed(rows: dict) -> dict:
     full = rows.get("full size")
     if full and controls:  # E2: does specialisation itself help?
         found["full-size specialists against the base"] = {
-            name: {"fd": difference(full, row)["fd"], "losses": over(full, row)}
+            name: difference(full, row) | {"losses": over(full, row)}
             for name, row in controls.items()
         }
     if full and "flat" in rows:  # E1: what the same cut costs each group

@@ -25,7 +25,8 @@ from launch.pipeline import load_module
 def stage_config(
     path: str, arg: str, stage: str, teacher: str, folder: str, changes: Sequence[str]
 ):
-    """One stage's config with its paths, and NAME=VALUE changes of config.prune."""
+    """One stage's config with its paths, and NAME=VALUE changes of config.prune; of fine-tuning the
+    rate falls to 0."""
     config = load_module(path).get_config(",".join(filter(None, (arg, f"stage={stage}"))))
     config.teacher, config.specialists = teacher, folder
     for change in changes:
@@ -35,20 +36,30 @@ def stage_config(
             raise ValueError(f"--set={change}: config.prune has no field {name!r}, only {known}")
         kind = type(config.prune[name])
         config.prune[name] = value in ("1", "true", "True") if kind is bool else kind(value)
+    if stage == "prune":
+        anneal(config.optim, config.total_steps)
     return config
 
 
-def make_set(configured: Callable[[str], Any], folder: str, groups: Sequence[int] = ()) -> dict:
+def anneal(optim, steps: int) -> None:
+    """Let the rate rise, if it does, over at most a fifth of so many steps and fall to 0 in them:
+    a specialist has few."""
+    optim.warmup_steps, optim.decay_steps = min(optim.warmup_steps, steps // 5), steps
+
+
+def make_set(
+    configured: Callable[[str, int], Any], folder: str, groups: Sequence[int] = ()
+) -> dict:
     """The summary of the assessment and of every group's fine-tuning.
 
-    configured("assess" or "prune") -> that stage's config, with teacher and folder.
+    configured("assess" or "prune", group) -> that stage's config, with teacher and folder.
     """
-    summary = run(configured("assess"), f"{folder}/assess")
+    summary = run(configured("assess", 0), f"{folder}/assess")
     count = len(specialists.read_manifest(folder)["edges"]) - 1
     members = []
     for group in groups or range(count):
         logging.info("group %d of %d", group, count)
-        config = configured("prune")
+        config = configured("prune", group)
         config.prune.group = group
         members.append(run(config, specialists.group_folder(folder, group)))
         jax.clear_caches()
@@ -60,7 +71,8 @@ def main(argv) -> None:
     options = flags.FLAGS
     groups, folder = [int(group) for group in options.groups], options.workdir
 
-    def configured(stage):
+    def configured(stage, group):
+        del group  # all alike
         return stage_config(
             options.config, options.arg, stage, options.teacher, folder, options.set
         )

@@ -81,7 +81,7 @@ class LanguageModel:
 
 def prompt(task: Task, memory: Sequence[Entry]) -> str:
     """The whole task in words, with every width that may be chosen and every result so far."""
-    menus = "\n".join(f"  {name}: {list(v.menu)}" for name, v in task.variables.items())
+    menus = "\n".join(f"  {name}: {list(menu)}" for name, menu in task.menus.items())
     past = "\n".join(
         f"  score {entry.score:.6g} at share {entry.share:.4f}: {json.dumps(entry.widths)}"
         for entry in memory
@@ -110,9 +110,9 @@ def checked(task: Task, reply: str, memory: Sequence[Entry] = ()) -> Widths:
         extra = sorted(set(widths) - set(task.variables))
         raise ValueError(f"Names are missing ({missing}) or unknown ({extra}).")
     for name, width in widths.items():
-        if type(width) is not int or width not in task.variables[name].menu:
+        if type(width) is not int or width not in task.menus[name]:
             raise ValueError(
-                f"{name} has the width {width!r}, not one of {list(task.variables[name].menu)}."
+                f"{name} has the width {width!r}, not one of {list(task.menus[name])}."
             )
     share = task.share(widths)
     if not task.fits(share):

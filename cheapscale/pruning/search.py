@@ -6,7 +6,7 @@
             repair them to within 2 % of F0 of the target, never above target + 2 %
             score <- loss of the pruned network on a fixed set of images, levels and noise
             memory += (widths, share, score)
-    the widths of least score
+    the widths of least score, moved as near to the target as single steps lead
 
 The paper's proposer is a language model with a memory bank; here it is one of three behind one
 interface, and none needs another. The memory is written to a file line by line: it is the audit
@@ -29,19 +29,21 @@ from cheapscale.pruning.structure import PLANS, Variable, flops, keep_best, layo
 
 Widths = dict[str, int]
 BAND = 0.02
+CHOICES = 8  # widths of a variable at most: finer steps change neither FLOPs nor the loss by much
 
 
 class Task(NamedTuple):
     """What is searched: the widths of `variables` whose share of F0 meets the target.
 
     scores: {variable: importance of its channels}; they choose the channels once a width is set,
-    and tell what a step down loses.
+    and tell what a step down loses. menus: the widths of each variable that are tried, increasing.
     """
 
     config: UNetConfig
     variables: dict[str, Variable]
     target: float
     scores: Mapping[str, np.ndarray]
+    menus: dict[str, tuple[int, ...]]
     band: float = BAND
 
     def share(self, widths: Mapping[str, int]) -> float:
@@ -89,8 +91,9 @@ def make_task(
         for name, variable in layout(config).variables.items()
         if variable.kind in PLANS[kinds] and len(variable.menu) > 1
     }
-    task = Task(config, variables, target, scores)
-    least = task.share({name: variable.menu[0] for name, variable in variables.items()})
+    menus = {name: coarse(variable.menu) for name, variable in variables.items()}
+    task = Task(config, variables, target, scores, menus)
+    least = task.share({name: menu[0] for name, menu in menus.items()})
     if not least - task.band <= target <= 1:
         raise ValueError(
             f"a share of {target:.3f} is out of reach: pruning {', '.join(PLANS[kinds])} leaves "
@@ -99,16 +102,22 @@ def make_task(
     return task
 
 
+def coarse(menu: tuple[int, ...]) -> tuple[int, ...]:
+    """At most CHOICES of a menu, from end to end."""
+    at = np.linspace(0, len(menu) - 1, min(CHOICES, len(menu))).round().astype(int)
+    return tuple(menu[i] for i in at)
+
+
 def uniform(task: Task) -> Widths:
     """One ratio for all variables, as near to the target as their menus let it, then repaired."""
 
     def at(ratio):
         return {
-            name: max((w for w in v.menu if w <= ratio * v.width + 1e-9), default=v.menu[0])
-            for name, v in task.variables.items()
+            name: max((w for w in menu if w <= ratio * menu[-1] + 1e-9), default=menu[0])
+            for name, menu in task.menus.items()
         }
 
-    ratios = sorted({w / v.width for v in task.variables.values() for w in v.menu})
+    ratios = sorted({w / menu[-1] for menu in task.menus.values() for w in menu})
     starts = sorted(map(at, ratios), key=lambda widths: abs(task.share(widths) - task.target))
     for widths in starts[:-1]:
         with contextlib.suppress(ValueError):  # a ratio from which nothing leads into the band
@@ -125,24 +134,41 @@ def repair(task: Task, widths: Mapping[str, int]) -> Widths:
     widths = dict(widths)
     share = task.share(widths)
     while not task.fits(share):
-        moves = []
-        for name, variable in task.variables.items():
-            i = variable.menu.index(widths[name]) + (-1 if share > task.target else 1)
-            if not 0 <= i < len(variable.menu):
-                continue
-            width = variable.menu[i]
-            changed = task.share(widths | {name: width})
-            if abs(changed - task.target) < abs(share - task.target):
-                lost = task.lost(name, width) - task.lost(name, widths[name])
-                moves.append((lost / abs(changed - share), name, width, changed))
-        if not moves:
+        step = best_step(task, widths, share)
+        if step is None:
             raise ValueError(
                 f"no widths come within {task.band:.0%} of the share {task.target:.3f}: the "
                 f"nearest has {share:.3f}; use a wider network, or fewer norm groups"
             )
-        _, name, width, share = min(moves)  # what a step up regains is negative
+        name, width, share = step
         widths[name] = width
     return widths
+
+
+def settle(task: Task, widths: Mapping[str, int]) -> Widths:
+    """The widths moved on inside the band for as long as a step comes closer to the target, so that
+    whatever found them, networks of one target cost the same."""
+    widths = dict(widths)
+    share = task.share(widths)
+    while (step := best_step(task, widths, share)) is not None:
+        name, width, share = step
+        widths[name] = width
+    return widths
+
+
+def best_step(task: Task, widths: Widths, share: float) -> tuple[str, int, float] | None:
+    """(variable, width, share) after the step that comes closer and loses least importance for the
+    FLOPs it saves, or regains most for those it costs; None where no step comes closer."""
+    moves = []
+    for name, menu in task.menus.items():
+        i = menu.index(widths[name]) + (-1 if share > task.target else 1)
+        if not 0 <= i < len(menu):
+            continue
+        changed = task.share(widths | {name: menu[i]})
+        if abs(changed - task.target) < abs(share - task.target):
+            lost = task.lost(name, menu[i]) - task.lost(name, widths[name])
+            moves.append((lost / abs(changed - share), name, menu[i], changed))
+    return min(moves)[1:] if moves else None  # what a step up regains is negative
 
 
 class Greedy:
@@ -180,17 +206,18 @@ class Chance:
 
 
 def random_widths(task: Task, rng: np.random.Generator) -> Widths:
-    return {name: int(rng.choice(v.menu)) for name, v in task.variables.items()}
+    return {name: int(rng.choice(menu)) for name, menu in task.menus.items()}
 
 
 def _swapped(task, widths, rng):
-    widths = dict(widths)
-    names = list(task.variables)
+    """One variable a step up and another one down, of those that have such a step."""
+    widths, moved = dict(widths), ""
     for step in (1, -1):
-        name = names[rng.integers(len(names))]
-        menu = task.variables[name].menu
-        i = menu.index(widths[name]) + step
-        widths[name] = menu[min(max(i, 0), len(menu) - 1)]
+        places = {name: menu.index(widths[name]) + step for name, menu in task.menus.items()}
+        able = [n for n, i in places.items() if 0 <= i < len(task.menus[n]) and n != moved]
+        if able:
+            moved = able[rng.integers(len(able))]
+            widths[moved] = task.menus[moved][places[moved]]
     return widths
 
 
@@ -252,7 +279,10 @@ def read_memory(path: str | os.PathLike, task: Task) -> tuple[list[Entry], int]:
     done = max((row["done"] for row in held if "done" in row), default=-1) + 1
     entries = [Entry(**row) for row in held if "done" not in row and row["round"] < done]
     for entry in entries:
-        if set(entry.widths) != set(task.variables) or not task.fits(entry.share):
+        known = set(entry.widths) == set(task.variables) and all(
+            width in task.menus[name] for name, width in entry.widths.items()
+        )
+        if not known or not task.fits(entry.share):
             raise ValueError(
                 f"{path} remembers the search of another network or target: name another folder"
             )

@@ -80,26 +80,32 @@ class Assessment:
             whole = {"share": 1.0, "compiled_share": 1.0, "score": self.score({}, group)}
             return {"widths": {}, "keep": {}} | whole
         task = search.make_task(self.net.config, target, self.scores(group), settings["plan"])
-        widths = search.uniform(task)
+        widths, resumed = search.uniform(task), 0
         if settings["proposer"] != "uniform":
+            path = f"{self.folder}/memory-{group}.jsonl"
+            resumed = len(search.read_memory(path, task)[0])
             best, _ = search.search(
                 task,
                 lambda candidate: self.score(task.keep(candidate), group),
                 self.proposer(),
                 rounds=settings["rounds"],
                 per_round=settings["per_round"],
-                memory_path=f"{self.folder}/memory-{group}.jsonl",
+                memory_path=path,
                 seed=(self.seed, group),
                 remember=settings["remember"],
             )
             widths = best.widths
+        widths, before = search.settle(task, widths), self.flops()
         keep = task.keep(widths)
+        score = self.score(keep, group)
+        # what was remembered of a search that was cut short has cost as much an entry
+        self.others += resumed * (self.flops() - before)
         return {
             "widths": widths,
             "keep": {name: np.asarray(channels).tolist() for name, channels in keep.items()},
             "share": task.share(widths),
             "compiled_share": self.compiled_flops(keep) / self.base_flops,
-            "score": self.score(keep, group),
+            "score": score,
         }
 
     def compiled_flops(self, keep: dict) -> float:
@@ -148,23 +154,30 @@ class Assessment:
         self.others += loss.flops
         return score
 
-    def proxy_loss(self, variables: PyTree, group: int, loss: Callable | None = None) -> float:
-        """The same of given variables: fixed images, noise and stratified levels."""
+    def proxy_loss(
+        self,
+        variables: PyTree,
+        group: int,
+        loss: Callable | None = None,
+        proxy: Proxy | None = None,
+    ) -> float:
+        """The same of given variables: fixed images, noise and stratified levels. proxy: other
+        images."""
         num = self.settings["proxy_images"]
         first, last = self.groups.positions(group)
         count = min(self.settings["proxy_levels"], last - first + 1)
         strata = first + (np.arange(count) + 0.5) * (last - first + 1) / count
         sigma = self.groups.levels[np.floor(strata).astype(int)]
         sigma = np.resize(sigma, num).astype(np.float32)
-        return float(np.mean(self._in_batches(variables, sigma, "proxy", loss=loss)))
+        return float(np.mean(self._in_batches(variables, sigma, "proxy", loss=loss, proxy=proxy)))
 
-    def _in_batches(self, variables, sigma, stream, size=64, loss=None):
-        run, out = loss or self.loss, []
+    def _in_batches(self, variables, sigma, stream, size=64, loss=None, proxy=None):
+        run, proxy, out = loss or self.loss, proxy or self.proxy, []
         for start in range(0, len(sigma), size):
             rows = np.arange(start, start + size) % len(sigma)  # one shape, one program
-            pick = rows % len(self.proxy.images)  # a small set serves several times
+            pick = rows % len(proxy.images)  # a small set serves several times
             key = stream_key(self.seed, stream, start)
-            images, labels = self.proxy.images[pick], self.proxy.labels[pick]
+            images, labels = proxy.images[pick], proxy.labels[pick]
             losses = run(variables, images, labels, sigma[rows], key)
             out.append(np.asarray(losses)[: len(sigma) - start])
         return np.concatenate(out)

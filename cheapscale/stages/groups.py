@@ -39,8 +39,9 @@ class Groups(NamedTuple):
     ) -> tuple[int, int]:
         """First and last position that a group's specialist trains on.
 
-        overlap: so many nodes of a sampler's grid beyond the group on either side. One is what a
-        corrector needs, which is called at the cleaner end of the group's last step.
+        overlap: so many steps of a sampler's grid, as it has them at the group's ends, beyond the
+        group on either side. One is what a corrector needs, which is called at the cleaner end of
+        the group's last step.
         """
         first, last = int(self.edges[group]), int(self.edges[group + 1]) - 1
         if not overlap:
@@ -48,11 +49,16 @@ class Groups(NamedTuple):
         levels = np.sort(np.asarray(grid))
         nodes = np.searchsorted(self.levels, levels[levels > 0] * (1 - 1e-9))
         nodes = np.unique(np.clip(nodes, 0, len(self.levels) - 1))
-        below, above = nodes[nodes < first], nodes[nodes > last]
-        if len(below):
-            first = int(below[-min(overlap, len(below))])
-        if len(above):
-            last = int(above[min(overlap, len(above)) - 1])
+        # nodes need not be borders: a step is counted from the last node inside to one outside
+        cleanest, noisiest = (
+            np.searchsorted(nodes, first),
+            np.searchsorted(nodes, last, "right") - 1,
+        )
+        below, above = max(cleanest - overlap, 0), min(noisiest + overlap, len(nodes) - 1)
+        if below < cleanest < len(nodes):
+            first = max(first - int(nodes[cleanest] - nodes[below]), 0)
+        if above > noisiest >= 0:
+            last = min(last + int(nodes[above] - nodes[noisiest]), len(self.levels) - 1)
         return first, last
 
     def decibels(self) -> np.ndarray:

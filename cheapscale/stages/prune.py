@@ -6,9 +6,9 @@
         minimise  (1 - d) L(D_j; x, sigma) + d L(D_j; D_base, sigma)
         ema   <- restarted at theta_j
 
-The optimiser starts fresh, or with the base's moments cut alike. Groups are independent: N jobs, or
-one after the other. The work directory is `specialists.group_folder`, so that the set finds its
-members.
+The optimiser starts fresh, or with the base's moments cut alike and a rate of its own. Groups are
+independent: N jobs, or one after the other. The work directory is `specialists.group_folder`, so
+that the set finds its members.
 """
 
 import functools
@@ -51,13 +51,10 @@ def build(config) -> Stage:
             raise ValueError(
                 f"prune.{field} is {settings[field]!r}: choose one of {', '.join(known)}"
             )
-    if settings["optimiser"] == "sliced" and (
-        settings["start"] == "scratch" or config.optim.decay_steps
-    ):
+    if settings["optimiser"] == "sliced" and settings["start"] == "scratch":
         raise ValueError(
-            f"prune.optimiser is 'sliced' with prune.start {settings['start']!r} and "
-            f"optim.decay_steps {config.optim.decay_steps}: the base's moments and its count of "
-            "steps go with its weights and a constant rate; use 'fresh'"
+            "prune.optimiser is 'sliced' with prune.start 'scratch': the base's moments go with "
+            "its weights; use 'fresh'"
         )
     teacher = load_teacher(config.teacher)
     if fingerprint(teacher.params) != manifest["teacher"]:
@@ -95,13 +92,14 @@ def build(config) -> Stage:
         shapes = jax.eval_shape(transform.init, teacher.params)
         moments = load_optimiser(teacher.workdir, "net", shapes, step=teacher.step)
         moments = prune_optimiser(moments, teacher.params, whole, keep)
-        if jax.tree.structure(moments) != jax.tree.structure(fresh["net"]):
+        try:
+            return {"net": with_moments(fresh["net"], moments)}
+        except ValueError as error:
             raise ValueError(
                 f"prune.optimiser is 'sliced', but {config.teacher} was trained with "
-                f"{teacher.meta['config']['optim']}, whose state config.optim does not take: name "
-                "the same optimiser, with warm-up and clipping where it has them, or use 'fresh'"
-            )
-        return {"net": moments}
+                f"{teacher.meta['config']['optim']['name']} and optim.name is "
+                f"{config.optim.name}: both must keep moments; use 'fresh'"
+            ) from error
 
     return Stage(
         init_params=lambda key: ({"net": init_generator(model, key)}, {"net": noise_bins()}),
@@ -154,6 +152,20 @@ def build(config) -> Stage:
         fits={},
         warm_optimiser=sliced if settings["optimiser"] == "sliced" else None,
     )
+
+
+def with_moments(fresh: PyTree, trained: PyTree) -> PyTree:
+    """A fresh optimiser's state with the moments of a trained one, and how many steps these have
+    seen; the count of a schedule stays fresh, so that the rate rises and falls anew. ValueError
+    where either has none."""
+
+    def adam(node: Any) -> bool:
+        return hasattr(node, "mu") and hasattr(node, "nu")
+
+    held = [node for node in jax.tree.leaves(trained, is_leaf=adam) if adam(node)]
+    if len(held) != 1 or not any(map(adam, jax.tree.leaves(fresh, is_leaf=adam))):
+        raise ValueError("no moments")
+    return jax.tree.map(lambda node: held[0] if adam(node) else node, fresh, is_leaf=adam)
 
 
 def group_loss(

@@ -63,12 +63,17 @@ def travelled(grid: np.ndarray, borders, count: int) -> np.ndarray:
 
 
 class Recovery:
-    """loss(group, keep): the proxy loss of the base cut to `keep`, after a short fine-tuning on the
-    proxy's images."""
+    """loss(group, keep): the loss of the base cut to `keep` on one half of the proxy's images,
+    after a short fine-tuning on the other."""
 
     def __init__(self, assessment):
         self.assessment, self.adam = assessment, optax.adam(RATE)
         self.step = Billed(self._step)
+        half = len(assessment.proxy.images) // 2
+        self.taught, self.unseen = (
+            assessment.proxy._make(rows[part] for rows in assessment.proxy)
+            for part in (slice(half), slice(half, None))
+        )
 
     def _step(self, params, opt_state, keep, support, x, label, sigma, key):
         def objective(params):
@@ -90,12 +95,12 @@ class Recovery:
         for i in range(of.settings["recovery"]):
             k_level, k_noise = jax.random.split(stream_key(of.seed, f"recover {group}", i))
             rng = np.random.default_rng((of.seed, group, i))
-            rows = rng.integers(0, len(of.proxy.images), BATCH)
+            rows = rng.integers(0, len(self.taught.images), BATCH)
             positions = of.groups.positions(group)
             sigma = draw_levels(k_level, BATCH, of.diffusion, of.groups, positions)
             params, opt_state = self.step(
-                params, opt_state, variables["keep"], support, of.proxy.images[rows],
-                of.proxy.labels[rows], sigma, k_noise,
+                params, opt_state, variables["keep"], support, self.taught.images[rows],
+                self.taught.labels[rows], sigma, k_noise,
             )  # fmt: skip
         of.others += self.step.flops - before
-        return of.proxy_loss(variables | {"params": params}, group)
+        return of.proxy_loss(variables | {"params": params}, group, proxy=self.unseen)

@@ -24,6 +24,12 @@ def test_specialists_invert_a_grown_network_gives_the_pivot_and_the_cascade_goes
     assert rows["specialists"]["flops"] < rows["teacher"]["flops"]
     assert rows["one step"]["calls"] == 1 and rows["teacher, directly"]["calls"] == 79
     assert rows[cascaded]["flops"] < rows["teacher, directly"]["flops"]
+    value, low, high = found["specialists - teacher"]["sampling"]["fd"]
+    assert low <= value <= high
+    assert value == pytest.approx(rows["specialists"]["fd"][0] - rows["teacher"]["fd"][0])
+    apart = found["inversion"]["psnr, specialists - base"][0]
+    both = [found["inversion"][title]["psnr"] for title in ("specialists", "base")]
+    assert apart == pytest.approx(both[0] - both[1], abs=1e-3) and min(both) > 10
     parts = {name: part["flops"] for name, part in found["ledger"].items()}
     total = parts.pop("all")
     assert all(flops > 0 for flops in parts.values())

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cheapscale.stages import networks
+from cheapscale.stages import assess, networks
 from cheapscale.stages.networks import complete
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.sharding import make_mesh
+from configs import common
 from configs import pruning_study as config_file
+from launch import pruning_experiment
 from launch.cells import check_chosen
 from launch.pruning_experiment import Held, Study, cells, owned_losses
 from launch.pruning_findings import findings, table
@@ -53,10 +55,12 @@ def row(fd, share=1.0, steps=0.0, losses=(1.0, 2.0), **more):
 def test_findings_hold_the_headline_with_its_interval_and_costs():
     config = config_file.get_config().to_dict()
     done = {
-        "E3 seed 0: base": row(3.0),
-        "E3 seed 0: specialists": row(2.0, 0.79, 1400, mean_shares={"positions": 0.785}),
+        "E3 seed 0: base": row(3.0, steps=2400),
+        "E3 seed 0: specialists": row(
+            2.0, 0.79, 4000, mean_shares={"positions": 0.785}, search_steps_of_base=400
+        ),
         "E3 seed 0: base longer": row(2.5, 1.0, 1400, losses=(2.0, 2.0)),
-        "E3 seed 0: base longer, annealed": row(2.1, 1.0, 1400, losses=(1.0, 2.0)),
+        "E3 seed 0: one network": row(2.1, 1.0, 4000, losses=(1.0, 2.0)),
         "E2 seed 0: full size": row(2.2, 1.0, 1600, losses=(1.0, 3.0), before=[1.5, 2.5]),
         "E5 seed 0: flat": row(2.4, 0.8, 1600, losses=(3.0, 3.0)),
         "E3 seed 1: specialists": row(1.0, 0.79, 1400, mean_shares={"positions": 0.785}),
@@ -65,15 +69,17 @@ def test_findings_hold_the_headline_with_its_interval_and_costs():
     }
     found = findings(config, done)
     headline = found["specialists against the base, seed 0"]
-    value, low, high = headline["fd minus base longer"]
+    value, low, high = headline["minus base longer"]["fd"]
     assert value == pytest.approx(-0.5) and low <= value <= high < 0
     assert headline["sampling FLOPs"] == 0.79 and headline["mean shares"] == {"positions": 0.785}
+    assert headline["training FLOPs, without the search"] == 3600 / (2400 + 1600)
+    assert headline["training FLOPs, with the search"] == 1
     arms = found["arms against the specialists, seed 0"]
     assert arms["full size"]["fd"][0] == pytest.approx(0.2) and "specialists" not in arms
     full = found["full-size specialists against the base, seed 0"]
     assert full["base longer"]["losses"] == [0.5, 1.5]
-    assert full["base longer, annealed"]["losses"] == [1.0, 1.5]
-    assert full["base longer, annealed"]["fd"][0] == pytest.approx(0.1)
+    assert full["one network"]["losses"] == [1.0, 1.5]
+    assert full["one network"]["fd"][0] == pytest.approx(0.1)
     assert found["excess loss of an equal cut by group, seed 0"] == [3.0, 1.0]
     assert found["losses before fine-tuning by group, seed 0"] == {"full size": [1.5, 2.5]}
     seeds = found["fd above the specialists' over seeds"]["base longer"]
@@ -95,6 +101,66 @@ def test_every_section_of_the_protocol_has_cells_with_names_of_their_own(tmp_pat
         check_chosen(["E1"], names)
 
 
+def test_every_arm_trains_as_its_name_says(tmp_path, monkeypatch):
+    """What the stages would be given: nothing is trained."""
+    config, given = config_file.get_config(), {}
+    study = Study(config, tmp_path)
+    monkeypatch.setattr(study, "teacher", lambda seed: SimpleNamespace(workdir=f"base-{seed}"))
+    monkeypatch.setattr(Study, "assessed_alike", lambda *_: None)
+    monkeypatch.setattr(Study, "equal_steps", lambda *_: 50)
+    monkeypatch.setattr(pruning_experiment, "load_model", lambda folder: folder)
+    monkeypatch.setattr(pruning_experiment.specialists, "read_manifest", lambda folder: {})
+
+    def make_set(configured, folder):
+        given[folder] = configured("assess", 0), configured("prune", 1)
+
+    monkeypatch.setattr(pruning_experiment, "make_set", make_set)
+    default, changed = common.prune().to_dict(), {}
+    for name, (_, changes) in (config.arms.to_dict() | config.choices.to_dict()).items():
+        study.arm(0, name, changes)
+        assess_config, train_config = given.pop(next(iter(given)))
+        settings = assess_config.prune.to_dict()
+        assess.check_settings(settings)
+        changed[name] = {k: v for k, v in settings.items() if v != default[k]}
+        rate = train_config.optim
+        steps = 320 if name == "specialists" else 50
+        assert train_config.total_steps == rate.decay_steps == steps
+        assert rate.warmup_steps <= steps // 5 and train_config.teacher == "base-0"
+        assert rate.lr == (2e-3 if name == "single stage" else 1e-3)
+        assert train_config.seed == (1000 if name == "specialists again" else 0)
+        assert assess_config.seed == 0
+    ours = {"mean": 0.79, "steps": 50, "spacing": "leading", "rounds": 6, "proxy_images": 256}
+    assert changed["specialists"] == changed["specialists again"] == ours
+    assert changed["flipped"] == ours | {"order": "snr_down"}
+    assert changed["full size"] == ours | {"budget": "flat", "mean": 1.0}
+    assert changed["one network"] == changed["full size"] | {"groups": 1}
+    assert changed["single stage"] == ours | {"start": "scratch"}
+    fixed = ours | {"proposer": "uniform"}
+    assert changed["magnitudes"] == fixed | {"importance": "magnitude"}
+    assert changed["uniform widths"] == fixed
+    assert changed["sliced moments"] == ours | {"optimiser": "sliced"}
+    assert changed["k 50 %"] == {k: v for k, v in ours.items() if k != "mean"}
+
+
+def test_arms_of_one_bill_take_updates_by_what_a_group_costs_and_how_long_it_is(monkeypatch):
+    study = Study(config_file.get_config(), "nowhere")
+    monkeypatch.setattr(study, "teacher", lambda seed: SimpleNamespace(step=2400))
+    monkeypatch.setattr(Study, "main", lambda *_: (None, {}))
+    monkeypatch.setattr(Study, "bill", lambda *_: 1500.0)
+    monkeypatch.setattr(Study, "search", lambda *_: 300.0)
+    manifest = {"edges": [0, 100, 400, 1000], "shares": [1.0, 0.8, 0.5]}
+    steps = np.array([study.equal_steps(0, manifest, group) for group in range(3)])
+    assert np.dot(steps, manifest["shares"]) == pytest.approx(1200, abs=3)
+    np.testing.assert_allclose(steps / steps.sum(), [0.1, 0.3, 0.6], atol=0.002)
+    scratch = [study.equal_steps(0, manifest, group, scratch=True) for group in range(3)]
+    assert np.dot(scratch, manifest["shares"]) == pytest.approx(3600, abs=3)
+    half = [study.equal_steps(0, manifest, group, part=0.5) for group in range(3)]
+    assert np.dot(half, manifest["shares"]) == pytest.approx(450, abs=3)
+    monkeypatch.setattr(Study, "search", lambda *_: 1600.0)
+    with pytest.raises(ValueError, match="the search alone costs 1600 steps of the base"):
+        study.equal_steps(0, manifest, 0)
+
+
 def test_the_whole_study_runs_and_bills_its_arms_alike(tmp_path):
     record = tmp_path / "record.json"
     lines, _, _ = command(
@@ -108,11 +174,17 @@ def test_the_whole_study_runs_and_bills_its_arms_alike(tmp_path):
     assert arm["base"]["share"] == 1 and arm["base"]["steps_of_base"] == 3
     assert ours["share"] < 0.85 and ours["search_steps_of_base"] > 0
     steps = ours["steps_of_base"]
-    for control in ("base longer", "base longer, annealed", "single stage", "T-Stitch"):
+    for control in ("base longer", "one network", "single stage", "T-Stitch", "no overlap"):
         # to the nearest update of a network
         assert arm[control]["steps_of_base"] == pytest.approx(steps, abs=1.5)
     assert arm["T-Stitch"]["share"] == pytest.approx(ours["share"], abs=0.1)
+    # of its four steps so many are the small network's, whose share is about 0.7
+    stitched = arm["T-Stitch"]
+    assert 4 * (1 - stitched["share"]) / stitched["steps_of_small"] == pytest.approx(0.3, abs=0.06)
     assert len(ours["losses"]) == len(ours["before"]) == 2
+    assert "before" not in arm["single stage"]
+    assert [ours[f"loss {group}"][0] for group in (0, 1)] == pytest.approx(ours["losses"])
+    assert ours["losses"][0] > ours["losses"][1]  # of predicted noise: the cleanest is the worst
     assert 0 < held["E10 jumps"]["figures"]["borders"][0]["overlap"]
     inversion = held["E12 inversion"]["figures"]
     assert inversion["base"]["psnr"] > 20 and inversion["specialists"]["psnr"] > 20

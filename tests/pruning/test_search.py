@@ -43,9 +43,33 @@ def test_every_start_is_repaired_into_the_band(target, kinds):
         starts.append(search.repair(here, search.random_widths(here, rng)))
     for widths in starts:
         assert abs(here.share(widths) - target) <= search.BAND
-        assert all(width in here.variables[name].menu for name, width in widths.items())
+        assert all(width in here.menus[name] for name, width in widths.items())
         kept = here.keep(widths)
         assert {name: len(channels) for name, channels in kept.items()} == widths
+
+
+def test_whatever_found_them_settled_widths_cost_the_same():
+    """Controls are compared at equal FLOPs, not at either end of the band."""
+    here, rng = task(0.7), np.random.default_rng(2)
+    starts = [search.repair(here, search.random_widths(here, rng)) for _ in range(8)]
+    found = [search.settle(here, start) for start in [search.uniform(here), *starts]]
+    shares = [here.share(widths) for widths in found]
+    assert np.abs(np.array(shares) - 0.7).max() < 0.005 < search.BAND
+    for widths in found:  # no single step comes closer
+        apart = abs(here.share(widths) - 0.7)
+        for name, menu in here.menus.items():
+            for other in menu:
+                if abs(menu.index(other) - menu.index(widths[name])) == 1:
+                    assert abs(here.share(widths | {name: other}) - 0.7) >= apart
+
+
+def test_a_swap_moves_two_variables_one_step_each_way():
+    here, rng = task(), np.random.default_rng(0)
+    for _ in range(50):
+        start = search.random_widths(here, rng)
+        after = search._swapped(here, start, rng)
+        steps = [here.menus[n].index(after[n]) - here.menus[n].index(start[n]) for n in start]
+        assert sorted(step for step in steps if step) == [-1, 1]
 
 
 def test_a_target_out_of_reach_is_refused():
@@ -57,7 +81,7 @@ def test_a_target_out_of_reach_is_refused():
 def test_kept_channels_are_those_of_highest_score():
     here = task()
     name = next(iter(here.variables))
-    variable, width = here.variables[name], here.variables[name].menu[0]
+    variable, width = here.variables[name], here.menus[name][0]
     kept = here.keep({name: width})[name]
     cells = np.asarray(here.scores[name]).reshape(variable.cells, -1)
     best = cells.argmax(1) + np.arange(variable.cells) * cells.shape[1]

@@ -58,6 +58,18 @@ def test_vp_groups_are_intervals_of_time():
     assert groups.positions(1) == (250, 499)
 
 
+def test_an_overlap_is_a_step_of_the_sampler_on_either_side():
+    """DDIM's 50 uniform times lie 20 apart; the first and last group end where the table does."""
+    grid = process.vp_schedule("linear").grid(50, spacing="leading")
+    groups = make_groups(VP, 5)
+    assert groups.positions(2, 1, grid) == (400 - 20, 599 + 20)
+    assert groups.positions(2, 2, grid) == (400 - 40, 599 + 40)
+    assert groups.positions(0, 1, grid) == (0, 199 + 20)
+    assert groups.positions(4, 1, grid) == (800 - 20, 999)
+    nodes = make_groups(EDM, 5)  # whose positions are the nodes
+    assert nodes.positions(2, 1, GRID) == (15, 24) and nodes.positions(0, 1, GRID) == (0, 8)
+
+
 @pytest.mark.parametrize("group", [0, 1, 3])
 def test_vp_draws_are_uniform_in_the_interval_and_mirrored_inside_it(group):
     groups, n = make_groups(VP, 4), 20000

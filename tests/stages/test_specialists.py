@@ -196,11 +196,12 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
     """`launch.specialists`, whose folder then is a teacher."""
     folder = tmp_path / "set"
 
-    def configs(stage, changes=("k=0.6", "distil=0.5")):
+    def configs(stage, group=0, changes=("k=0.6", "distil=0.5")):
         return stage_config("configs/scenes.py", "smoke", stage, teacher, str(folder), changes)
 
     with pytest.raises(ValueError, match="--set=kk=1: config.prune has no field 'kk'"):
-        configs("assess", ["kk=1"])
+        configs("assess", changes=["kk=1"])
+    assert configs("prune").optim.decay_steps == configs("prune").total_steps == 3
     summary = make_set(configs, str(folder), groups=[1])
     assert summary["targets"] == [1.0, 0.8] and summary["shares"][0] == 1.0
     assert abs(summary["shares"][1] - 0.8) <= 0.02
@@ -214,7 +215,11 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
     memory = (folder / "memory-1.jsonl").read_text().splitlines()
     entries = [entry for entry in map(json.loads, memory) if "score" in entry]
     best = min(entries, key=lambda entry: entry["score"])
-    assert specialists.read_assessment(folder, 1)["widths"] == best["widths"]
+    # the best of them, moved on to the target
+    found = specialists.read_assessment(folder, 1)
+    assert abs(found["share"] - 0.8) <= abs(best["share"] - 0.8)
+    moved = sum(width != best["widths"][name] for name, width in found["widths"].items())
+    assert moved <= len(found["widths"]) / 2
     with pytest.raises(FileNotFoundError, match="group-0"):
         load_model(folder)
     again = make_set(configs, str(folder))
@@ -286,18 +291,19 @@ def test_a_sliced_optimiser_starts_with_the_base_s_moments_cut_alike(tmp_path):
     settings = {"k": 0.6, "proposer": "uniform", "importance": "magnitude"}
     run(configured("assess", str(tmp_path / "base"), folder, **settings), tmp_path / "assess")
     config = configured("prune", str(tmp_path / "base"), folder, group=1, optimiser="sliced")
+    config.optim.decay_steps = 40  # a rate of its own, whatever the base's was
     stage = build(config)
     keep = {n: np.array(c) for n, c in specialists.read_assessment(folder, 1)["keep"].items()}
     with jax.set_mesh(make_mesh()):
         state = loop.fresh_state(stage, make_mesh(), 0)
-    adam, theirs = state.opt_state["net"][0], trained.opt_state["net"][0]
-    assert int(adam.count) == int(theirs.count)
+    (adam, rate), theirs = state.opt_state["net"], trained.opt_state["net"][0]
+    assert int(adam.count) == int(theirs.count) != 0 and int(rate.count) == 0
     net = unet(**whole.meta["networks"]["net"]).config
     cut = prune(theirs.nu, net, keep, power=-2.0)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(adam.nu), cut)
     config.optim.name = "sgd"
     other = build(config)
-    with pytest.raises(ValueError, match="whose state config.optim does not take"):
+    with pytest.raises(ValueError, match="trained with adam and optim.name is sgd"):
         loop.fresh_state(other, make_mesh(), 0)
     config.prune.optimiser = "old"
     with pytest.raises(ValueError, match="prune.optimiser is 'old'"):
@@ -396,7 +402,7 @@ def test_recovery_trains_the_pruned_network_and_no_other(teacher, tmp_path):
     keep = task.keep(search.uniform(task))
     kept = {}
 
-    def proxy_loss(variables, group):
+    def proxy_loss(variables, group, proxy):
         kept.update(variables)
         return 1.0
 
