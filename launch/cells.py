@@ -42,8 +42,9 @@ def run_cells(
     only: Iterable[str] = (),
     minutes: float = 0.0,
 ) -> dict:
-    """Run what is missing and write the record; returns the summary. A ValueError of cells, or
-    divergence, is kept until all others have run.
+    """Run what is missing and write the record; returns the summary, with the findings where there
+    is no record to read them in. A ValueError of cells, or divergence, is kept until all others
+    have run.
 
     experiment: has Study(config, workdir), made once the work directory is claimed, and
     cells(study), all of them in the order in which they are worth having.
@@ -92,7 +93,8 @@ def run_cells(
     print(conclusions.table(done), flush=True)
     if refused:
         raise ValueError(f"{len(refused)} cells could not be measured: {'; '.join(refused)}")
-    return {"cells": len(done), "of": len(planned), "findings": conclusions.findings(plain, done)}
+    found = {} if record else {"findings": conclusions.findings(plain, done)}
+    return {"cells": len(done), "of": len(planned), "record": record} | found
 
 
 def check_chosen(only: Iterable[str], planned: Iterable[str]) -> None:
