@@ -18,7 +18,7 @@ from cheapscale.evaluation.naming import metric_name
 from cheapscale.evaluation.pixels import from_uint8, psnr, to_uint8
 from cheapscale.evaluation.quality import Reference, embed, quality, reference
 from cheapscale.models.features import FeatureNetwork
-from cheapscale.stages.data import class_mix, open_data
+from cheapscale.stages.data import class_mix, open_data, read
 from cheapscale.stages.invert import round_trip
 from cheapscale.stages.networks import load_teacher
 from cheapscale.stages.sampling import sample
@@ -113,9 +113,7 @@ def draw_data(path: pathlib.Path, growing: list[Run], top: int) -> None:
 def inversion(path: pathlib.Path, teacher: Loaded, run: Run, count: int = 128) -> dict:
     """Held-out images to noise and back on the same nodes; a picture of pairs, and the PSNR."""
     source = held_out(run.config)
-    items = [source[i] for i in range(min(count, len(source)))]
-    images = np.stack([item["image"] for item in items])
-    labels = np.asarray([item["label"] for item in items], np.int32)
+    images, labels = read(source, range(min(count, len(source))))
     nodes = run.config.invert.nodes
     z, again = round_trip(teacher, nodes=nodes, clip=run.config.invert.clip)(images, labels)
     pairs = np.concatenate([images[:COLUMNS], again[:COLUMNS]])

@@ -338,7 +338,7 @@ def few_cell(study: Study, key: tuple, tune: str, few: int, steps: int, direct: 
     settings = study.stage(key[0], "stage=pretrain", 0).data
     settings.update(limits)
     seen = data.open_data(settings, resolution=images.shape[1])
-    real = embed(judge.network, to_uint8(np.stack([seen[i]["image"] for i in range(len(seen))])))
+    real = embed(judge.network, to_uint8(data.read(seen, range(len(seen)))[0]))
     ours, held_out = (
         np.median(nearest_features(features, real).distance)
         for features in (embed(judge.network, to_uint8(images)), judge.features)
@@ -353,9 +353,7 @@ def real_pivots(study: Study, key: tuple) -> dict:
     teacher = study.teacher(*key)
     side = 2 * teacher.meta["networks"]["net"]["resolution"]
     source = data.open_data(settings, resolution=side, split=settings["eval_split"])
-    items = [source[i] for i in range(min(len(source), study.config.num))]
-    images = np.stack([item["image"] for item in items])
-    labels = np.array([item["label"] for item in items], np.int32)
+    images, labels = data.read(source, range(min(len(source), study.config.num)))
     pivots, ids = np.asarray(area_mean(images, side // 2)), np.arange(len(images))
 
     def drawn(k: str, seed: int) -> np.ndarray:

@@ -157,10 +157,8 @@ def compared(config: dict, held: dict) -> dict:
 def over_seeds(config: dict, held: dict) -> dict:
     """E2, E6: {"cell, minus tuning-free": {metric: [difference of each seed]}}."""
     k, found = config["k"], {}
-    names = {name.partition(": ")[2] for name in held if re.match(r"edm seed \d+: ", name)} - {
-        f"K {k}"
-    }
-    for name in sorted(names):
+    names = {name.partition(": ")[2] for name in held if re.match(r"edm seed \d+: ", name)}
+    for name in sorted(names - {f"K {k}"}):
         rows = [
             (held.get(f"edm seed {seed}: {name}"), held.get(f"edm seed {seed}: K {k}"))
             for seed in config["seeds"]
@@ -211,8 +209,10 @@ def tuning(config: dict, held: dict, seed: int) -> dict | None:
 
 def seconds_of(method: str, a_step: dict) -> float | None:
     """Seconds of a method's training step, as E9 measured them side by side."""
-    names = [method.removesuffix(f" {kind}") for kind in ("direct", "identity", "fast", "slow")]
-    return next((a_step[name] for name in [method, *names] if name in a_step), None)
+    design, _, kind = method.rpartition(" ")
+    if method not in a_step and kind in ("direct", "identity", "fast", "slow"):
+        return seconds_of(design, a_step)  # "ft slow direct" takes as long as "ft"
+    return a_step.get(method)
 
 
 def steps_to_reach(by_steps: dict, target: dict, metric: str, a_step: float | None = None) -> dict:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cheapscale.models.upsampler import DESIGNS
 from cheapscale.stages.cascade_sampler import cascade_sampler, network_calls
 from cheapscale.stages.run import build
 from cheapscale.stages.sampling import sampler
@@ -43,8 +44,9 @@ def seconds(study, key: tuple) -> dict:
         if name in config.same_programs:
             continue
         limits = {"lr": lr, "steps": steps}
-        training[name] = one_step(study.tuning(key, arg, changes, **limits))
-        if not arg.endswith(("lora", "ft")):  # those sample as the base does
+        tuning = study.tuning(key, arg, changes, **limits)
+        training[name] = one_step(tuning)
+        if tuning.cascade.tune in DESIGNS:  # the others sample as the base does
             place, _ = study.tune(key, name, arg, changes, **limits)
             subject, denoisers = tuned_cascade(teacher, [load_tuned(place, teacher)], plan)
             cascade = cascade_sampler(subject, plan, **options, **denoisers)

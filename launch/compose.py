@@ -117,7 +117,7 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
         save_png(root / "pictures" / f"{title.replace(', ', '_').replace(' ', '-')}.png",
                  image_grid(images, columns=8))  # fmt: skip
     test = data.open_data(settings, split=settings.eval_split)
-    held = [test[i] for i in range(min(num, len(test)))]
+    held = data.read(test, range(min(num, len(test))))
     return {
         "arg": arg,
         "num": num,
@@ -126,12 +126,7 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
             "sampling": difference(rows["specialists"], rows["teacher"]),
             "cascade": difference(*(rows[onward.format(t)] for t in ("specialists", "teacher"))),
         },
-        "inversion": round_trips(
-            teacher,
-            specialists,
-            np.stack([item["image"] for item in held]),
-            np.array([item["label"] for item in held], np.int32),
-        ),
+        "inversion": round_trips(teacher, specialists, *held),
         "ledger": ledger(
             {
                 "pretrain": teacher.meta["ledger"],

@@ -193,9 +193,7 @@ class Study:
     def held(self) -> Held:
         settings, num = self.stage("pretrain", 0).data, self.config.num_loss
         test = data.open_data(settings, split=settings.eval_split)
-        items = [test[i] for i in range(num)]
-        labels = np.array([item["label"] for item in items], np.int32)
-        return Held(np.stack([item["image"] for item in items]), labels)
+        return Held(*data.read(test, range(num)))
 
     def draw(self, loaded: Loaded, num: int):
         """Images from noise, a function of the number alone."""

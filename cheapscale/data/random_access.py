@@ -4,6 +4,7 @@ A kind of source (`sources`) says how many images there are and how to load one;
 is here, once. Images are float32 [R, R, 3] in [-1, 1].
 """
 
+import abc
 import re
 from typing import Any
 
@@ -18,7 +19,7 @@ CACHE_LIMIT = 2**30  # bytes; above it, cache=None keeps nothing
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
 
 
-class Source:
+class Source(abc.ABC):
     """Random access to images. A kind of source defines `_load`, `_label` and perhaps `_caption`.
 
     name, split: as given. resolution: R. class_names: () where unlabelled; num_classes: their
@@ -117,12 +118,13 @@ class Source:
                 )
             self._labels[i] = label
 
+    @abc.abstractmethod
     def _load(self, base_index: int) -> tuple[np.ndarray, int]:
         """(image float32 [R, R, 3], label) by the index in the unsliced split."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _label(self, base_index: int) -> int:
-        raise NotImplementedError
+        """Its label alone, without reading the image where that can be had."""
 
     def _caption(self, base_index: int) -> str:
         return ""

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -131,29 +131,30 @@ def repair(task: Task, widths: Mapping[str, int]) -> Widths:
 
     ValueError where no step comes closer any more, as from a start whose streams are too narrow.
     """
-    widths = dict(widths)
-    share = task.share(widths)
-    while not task.fits(share):
-        step = best_step(task, widths, share)
-        if step is None:
-            raise ValueError(
-                f"no widths come within {task.band:.0%} of the share {task.target:.3f}: the "
-                f"nearest has {share:.3f}; use a wider network, or fewer norm groups"
-            )
-        name, width, share = step
-        widths[name] = width
-    return widths
+    for found, share in approach(task, widths):  # noqa: B007, share is that of the last
+        if task.fits(share):
+            return found
+    raise ValueError(
+        f"no widths come within {task.band:.0%} of the share {task.target:.3f}: the nearest has "
+        f"{share:.3f}; use a wider network, or fewer norm groups"
+    )
 
 
 def settle(task: Task, widths: Mapping[str, int]) -> Widths:
     """The widths moved on inside the band for as long as a step comes closer to the target, so that
     whatever found them, networks of one target cost the same."""
-    widths = dict(widths)
-    share = task.share(widths)
+    *_, (nearest, _) = approach(task, widths)
+    return nearest
+
+
+def approach(task: Task, widths: Mapping[str, int]) -> Iterator[tuple[Widths, float]]:
+    """(widths, share) as they are, and after each best step, for as long as there is one."""
+    widths, share = dict(widths), task.share(widths)
+    yield widths, share
     while (step := best_step(task, widths, share)) is not None:
         name, width, share = step
-        widths[name] = width
-    return widths
+        widths = widths | {name: width}
+        yield widths, share
 
 
 def best_step(task: Task, widths: Widths, share: float) -> tuple[str, int, float] | None:

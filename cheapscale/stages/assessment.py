@@ -18,6 +18,7 @@ from cheapscale.pruning.language_model import LanguageModel
 from cheapscale.pruning.partition import step_owners
 from cheapscale.pruning.structure import masked, prune, pruned_config
 from cheapscale.stages import sensitivity
+from cheapscale.stages.data import read
 from cheapscale.stages.groups import (
     Groups,
     anchor_positions,
@@ -44,10 +45,7 @@ class Proxy(NamedTuple):
 
 def read_proxy(source, num: int) -> Proxy:
     """The first images of a fixed shuffle."""
-    pick = np.random.default_rng(0).permutation(len(source))[:num]
-    items = [source[int(i)] for i in pick]
-    labels = np.array([item.get("label", 0) for item in items], np.int32)
-    return Proxy(np.stack([item["image"] for item in items]), labels)
+    return Proxy(*read(source, np.random.default_rng(0).permutation(len(source))[:num]))
 
 
 class Assessment:

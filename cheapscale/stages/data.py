@@ -1,7 +1,7 @@
 """The stages' view of data: sources opened from a config, checked, and streamed by step."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -32,6 +32,13 @@ def open_data(data, *, split: str | None = None, resolution: int | None = None):
         data_dir=data["data_dir"] or None,
         **options,
     )
+
+
+def read(source, ids: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(images float32 [n, R, R, c], labels int32 [n]) of a source."""
+    items = [source[int(i)] for i in ids]
+    labels = np.array([item["label"] for item in items], np.int32)
+    return np.stack([item["image"] for item in items]), labels
 
 
 def describe(source) -> dict:

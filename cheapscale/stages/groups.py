@@ -50,10 +50,8 @@ class Groups(NamedTuple):
         nodes = np.searchsorted(self.levels, levels[levels > 0] * (1 - 1e-9))
         nodes = np.unique(np.clip(nodes, 0, len(self.levels) - 1))
         # nodes need not be borders: a step is counted from the last node inside to one outside
-        cleanest, noisiest = (
-            np.searchsorted(nodes, first),
-            np.searchsorted(nodes, last, "right") - 1,
-        )
+        cleanest = np.searchsorted(nodes, first)
+        noisiest = np.searchsorted(nodes, last, "right") - 1
         below, above = max(cleanest - overlap, 0), min(noisiest + overlap, len(nodes) - 1)
         if below < cleanest < len(nodes):
             first = max(first - int(nodes[cleanest] - nodes[below]), 0)

@@ -19,6 +19,7 @@ from cheapscale.data.digest import digest
 from cheapscale.data.latents import LatentStore, PairSource
 from cheapscale.evaluation.pixels import check_images, from_uint8, to_uint8
 from cheapscale.evaluation.quality import choice
+from cheapscale.stages import data
 from cheapscale.stages.invert import round_trip
 from cheapscale.stages.networks import fingerprint, make_generator
 from cheapscale.stages.sampling import sampler
@@ -55,9 +56,8 @@ def chosen_images(source, order: np.ndarray) -> Images:
     """The images of a source whose ids are `order`, in that order."""
 
     def read(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        items = [source[int(order[i])] for i in ids]
-        images = to_uint8(check_images(np.stack([item["image"] for item in items])))
-        return images, np.asarray([item["label"] for item in items], np.int32)
+        images, labels = data.read(source, order[ids])
+        return to_uint8(check_images(images)), labels
 
     def captions(ids: np.ndarray) -> list[str]:
         return [source.caption(int(order[i])) for i in ids]
@@ -125,9 +125,8 @@ def teacher_pairs(teacher: Loaded, source, num: int, *, nodes: int, batch_size: 
     trip = round_trip(teacher, nodes=nodes, batch_size=batch_size)
 
     def read(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        items = [source[int(i)] for i in order[ids]]
-        targets = np.stack([item["image"] for item in items])
-        _, images = trip(targets, np.asarray([item["label"] for item in items], np.int32))
+        targets, labels = data.read(source, order[ids])
+        _, images = trip(targets, labels)
         return np.clip(images, -1, 1), targets
 
     made_by = digest([fingerprint(teacher.params), source.fingerprint(), len(order), nodes])

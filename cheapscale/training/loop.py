@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from cheapscale.evaluation.cost import param_count
 from cheapscale.training import checkpoint as ckpt
 from cheapscale.training import sharding
 from cheapscale.training.logging import Log
@@ -206,10 +207,9 @@ def train(
             places = jax.tree.map(lambda s: s.sharding, shapes)
             frozen = jax.device_put(jax.tree.map(np.asarray, frozen), places)
             step_fn, flops, peak = compiling.result()
-        trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         logging.info(
             "%s: compiled in %.1f s, %s weights to train, %.3g FLOPs a step, %.0f MB",
-            name, time.monotonic() - began, f"{trained:,}", flops, peak / 1e6,
+            name, time.monotonic() - began, f"{param_count(state.params):,}", flops, peak / 1e6,
         )  # fmt: skip
 
         log = Log(workdir, name, total_steps)

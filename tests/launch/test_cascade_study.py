@@ -17,7 +17,7 @@ from cheapscale.training.sharding import make_mesh
 from configs import cascade_study as config_file
 from launch import cascade_experiment, cascade_findings
 from launch.cascade_experiment import Study, cells
-from launch.cascade_findings import findings, steps_to_reach, table
+from launch.cascade_findings import findings, seconds_of, steps_to_reach, table
 from launch.cascade_measures import make_judge, measure
 from launch.cells import Cell, run_cells
 from launch.paired import difference, with_deviation
@@ -138,6 +138,8 @@ def test_findings_name_the_best_k_and_the_steps_to_reach_the_tuned_score():
     # after 100 steps it only touched the target: after 200 it was above again
     assert steps("neck after 50") == {"neck": 50, "neck M": 400, "ft direct": 400, "ft": 100}
     assert steps("neck after 50", "earliest")["ft direct"] == 100
+    for method, seconds in (("ft slow direct", 1.0), ("neck M", None), ("neck", 0.5)):
+        assert seconds_of(method, {"ft": 1.0, "neck": 0.5}) == seconds
     assert steps("neck after 50", "seconds") == {
         "neck": 25.0, "neck M": None, "ft direct": 400.0, "ft": 100.0
     }  # fmt: skip
