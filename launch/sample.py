@@ -163,16 +163,21 @@ def run_cascade(
     save_images(out / "base.npz", scales[0], labels, ids)
     if FLAGS.direct:
         save_images(out / "direct.npz", sampler.direct(ids, labels)[0], labels, ids)
+    shown = {}
     if FLAGS.preview:
         few = slice(min(FLAGS.preview, len(ids)))
-        rows, free = [scales[-1][few]], sampler
+        free = cascade.cascade_sampler(loaded, make_plan(), **options) if denoisers else sampler
+        rows = {
+            "base": np.asarray(resize(scales[0][few], plan.sizes[-1], "nearest")),
+            "direct": free.direct(ids[few], labels[few])[0],
+        }
         if denoisers:
-            free = cascade.cascade_sampler(loaded, make_plan(), **options)
             given = None if pivots is None else pivots[few]
-            rows.insert(0, free.draw(ids[few], labels[few], given)[0][-1])
-        enlarged = np.asarray(resize(scales[0][few], plan.sizes[-1], "nearest"))
-        rows = [enlarged, free.direct(ids[few], labels[few])[0], *rows]
-        save_png(out / "preview.png", image_grid(np.concatenate(rows), columns=few.stop))
+            rows["tuning-free"] = free.draw(ids[few], labels[few], given)[0][-1]
+        rows[FLAGS.baseline or ("tuned" if FLAGS.tuned else "tuning-free")] = scales[-1][few]
+        pictures = np.concatenate([*rows.values()])
+        save_png(out / "preview.png", image_grid(pictures, columns=few.stop))
+        shown = {"preview_rows": list(rows)}
     calls, alone = cascade.network_calls(plan, method=FLAGS.method, cfg_scale=FLAGS.cfg_scale)
     if FLAGS.baseline == "windows":  # one call for each of them, on canvases of the trained size
         times = [num_windows(size, loaded.meta["networks"]["net"]) for size in plan.sizes]
@@ -184,7 +189,7 @@ def run_cascade(
         "restart_decibels": [float(decibels(sigma)) if sigma else None for sigma in sigmas],
         "nfe": calls,
         "nfe_direct": alone,
-    }  # fmt: skip
+    } | shown  # fmt: skip
 
 
 def cascade_denoisers(loaded: Loaded, plan: cascade.CascadePlan) -> tuple[Loaded, dict]:

@@ -155,10 +155,12 @@ def test_tuned_weights_join_their_teacher_and_the_preview_compares(teacher, tune
     assert status == 0, errors[-3000:]
     held = {name: np.load(tmp_path / name / "samples.npz")["images"] for name in "ab"}
     assert np.abs(held["a"].astype(int) - held["b"]).max() > 3
+    rows = ["base", "direct", "tuning-free", "tuned"]
+    assert json.loads((tmp_path / "a" / "sample.json").read_text())["preview_rows"] == rows
     preview = np.asarray(Image.open(tmp_path / "a" / "preview.png"))
     factor = preview.shape[0] // (4 * 10 + 2)
     sheet = preview[::factor, ::factor]
-    assert sheet.shape == (4 * 10 + 2, 2 * 10 + 2, 3)  # base, direct, tuning-free, tuned
+    assert sheet.shape == (4 * 10 + 2, 2 * 10 + 2, 3)
     np.testing.assert_array_equal(sheet[32:40, 2:10], held["a"][0])
     np.testing.assert_allclose(sheet[22:30, 2:10].astype(int), held["b"][0], atol=1)
 
