@@ -101,9 +101,14 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
     pivots = drawn("one step, grown", grown)
     one_call = rows["one step, grown"]["flops"]
     onward = "one step, grown, then cascade by the {}"
-    for title, loaded in (("specialists", specialists), ("teacher", teacher)):
+    for title, loaded, owner in (
+        ("specialists, by the SNR of blocks", specialists, "snr"),
+        ("specialists", specialists, "level"),
+        ("teacher", teacher, "level"),
+    ):
         plan = cascade_plan(loaded.meta, "2x", pivot_size=pivots.shape[1:3])
-        cascade, cost = cascade_sampler(loaded, plan), cascade_cost(loaded, plan, batch_size=8)
+        cascade = cascade_sampler(loaded, plan, owner=owner)
+        cost = cascade_cost(loaded, plan, batch_size=8, owner=owner)
         images = cascade.draw(ids, labels, pivots)[0][-1]
         calls, flops = cost["nfe"] + 1, cost["flops_per_image"] + one_call
         add(onward.format(title), images, calls, flops)

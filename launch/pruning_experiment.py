@@ -17,6 +17,7 @@ search included. E1 is read off the losses by group.
 """
 
 import functools
+import importlib
 import pathlib
 import re
 import shutil
@@ -47,7 +48,6 @@ from cheapscale.stages.sampling import levels, sampler
 from cheapscale.training.checkpoint import Loaded, load_network
 from cheapscale.training.sharding import in_batches
 from cheapscale.training.state import stream_key
-from configs import scenes
 from launch import pruning_checks as checks
 from launch.cells import Cell
 from launch.judge import distance, make_judge
@@ -72,7 +72,8 @@ class Study:
         self.base_flops = 0.0  # of sampling with a base; all are one network
 
     def stage(self, stage: str, seed: int):
-        config = scenes.get_config(f"{self.config.scenes},stage={stage},seed={seed}")
+        images = importlib.import_module(f"configs.{self.config.images}")
+        config = images.get_config(f"{self.config.images_arg},stage={stage},seed={seed}")
         if stage == "pretrain":
             config.diffusion.update({"process": self.config.process})
             if self.config.process != "edm":
@@ -129,7 +130,10 @@ class Study:
                 steps = self.config.finetune_steps // settings["groups"]
                 if name != "specialists":
                     manifest = specialists.read_manifest(folder)
-                    steps = self.equal_steps(seed, manifest, group, scratch, part)
+                    steps = self.equal_steps(
+                        seed, manifest, group,
+                        scratch=scratch, distil=settings.get("distil", 0) > 0, part=part,
+                    )  # fmt: skip
                 if scratch:
                     config.optim = self.stage("pretrain", seed).optim
                 config.total_steps = config.save_every = steps
@@ -154,11 +158,19 @@ class Study:
         return self.in_steps(seed, loaded.meta["ledger"]["flops"] - before)
 
     def equal_steps(
-        self, seed: int, manifest: dict, group: int, scratch: bool = False, part: float = 1.0
+        self,
+        seed: int,
+        manifest: dict,
+        group: int,
+        *,
+        scratch: bool = False,
+        distil: bool = False,
+        part: float = 1.0,
     ) -> int:
         """Updates of a group, so that a set costs (a part of) what the headline's does: search and
         fine-tuning, from scratch also the base's own training. Groups take them by their size, so
-        that every noise level is trained as much."""
+        that every noise level is trained as much. distil: each of them also calls the base, which
+        is a third of what an update of it costs."""
         trained, _ = self.main(seed)
         total = part * self.bill(seed, trained) + scratch * self.teacher(seed).step
         left, sizes = total - self.search(seed, manifest), np.diff(manifest["edges"])
@@ -167,7 +179,8 @@ class Study:
                 f"the search alone costs {self.search(seed, manifest):.0f} steps of the base and "
                 f"the specialists all in all {total:.0f}: nothing is left to train with"
             )
-        return max(1, round(left * sizes[group] / float(np.dot(manifest["shares"], sizes))))
+        an_update = np.array(manifest["shares"]) + distil / 3
+        return max(1, round(left * sizes[group] / float(np.dot(an_update, sizes))))
 
     def search(self, seed: int, manifest: dict) -> float:
         """What the assessment cost, in steps of the base."""
@@ -186,7 +199,7 @@ class Study:
     @functools.cached_property
     def reference(self) -> quality.Reference:
         settings, num = self.stage("pretrain", 0).data, self.config.num_real
-        steps = 3 if self.config.scenes == "smoke" else None
+        steps = 3 if self.config.images_arg == "smoke" else None
         return make_judge(settings, settings.resolution, num_real=num, steps=steps)
 
     @functools.cached_property

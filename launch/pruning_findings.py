@@ -5,6 +5,7 @@ seen in the seeds alone.
 """
 
 import numpy as np
+from scipy import stats
 
 from launch.paired import difference
 
@@ -71,20 +72,26 @@ def of_seed(rows: dict, updates: int) -> dict:
 
 
 def over_seeds(seeds: list[dict]) -> dict:
-    """Mean and range over the seeds of what each arm's fd is above the specialists'."""
+    """What each arm's fd is above the specialists', over the seeds: mean and range; "images", the
+    mean's interval had these networks drawn other images; "runs", Student's, of the seeds."""
     names = {name for rows in seeds for name in rows if "specialists" in rows}
     found = {}
     for name in sorted(names - {"specialists"}):
         apart = [
-            rows[name]["fd"][0] - rows["specialists"]["fd"][0]
+            difference(rows[name], rows["specialists"])["fd"]
             for rows in seeds
             if name in rows and "specialists" in rows
         ]
-        if len(apart) > 1:
-            found[name] = {
-                "mean": float(np.mean(apart)), "least": min(apart), "most": max(apart),
-                "seeds": len(apart),
-            }  # fmt: skip
+        if len(apart) < 2:
+            continue
+        values = [value for value, *_ in apart]
+        mean, n = float(np.mean(values)), len(values)
+        images = float(np.sqrt(np.sum([(high - value) ** 2 for value, _, high in apart]))) / n
+        runs = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+        found[name] = {
+            "mean": mean, "least": min(values), "most": max(values), "seeds": n,
+            "images": [mean - images, mean + images], "runs": [mean - runs, mean + runs],
+        }  # fmt: skip
     return {"fd above the specialists' over seeds": found} if found else {}
 
 

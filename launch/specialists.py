@@ -10,6 +10,7 @@ machines the same is `launch.train` with stage=assess once and stage=prune for e
 those alone.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,11 +35,20 @@ def stage_config(
         if name not in config.prune:
             known = ", ".join(config.prune)
             raise ValueError(f"--set={change}: config.prune has no field {name!r}, only {known}")
-        kind = type(config.prune[name])
-        config.prune[name] = value in ("1", "true", "True") if kind is bool else kind(value)
+        config.prune[name] = parsed(f"--set={change}", value, type(config.prune[name]))
     if stage == "prune":
         anneal(config.optim, config.total_steps)
     return config
+
+
+def parsed(change: str, value: str, kind: type) -> Any:
+    """value as the type of the field it changes; ValueError where it is none."""
+    if kind is bool and value.lower() in ("1", "true", "0", "false"):
+        return value.lower() in ("1", "true")
+    with contextlib.suppress(ValueError):
+        if kind is not bool:
+            return kind(value)
+    raise ValueError(f"{change}: {value!r} is no {kind.__name__}: give one")
 
 
 def anneal(optim, steps: int) -> None:
@@ -54,8 +64,12 @@ def make_set(
 
     configured("assess" or "prune", group) -> that stage's config, with teacher and folder.
     """
-    summary = run(configured("assess", 0), f"{folder}/assess")
-    count = len(specialists.read_manifest(folder)["edges"]) - 1
+    assess = configured("assess", 0)
+    count = assess.prune.groups
+    unknown = sorted(set(groups) - set(range(count)))
+    if unknown:
+        raise ValueError(f"there is no group {unknown[0]}: {folder} has groups 0 ... {count - 1}")
+    summary = run(assess, f"{folder}/assess")
     members = []
     for group in groups or range(count):
         logging.info("group %d of %d", group, count)
@@ -69,7 +83,7 @@ def make_set(
 def main(argv) -> None:
     del argv
     options = flags.FLAGS
-    groups, folder = [int(group) for group in options.groups], options.workdir
+    folder = options.workdir
 
     def configured(stage, group):
         del group  # all alike
@@ -77,7 +91,11 @@ def main(argv) -> None:
             options.config, options.arg, stage, options.teacher, folder, options.set
         )
 
-    execute("specialists", folder, lambda: make_set(configured, folder, groups))
+    def body() -> dict:
+        groups = [parsed(f"--groups={group}", group, int) for group in options.groups]
+        return make_set(configured, folder, groups)
+
+    execute("specialists", folder, body)
 
 
 if __name__ == "__main__":

@@ -71,16 +71,17 @@ def spread(values: Sequence[float]) -> np.ndarray:
 
 def conflict(gradients: np.ndarray) -> np.ndarray:
     """Cost of a group: size times 1 - mean cosine of its members' gradients, [n, d] -> [n, n]."""
-    gradients = np.asarray(gradients, np.float64)
-    norms = np.linalg.norm(gradients, axis=1, keepdims=True)
-    unit = gradients / np.maximum(norms, 1e-30)
-    n = len(unit)
-    sums = np.concatenate([np.zeros((1, unit.shape[1])), np.cumsum(unit, axis=0)])
+    norms = np.linalg.norm(gradients, axis=1)
+    # of a large network [n, d] is most of the memory: no copy of it
+    cosines = (gradients @ gradients.T) / np.maximum(np.outer(norms, norms), 1e-30)
+    n = len(cosines)
+    total = np.zeros((n + 1, n + 1))
+    total[1:, 1:] = cosines.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
     cost = np.full((n, n), np.inf)
     for a in range(n):
-        whole = sums[a + 1 :] - sums[a]
-        size = np.arange(1, n - a + 1)
-        cost[a, a:] = size * (1 - np.sum(whole**2, axis=1) / size**2)
+        ends, size = np.arange(a + 1, n + 1), np.arange(1, n - a + 1)
+        within = total[ends, ends] - total[a, ends] - total[ends, a] + total[a, a]
+        cost[a, a:] = size * (1 - within / size**2)
     return cost
 
 

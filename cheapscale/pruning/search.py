@@ -3,10 +3,12 @@
     memory <- []                                             every (widths, share, score) so far
     for round in 1 .. rounds:
         for widths in proposer(task, memory):                not in the memory yet
-            repair them to within 2 % of F0 of the target, never above target + 2 %
+            repair them: step by step as near to the target as steps lead, within 2 % of F0
             score <- loss of the pruned network on a fixed set of images, levels and noise
             memory += (widths, share, score)
-    the widths of least score, moved as near to the target as single steps lead
+    the widths of least score
+
+All candidates cost the same but for a step: inside a band the least score would be at its dear end.
 
 The paper's proposer is a language model with a memory bank; here it is one of three behind one
 interface, and none needs another. The memory is written to a file line by line: it is the audit
@@ -18,7 +20,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +31,7 @@ from cheapscale.pruning.structure import PLANS, Variable, flops, keep_best, layo
 
 Widths = dict[str, int]
 BAND = 0.02
+ASKED = 4  # times at most that a round asks for proposals
 CHOICES = 8  # widths of a variable at most: finer steps change neither FLOPs nor the loss by much
 
 
@@ -109,7 +112,9 @@ def coarse(menu: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def uniform(task: Task) -> Widths:
-    """One ratio for all variables, as near to the target as their menus let it, then repaired."""
+    """One ratio for all variables, as near to the target as their menus let it, then repaired by
+    their numbers of channels: no score has a say."""
+    task = unscored(task)
 
     def at(ratio):
         return {
@@ -125,62 +130,65 @@ def uniform(task: Task) -> Widths:
     return repair(task, starts[-1])
 
 
+def unscored(task: Task) -> Task:
+    """The task with every channel as important as any other."""
+    return task._replace(scores={name: np.ones(v.width) for name, v in task.variables.items()})
+
+
 def repair(task: Task, widths: Mapping[str, int]) -> Widths:
-    """The widths moved step by step into the band: of the steps that come closer, each time the one
-    that loses least importance for the FLOPs it saves, or regains most for those it costs.
+    """The widths moved step by step for as long as a step comes closer to the target: each time the
+    one that loses least importance for the FLOPs it saves, or regains most for those it costs.
 
-    ValueError where no step comes closer any more, as from a start whose streams are too narrow.
+    ValueError where that ends outside the band, as from a start whose streams are too narrow.
     """
-    for found, share in approach(task, widths):  # noqa: B007, share is that of the last
-        if task.fits(share):
-            return found
-    raise ValueError(
-        f"no widths come within {task.band:.0%} of the share {task.target:.3f}: the nearest has "
-        f"{share:.3f}; use a wider network, or fewer norm groups"
-    )
-
-
-def settle(task: Task, widths: Mapping[str, int]) -> Widths:
-    """The widths moved on inside the band for as long as a step comes closer to the target, so that
-    whatever found them, networks of one target cost the same."""
-    *_, (nearest, _) = approach(task, widths)
-    return nearest
-
-
-def approach(task: Task, widths: Mapping[str, int]) -> Iterator[tuple[Widths, float]]:
-    """(widths, share) as they are, and after each best step, for as long as there is one."""
     widths, share = dict(widths), task.share(widths)
-    yield widths, share
-    while (step := best_step(task, widths, share)) is not None:
-        name, width, share = step
-        widths = widths | {name: width}
-        yield widths, share
+    while closer := [
+        step
+        for step in steps(task, widths, -1 if share > task.target else 1)
+        if abs(step.share - task.target) < abs(share - task.target)
+    ]:
+        best = min(closer)
+        widths, share = widths | {best.name: best.width}, best.share
+    if not task.fits(share):
+        raise ValueError(
+            f"no widths come within {task.band:.0%} of the share {task.target:.3f}: the nearest "
+            f"has {share:.3f}; use a wider network, or fewer norm groups"
+        )
+    return widths
 
 
-def best_step(task: Task, widths: Widths, share: float) -> tuple[str, int, float] | None:
-    """(variable, width, share) after the step that comes closer and loses least importance for the
-    FLOPs it saves, or regains most for those it costs; None where no step comes closer."""
-    moves = []
+class Step(NamedTuple):
+    """One variable one width up or down. lost: importance for the FLOPs it changes, negative where
+    it is regained."""
+
+    lost: float
+    name: str
+    width: int
+    share: float
+
+
+def steps(task: Task, widths: Widths, direction: int) -> list[Step]:
+    """All single steps up (1) or down (-1)."""
+    share, found = task.share(widths), []
     for name, menu in task.menus.items():
-        i = menu.index(widths[name]) + (-1 if share > task.target else 1)
-        if not 0 <= i < len(menu):
-            continue
-        changed = task.share(widths | {name: menu[i]})
-        if abs(changed - task.target) < abs(share - task.target):
+        i = menu.index(widths[name]) + direction
+        if 0 <= i < len(menu):
+            changed = task.share(widths | {name: menu[i]})
             lost = task.lost(name, menu[i]) - task.lost(name, widths[name])
-            moves.append((lost / abs(changed - share), name, menu[i], changed))
-    return min(moves)[1:] if moves else None  # what a step up regains is negative
+            found.append(Step(lost / abs(changed - share), name, menu[i], changed))
+    return found
 
 
 class Greedy:
-    """The best so far with one variable up and another down; at first, the uniform one."""
+    """The best so far, at first the uniform one, after one to three swaps of one variable up and
+    another down by chance, or one as the scores say. The last of a round is altogether random."""
 
     def propose(self, task, memory, count, rng):
+        start = min(memory, key=lambda e: e.score).widths if memory else uniform(task)
+        swaps = [swapped(task, start, rng, rng.integers(1, 4)) for _ in range(max(1, count - 2))]
         if not memory:
-            start = uniform(task)
-            return [start, *(_swapped(task, start, rng) for _ in range(count - 1))]
-        best = min(memory, key=lambda entry: entry.score).widths
-        return [_swapped(task, best, rng) for _ in range(count)]
+            return [start, *swaps, random_widths(task, rng)][:count]
+        return [*swaps, guided(task, start), random_widths(task, rng)][:count]
 
 
 class Evolution:
@@ -195,30 +203,43 @@ class Evolution:
                 continue
             a, b = (parents[i].widths for i in rng.choice(len(parents), 2, replace=False))
             child = {name: (a if rng.random() < 0.5 else b)[name] for name in a}
-            proposals.append(_swapped(task, child, rng))
+            proposals.append(swapped(task, child, rng))
         return proposals
 
 
 class Chance:
-    """Random widths: the control."""
+    """Random widths, in whose repair no score has a say: the control."""
 
     def propose(self, task, memory, count, rng):
-        return [random_widths(task, rng) for _ in range(count)]
+        found = []
+        for _ in range(count):
+            with contextlib.suppress(ValueError):  # nothing leads from it into the band
+                found.append(repair(unscored(task), random_widths(task, rng)))
+        return found
 
 
 def random_widths(task: Task, rng: np.random.Generator) -> Widths:
     return {name: int(rng.choice(menu)) for name, menu in task.menus.items()}
 
 
-def _swapped(task, widths, rng):
-    """One variable a step up and another one down, of those that have such a step."""
-    widths, moved = dict(widths), ""
-    for step in (1, -1):
+def guided(task: Task, widths: Widths) -> Widths:
+    """The variable that loses least importance for its FLOPs a step down, and of the others the one
+    that regains most a step up."""
+    down = min(steps(task, widths, -1), default=None)
+    up = min((s for s in steps(task, widths, 1) if not down or s.name != down.name), default=None)
+    return dict(widths) | {step.name: step.width for step in (down, up) if step}
+
+
+def swapped(task: Task, widths: Widths, rng: np.random.Generator, pairs: int = 1) -> Widths:
+    """So many times one variable a step up and another one, which was not moved yet, down."""
+    widths, moved = dict(widths), set()
+    for step in (1, -1) * pairs:
         places = {name: menu.index(widths[name]) + step for name, menu in task.menus.items()}
-        able = [n for n, i in places.items() if 0 <= i < len(task.menus[n]) and n != moved]
+        able = [n for n, i in places.items() if 0 <= i < len(task.menus[n]) and n not in moved]
         if able:
-            moved = able[rng.integers(len(able))]
-            widths[moved] = task.menus[moved][places[moved]]
+            name = able[rng.integers(len(able))]
+            widths[name] = task.menus[name][places[name]]
+            moved.add(name)
     return widths
 
 
@@ -242,18 +263,22 @@ def search(
     for number in range(done, rounds):
         rng = np.random.default_rng([*np.atleast_1d(seed), number])
         known = {_key(entry.widths) for entry in memory}
-        fresh = []
-        for proposal in proposer.propose(task, memory if remember else [], per_round, rng):
-            try:
-                widths = repair(task, proposal)
-            except ValueError:  # nothing leads from it into the band: proposed in vain
-                continue
-            if _key(widths) not in known:
-                known.add(_key(widths))
-                score = float(evaluate(widths))
-                # a loss that is no number is the worst there is
-                score = score if math.isfinite(score) else math.inf
-                fresh.append(Entry(number, widths, task.share(widths), score))
+        fresh: list[Entry] = []
+        for _ in range(ASKED):  # many a proposal is repaired into what is known
+            wanted = per_round - len(fresh)
+            if not wanted:
+                break
+            for proposal in proposer.propose(task, memory if remember else [], wanted, rng):
+                try:
+                    widths = repair(task, proposal)
+                except ValueError:  # nothing leads from it into the band: proposed in vain
+                    continue
+                if _key(widths) not in known:
+                    known.add(_key(widths))
+                    score = float(evaluate(widths))
+                    # a loss that is no number is the worst there is
+                    score = score if math.isfinite(score) else math.inf
+                    fresh.append(Entry(number, widths, task.share(widths), score))
         memory += fresh
         lines = [*(json.dumps(entry._asdict()) for entry in fresh), json.dumps({"done": number})]
         with open(memory_path, "a") as file:

@@ -12,7 +12,10 @@ written is which channels stay. `stage=prune` then fine-tunes one group after an
 """
 
 import json
+import pathlib
 import time
+
+import jax
 
 from cheapscale.data.digest import digest
 from cheapscale.data.files import whole_or_nothing
@@ -23,8 +26,8 @@ from cheapscale.stages import data
 from cheapscale.stages.assessment import Assessment, read_proxy
 from cheapscale.stages.groups import KINDS
 from cheapscale.stages.networks import fingerprint, load_teacher
+from cheapscale.stages.prune import check_training
 from cheapscale.stages.specialists import assessment_path, read_assessment, write_manifest
-from cheapscale.training.checkpoint import claim_workdir
 from cheapscale.training.stage import Job
 
 SCORES = ("taylor", "accumulated", "all_times", "diff_pruning", "magnitude", "chance")
@@ -40,6 +43,7 @@ def build(config) -> Job:
     if not folder:
         raise ValueError("config.specialists is empty: name the folder of the set")
     check_settings(settings)
+    check_training(settings)
     teacher = load_teacher(config.teacher)
     if "specialists" in teacher.meta["diffusion"]:
         raise ValueError(f"{config.teacher} is a set of specialists: prune its base")
@@ -48,7 +52,7 @@ def build(config) -> Job:
 
     origin = {
         "teacher": fingerprint(teacher.params), "data": source.fingerprint(), "seed": config.seed,
-        "settings": {k: v for k, v in settings.items() if k not in OF_TRAINING},
+        "settings": {k: v for k, v in settings.items() if k not in (*OF_TRAINING, "llm_url")},
     }  # fmt: skip
     same = digest(origin)
 
@@ -63,9 +67,19 @@ def build(config) -> Job:
         return True
 
     def prepare() -> Assessment:
-        claim_workdir(folder, origin, ())  # the searches of another origin are not gone on with
         proxy = read_proxy(source, max(settings["proxy_images"], settings["score_images"]))
-        return Assessment(teacher, proxy, settings, config.seed, folder)
+        shared = pathlib.Path(folder) / "budgets.json"
+        begun = json.loads(shared.read_text()) if shared.is_file() else {}
+        if begun and begun["identity"] != same:
+            raise ValueError(
+                f"{shared} is of another teacher, data set or config.prune: name another "
+                "config.specialists"
+            )
+        found = Assessment(teacher, proxy, settings, config.seed, folder, begun)
+        if not begun and jax.process_index() == 0:
+            with whole_or_nothing(shared) as temporary:
+                temporary.write_text(json.dumps(found.shared() | {"identity": same}) + "\n")
+        return found
 
     def run_shard(assessment: Assessment, group: int, mesh) -> dict:
         began, before = time.monotonic(), assessment.flops()

@@ -5,7 +5,8 @@ Stage `assess` (the job, one group a shard) asks it for a group's widths and cha
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +52,17 @@ def read_proxy(source, num: int) -> Proxy:
 class Assessment:
     """What all groups of a set share: the base, its levels, the proxy images, one compiled loss."""
 
-    def __init__(self, teacher: Loaded, proxy: Proxy, settings: dict, seed: int, folder: str):
+    def __init__(
+        self,
+        teacher: Loaded,
+        proxy: Proxy,
+        settings: dict,
+        seed: int,
+        folder: str,
+        begun: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        """begun: what `shared` said of the same assessment. ValueError where a budget is out of
+        the network's reach."""
         began = time.monotonic()
         self.teacher, self.proxy, self.settings, self.seed = teacher, proxy, settings, seed
         self.folder = folder
@@ -62,9 +73,26 @@ class Assessment:
         self.loss = Billed(self.level_loss)
         self.grad = Billed(jax.grad(self._mean_loss))
         self.others = 0.0  # FLOPs of programs that served one candidate
-        self.groups = self._groups()
-        self.targets = self._targets()
-        self.seconds = time.monotonic() - began  # of what the groups share
+        if begun:
+            self.groups = Groups(self.levels, np.asarray(begun["edges"]))
+            self.targets = np.asarray(begun["targets"])
+            self.others = begun["flops"]
+        else:
+            self.groups = self._groups()
+            self.targets = self._targets()
+        for target in self.targets[self.targets < 1]:  # before hours go into the others
+            search.uniform(search.make_task(self.net.config, float(target), {}, settings["plan"]))
+        # of what the groups share
+        self.seconds = begun["seconds"] if begun else time.monotonic() - began
+
+    def shared(self) -> dict:
+        """What all groups share and what it has cost, to be kept."""
+        return {
+            "edges": self.groups.edges.tolist(),
+            "targets": np.asarray(self.targets).tolist(),
+            "flops": self.flops(),
+            "seconds": self.seconds,
+        }
 
     def level_loss(self, variables, x, label, sigma, key, net: UNet | None = None):
         """[b] at given levels; variables may carry masks. net: a narrower one."""
@@ -93,8 +121,7 @@ class Assessment:
                 remember=settings["remember"],
             )
             widths = best.widths
-        widths, before = search.settle(task, widths), self.flops()
-        keep = task.keep(widths)
+        before, keep = self.flops(), task.keep(widths)
         score = self.score(keep, group)
         # what was remembered of a search that was cut short has cost as much an entry
         self.others += resumed * (self.flops() - before)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import ndtr
 
 from cheapscale.diffusion import process
 from cheapscale.diffusion.denoiser import edm_weight, squared_error
@@ -127,18 +128,18 @@ def draw_levels(
     t; of ln sigma, the opposite quantile), the interval's form of antithetic pairs.
     """
     first, last = positions
-    u = jax.random.uniform(key, ((count + 1) // 2,))
+    u = jax.random.uniform(key, ((count + 1) // 2,), minval=1e-7)
     if diffusion["process"] == "edm":
         low = float(groups.levels[first - 1]) if first else 0.0
         high = float(groups.levels[last]) if last < len(groups.levels) - 1 else np.inf
         P_mean, P_std = diffusion["P_mean"], diffusion["P_std"]
-        a, b = (
-            jax.scipy.stats.norm.cdf((np.log(edge) - P_mean) / P_std) if 0 < edge < np.inf else end
-            for edge, end in ((low, 0.0), (high, 1.0))
-        )
-        u = jnp.concatenate([u, 1 - u])[:count]
-        u = jnp.clip(a + (b - a) * u, 1e-6, 1 - 1e-6)
-        return jnp.exp(P_mean + P_std * jax.scipy.special.ndtri(u))
+        with np.errstate(divide="ignore"):
+            a, b = (np.log([low, high]) - P_mean) / P_std
+        # above the median by the other tail: near 1 float32 has too few probabilities
+        side = -1.0 if -a < b else 1.0
+        a, b = ndtr(np.sort([side * a, side * b]))
+        p = a + (b - a) * jnp.concatenate([u, 1 - u])[:count]
+        return jnp.exp(P_mean + side * P_std * jax.scipy.special.ndtri(p))
     t = first + jnp.floor(u * (last - first + 1)).astype(jnp.int32)
     t = jnp.concatenate([t, first + last - t])[:count]
     return jnp.asarray(groups.levels, jnp.float32)[t]

@@ -46,16 +46,7 @@ def build(config) -> Stage:
     group, count = settings["group"], len(manifest["edges"]) - 1
     if not 0 <= group < count:
         raise ValueError(f"prune.group is {group}, but {folder} has groups 0 ... {count - 1}")
-    for field, known in (("start", STARTS), ("optimiser", OPTIMISERS)):
-        if settings[field] not in known:
-            raise ValueError(
-                f"prune.{field} is {settings[field]!r}: choose one of {', '.join(known)}"
-            )
-    if settings["optimiser"] == "sliced" and settings["start"] == "scratch":
-        raise ValueError(
-            "prune.optimiser is 'sliced' with prune.start 'scratch': the base's moments go with "
-            "its weights; use 'fresh'"
-        )
+    check_training(settings)
     teacher = load_teacher(config.teacher)
     if fingerprint(teacher.params) != manifest["teacher"]:
         raise ValueError(
@@ -72,11 +63,6 @@ def build(config) -> Stage:
     groups = Groups(levels_of(diffusion), np.asarray(manifest["edges"]))
     optimiser = Optimiser(make_optimiser(**config.optim))
     distil, overlap = settings["distil"], settings["overlap"]
-    if not 0 <= distil <= 1 or overlap < 0:
-        raise ValueError(
-            f"prune.distil is {distil} and prune.overlap {overlap}: distil is a weight from 0 to "
-            "1, overlap a number of sampler steps"
-        )
     searched = manifest["settings"]
     grid = levels(diffusion, searched["steps"], "sample", searched["spacing"])
     positions = groups.positions(group, overlap, grid)
@@ -152,6 +138,26 @@ def build(config) -> Stage:
         fits={},
         warm_optimiser=sliced if settings["optimiser"] == "sliced" else None,
     )
+
+
+def check_training(settings: dict) -> None:
+    """Refuse choices of fine-tuning that cannot be; the assessment does before it begins."""
+    for field, known in (("start", STARTS), ("optimiser", OPTIMISERS)):
+        if settings[field] not in known:
+            raise ValueError(
+                f"prune.{field} is {settings[field]!r}: choose one of {', '.join(known)}"
+            )
+    if settings["optimiser"] == "sliced" and settings["start"] == "scratch":
+        raise ValueError(
+            "prune.optimiser is 'sliced' with prune.start 'scratch': the base's moments go with "
+            "its weights; use 'fresh'"
+        )
+    distil, overlap = settings["distil"], settings["overlap"]
+    if not 0 <= distil <= 1 or overlap < 0:
+        raise ValueError(
+            f"prune.distil is {distil} and prune.overlap {overlap}: distil is a weight from 0 to "
+            "1, overlap a number of sampler steps"
+        )
 
 
 def with_moments(fresh: PyTree, trained: PyTree) -> PyTree:

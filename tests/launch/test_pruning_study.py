@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cheapscale.pruning.partition import step_owners
 from cheapscale.stages import assess, networks
 from cheapscale.stages.networks import complete
+from cheapscale.stages.sampling import levels
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.sharding import make_mesh
 from configs import common
@@ -18,9 +20,11 @@ from launch import pruning_experiment
 from launch.cells import check_chosen
 from launch.pruning_experiment import Held, Study, cells, owned_losses
 from launch.pruning_findings import findings, table
+from launch.round_trips import NODES, owned_by_start
 from tests.launch.shell import command
 
 MODEL = complete({"resolution": 4, "channels": 8, "num_classes": 3})
+EDM = {"process": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 VP = {"process": "linear", "prediction": "x0", "sigma_min": 0.02, "sigma_max": 80.0, "rho": 7.0,
       "sigma_data": 0.5}  # fmt: skip
 
@@ -85,8 +89,31 @@ def test_findings_hold_the_headline_with_its_interval_and_costs():
     seeds = found["fd above the specialists' over seeds"]["base longer"]
     assert seeds["mean"] == pytest.approx(0.2) and seeds["least"] == pytest.approx(-0.1)
     assert seeds["seeds"] == 2 and found["seconds"]["over_base"] == 0.9
+    # differences 0.5 and -0.1: half their distance is a standard error, times t of one freedom
+    assert seeds["runs"] == pytest.approx([0.2 - 12.7062 * 0.3, 0.2 + 12.7062 * 0.3], abs=1e-3)
+    # the resamples of both arms move alike, so the images drawn leave nothing open
+    assert seeds["images"] == pytest.approx([0.2, 0.2], abs=1e-6)
     assert not any("seed 2" in claim for claim in found)
     assert "E2 seed 0: full size" in table(done) and "seconds" not in table(done)
+
+
+def test_the_study_runs_on_cifar_10_as_well(tmp_path):
+    config = config_file.get_config("images=cifar10,data_dir=somewhere")
+    stage = Study(config, tmp_path).stage("pretrain", 2)
+    assert (stage.data.name, stage.data.data_dir, stage.seed) == ("cifar10", "somewhere", 2)
+    assert stage.data.resolution == 16 and stage.diffusion.process == "linear"
+    with pytest.raises(ValueError, match="images=faces is unknown: choose scenes or cifar10"):
+        config_file.get_config("images=faces")
+
+
+def test_without_the_rule_a_step_there_is_the_cleaner_end_s():
+    diffusion = EDM | {"specialists": {"borders": [0.5, 2.0]}}
+    grid = np.sort(levels(diffusion, NODES, "invert"))
+    moved = owned_by_start(diffusion)["specialists"]["borders"]
+    ruled, free = (step_owners(grid, borders) for borders in ([0.5, 2.0], moved))
+    np.testing.assert_array_equal(ruled, np.searchsorted([0.5, 2.0], grid[1:]))
+    np.testing.assert_array_equal(free, np.searchsorted([0.5, 2.0], grid[:-1]))
+    assert np.sum(ruled != free) == 2
 
 
 def test_every_section_of_the_protocol_has_cells_with_names_of_their_own(tmp_path):
@@ -107,7 +134,7 @@ def test_every_arm_trains_as_its_name_says(tmp_path, monkeypatch):
     study = Study(config, tmp_path)
     monkeypatch.setattr(study, "teacher", lambda seed: SimpleNamespace(workdir=f"base-{seed}"))
     monkeypatch.setattr(Study, "assessed_alike", lambda *_: None)
-    monkeypatch.setattr(Study, "equal_steps", lambda *_: 50)
+    monkeypatch.setattr(Study, "equal_steps", lambda *_, **__: 50)
     monkeypatch.setattr(pruning_experiment, "load_model", lambda folder: folder)
     monkeypatch.setattr(pruning_experiment.specialists, "read_manifest", lambda folder: {})
 
@@ -154,6 +181,8 @@ def test_arms_of_one_bill_take_updates_by_what_a_group_costs_and_how_long_it_is(
     np.testing.assert_allclose(steps / steps.sum(), [0.1, 0.3, 0.6], atol=0.002)
     scratch = [study.equal_steps(0, manifest, group, scratch=True) for group in range(3)]
     assert np.dot(scratch, manifest["shares"]) == pytest.approx(3600, abs=3)
+    taught = [study.equal_steps(0, manifest, group, distil=True) for group in range(3)]
+    assert np.dot(taught, np.add(manifest["shares"], 1 / 3)) == pytest.approx(1200, abs=3)
     half = [study.equal_steps(0, manifest, group, part=0.5) for group in range(3)]
     assert np.dot(half, manifest["shares"]) == pytest.approx(450, abs=3)
     monkeypatch.setattr(Study, "search", lambda *_: 1600.0)
@@ -174,7 +203,8 @@ def test_the_whole_study_runs_and_bills_its_arms_alike(tmp_path):
     assert arm["base"]["share"] == 1 and arm["base"]["steps_of_base"] == 3
     assert ours["share"] < 0.85 and ours["search_steps_of_base"] > 0
     steps = ours["steps_of_base"]
-    for control in ("base longer", "one network", "single stage", "T-Stitch", "no overlap"):
+    alike = ("base longer", "one network", "single stage", "T-Stitch", "no overlap", "distilled")
+    for control in alike:
         # to the nearest update of a network
         assert arm[control]["steps_of_base"] == pytest.approx(steps, abs=1.5)
     assert arm["T-Stitch"]["share"] == pytest.approx(ours["share"], abs=0.1)
@@ -188,3 +218,5 @@ def test_the_whole_study_runs_and_bills_its_arms_alike(tmp_path):
     assert 0 < held["E10 jumps"]["figures"]["borders"][0]["overlap"]
     inversion = held["E12 inversion"]["figures"]
     assert inversion["base"]["psnr"] > 20 and inversion["specialists"]["psnr"] > 20
+    lost = inversion["psnr, specialists, steps owned where they begin - base"][0]
+    assert lost < inversion["psnr, specialists - base"][0]

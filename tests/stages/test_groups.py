@@ -102,6 +102,18 @@ def test_edm_draws_follow_the_teachers_own_density_cut_to_the_group(group):
     np.testing.assert_allclose(quantiles[: n // 2] + quantiles[n // 2 :], 1, atol=0.01)
 
 
+@pytest.mark.parametrize("count", [5, 10, 20])
+def test_the_noisiest_group_of_many_is_drawn_finely_and_by_its_law(count):
+    """Near 1 float32 has few probabilities: the upper tail must not collapse on a few levels."""
+    groups, n = make_groups(EDM, count), 4096
+    positions = groups.positions(count - 1)
+    sigma = draw_levels(jax.random.key(1), n, EDM, groups, positions)
+    assert len(np.unique(sigma)) > 0.9 * n
+    low = (np.log(groups.levels[positions[0] - 1]) + 1.2) / 1.2
+    law = stats.truncnorm(low, np.inf, loc=-1.2, scale=1.2)
+    assert stats.kstest(np.log(np.asarray(sigma, np.float64)[: n // 2]), law.cdf).pvalue > 1e-3
+
+
 @pytest.mark.parametrize("diffusion", [EDM, VP])
 def test_groups_cover_all_levels_and_both_ends_of_their_own_steps(diffusion):
     """Without overlap nothing lies between two groups; with one step of it, the corrector at the

@@ -363,11 +363,40 @@ def test_every_choice_makes_a_set_within_its_budgets(teacher, tmp_path, changes)
         ({"plan": "outer"}, "prune.plan is 'outer'"),
         ({"k": 1.5}, "prune.k is 1.5"),
         ({"budget": "sensitivity", "plan": "all"}, "it measures masked networks"),
+        # what only the fine-tuning reads is refused before the search as well
+        ({"start": "foo"}, "prune.start is 'foo'"),
+        ({"distil": 2.0}, "prune.distil is 2.0"),
+        ({"optimiser": "sliced", "start": "scratch"}, "the base's moments go with its weights"),
     ],
 )
 def test_choices_that_do_not_exist_are_refused(teacher, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         build(configured("assess", teacher, tmp_path, **changes))
+
+
+def test_a_budget_out_of_reach_is_refused_before_any_search_and_leaves_the_folder_free(
+    teacher, tmp_path
+):
+    """The last group's share is the smallest: hours of other groups' searches come before it."""
+    with pytest.raises(ValueError, match="is out of reach"):
+        wrong = configured("assess", teacher, tmp_path / "set", groups=8, k=0.02)
+        run(wrong, tmp_path / "set" / "assess")
+    assert not list((tmp_path / "set").glob("*.json*"))
+    right = configured("assess", teacher, tmp_path / "set", proposer="uniform")
+    run(right, tmp_path / "set" / "assess")
+    held = json.loads((tmp_path / "set" / "budgets.json").read_text())
+    assert held["targets"] == specialists.read_manifest(tmp_path / "set")["targets"]
+
+
+def test_what_the_groups_share_is_measured_once(teacher, tmp_path, monkeypatch):
+    config = configured("assess", teacher, tmp_path, budget="loss", mean=0.8, proposer="uniform")
+    job = build(config)
+    first = job.prepare()
+    monkeypatch.setattr(type(first), "_targets", lambda self: pytest.fail("measured again"))
+    again = job.prepare()
+    np.testing.assert_array_equal(again.targets, first.targets)
+    np.testing.assert_array_equal(again.groups.edges, first.groups.edges)
+    assert again.flops() == first.flops() > 0 and again.seconds == first.seconds
 
 
 def test_a_set_that_is_not_whole_or_of_another_base_is_refused(teacher, tmp_path):
