@@ -53,9 +53,9 @@ def stages(arg: str = "") -> list[str]:
     return common.image_stages(arg, SIZES)
 
 
-def sweep():
+def sweep(stage: str):
     """L_rec from few pairs (section 3.3) and the two distances, three seeds."""
-    for seed in (0, 1, 2):
+    for seed in (0, 1, 2) if stage == "distill" else ():
         for proportion in (1.0, 0.1, 0.01):
             yield {"seed": seed, "distill.data_proportion": proportion}
         yield {"seed": seed, "distill.distance": "pixel"}

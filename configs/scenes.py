@@ -86,8 +86,13 @@ def stages(arg: str = "") -> list[str]:
     return common.image_stages(arg, SIZES)
 
 
-def sweep():
-    """Object drift: growing with and without L_rec, three seeds."""
+def sweep(stage: str):
+    """Three seeds: drift, grown with and without L_rec; a specialist's targets and start."""
     for seed in (0, 1, 2):
-        for weight in (1.0, 0.0):
-            yield {"seed": seed, "grow.reconstruction_weight": weight}
+        if stage == "grow":
+            for weight in (1.0, 0.0):
+                yield {"seed": seed, "grow.reconstruction_weight": weight}
+        if stage == "prune":
+            yield {"seed": seed}
+            yield {"seed": seed, "prune.distil": 0.5}
+            yield {"seed": seed, "prune.start": "scratch"}

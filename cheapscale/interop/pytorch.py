@@ -8,7 +8,6 @@ Layouts: convolution kernels OIHW -> HWIO; 1x1 convolutions and linear maps [out
 [in, out]; attention's joint query-key-value channels to (three, head, dim).
 """
 
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -94,25 +93,6 @@ def leaves(tree: PyTree, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
-
-
-def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """A state dict from a file: .npz; .pt and .pth where torch is installed (weights only)."""
-    path = pathlib.Path(path)
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    if path.suffix in (".pt", ".pth"):
-        try:
-            import torch
-        except ImportError as error:
-            raise ValueError(
-                f"reading {path} needs torch, which is not installed: "
-                "install it, or save the state dict as .npz"
-            ) from error
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.float().numpy() for name, tensor in state.items()}
-    raise ValueError(f"cannot read weights from {path}: give a .npz, .pt or .pth file")
 
 
 def _convert_array(array: np.ndarray, entry: Entry, qkv_layout: str) -> np.ndarray:

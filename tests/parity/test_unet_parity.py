@@ -9,7 +9,7 @@ import pytest
 
 from cheapscale.diffusion.denoiser import edm
 from cheapscale.diffusion.solvers import solve
-from cheapscale.interop.pytorch import QKV_LAYOUTS, Entry, convert, read_state
+from cheapscale.interop.pytorch import QKV_LAYOUTS, Entry, convert
 from cheapscale.interop.unet_weights import from_edm
 from cheapscale.models.unet import UNet, unet
 
@@ -96,14 +96,3 @@ def test_qkv_channels_arrive_as_three_head_dim(layout):
     np.testing.assert_array_equal(ours["kernel"], np.tile(np.arange(30), (4, 1)))
     with pytest.raises(ValueError, match="qkv_layout 'dim' is unknown"):
         convert(state, entries, qkv_layout="dim")
-
-
-def test_state_dicts_are_read_from_files(tmp_path):
-    state = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
-    np.savez(tmp_path / "w.npz", **state)
-    np.testing.assert_array_equal(read_state(tmp_path / "w.npz")["a.weight"], state["a.weight"])
-    torch = pytest.importorskip("torch")
-    torch.save({k: torch.from_numpy(v) for k, v in state.items()}, tmp_path / "w.pt")
-    np.testing.assert_array_equal(read_state(tmp_path / "w.pt")["a.weight"], state["a.weight"])
-    with pytest.raises(ValueError, match="cannot read weights from .*w.bin"):
-        read_state(tmp_path / "w.bin")
