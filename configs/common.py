@@ -246,9 +246,10 @@ def prune() -> ConfigDict:
             # linear (the paper's) | snr | loss | flat | sensitivity (solved from measured losses)
             "budget": "linear",
             "recovery": 200,  # optimiser steps before a loss of "sensitivity" is measured
-            "k": 0.5,
-            "order": "snr_up",  # the cleanest group keeps the whole network | snr_down | mid
-            "mean": 0.0,  # solve k (or the shares) for this mean instead; 0: as k says
+            "k": 0.5,  # of budget linear
+            # of budget linear: the cleanest group keeps the whole network | snr_down | mid
+            "order": "snr_up",
+            "mean": 0.0,  # solve k for this mean instead; of the other budgets, whose 0 means 0.8
             "weigh": "positions",  # what a mean is over: positions | steps, of the sampler
             "steps": 40,  # of that sampler
             "spacing": "karras",  # of its levels; leading | trailing | quadratic, of VP teachers
@@ -289,6 +290,7 @@ def smoke(config: ConfigDict, base: int) -> ConfigDict:
     if "model" in config:  # the file's own U-Net at a size that compiles in seconds
         config.model.resolution, config.model.channels, config.model.channel_mult = 8, 16, (1, 2)
         config.model.num_blocks, config.model.attention = 1, ()
+        config.model.group_size = 4
         config.model.num_classes = 0 if "unlabelled" in kept else 8
     config.data.split, config.data.eval_split = "train", "test"
     config.data.data_dir = ""

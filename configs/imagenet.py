@@ -27,7 +27,7 @@ from configs.models import GROWTH, preset
 # The number for 128 px is not published; it is taken as that of 256 px.
 # Images with a side below the resolution are enlarged, as the published preparation does.
 COMMON = {
-    "options": {"allow_upscale": True},
+    "options": {"allow_upscale": True, "probe": False},  # a million headers take minutes to read
     "pretrain": (600_000, 1e-4, 4096),
     "distill": (210_000, 8e-6, 256),
     "grow": (120_000, 8e-6, 256),
@@ -56,6 +56,7 @@ def get_config(arg: str = ""):
     )
     if config.data.name == "scenes":  # the smoke run
         return config
+    config.data.num_threads = 16
     if config.stage == "pretrain":
         config.optim = common.optimiser("radam", 1e-4)
         config.ema.decay = 0.9999

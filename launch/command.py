@@ -2,19 +2,24 @@
 
 import importlib.util
 import json
+import logging as std_logging
 import os
+import pathlib
 import sys
+import traceback
 from collections.abc import Callable
 
 import jax
 from absl import flags, logging
 
+import cheapscale
 from cheapscale.data.files import whole_or_nothing
 from cheapscale.training.logging import finish
 from cheapscale.training.loop import Diverged, Preempted
 from launch.memory import keep_memory
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")  # any of them: an accelerator
+PACKAGES = tuple(f"{pathlib.Path(file).parent}{os.sep}" for file in (cheapscale.__file__, __file__))
 PREEMPTED = 143  # 128 + SIGTERM: what a shell reports of a terminated process
 
 
@@ -32,7 +37,7 @@ def execute(name: str, workdir: str, body: Callable[[], dict], *, keep: bool = T
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     # Orbax and Grain narrate through the same logger; a run's own lines must stay readable.
-    logging.get_absl_handler().addFilter(lambda record: "site-packages" not in record.pathname)
+    logging.get_absl_handler().addFilter(ours)
     if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
         jax.distributed.initialize()
     if keep:  # compiled programs are executable code: the folder is the user's own
@@ -43,8 +48,16 @@ def execute(name: str, workdir: str, body: Callable[[], dict], *, keep: bool = T
     except Preempted as stop:
         print(stop, flush=True)
         sys.exit(PREEMPTED)
-    except (ValueError, FileNotFoundError, OSError, Diverged) as error:
+    except (ValueError, OSError, Diverged) as error:
+        if pathlib.Path(workdir).is_dir():  # a sentence says enough of a mistake, not of a fault
+            pathlib.Path(workdir, f"{name}.traceback.txt").write_text(traceback.format_exc())
         sys.exit(f"error: {error}")
+
+
+def ours(record: std_logging.LogRecord) -> bool:
+    """Whether a line was logged by this project or by a user's own code, and no library."""
+    path = record.pathname
+    return "site-packages" not in path or path.startswith(PACKAGES)
 
 
 def named_file(entry: str) -> tuple[str, str | None]:

@@ -209,7 +209,7 @@ def open_clip(class_names: list[str]) -> Clip:
 
 # Flags that say nothing about the other kind of subject: silence would hide a misunderstanding.
 ONLY_FOR = {
-    "a teacher": ("steps", "method", "cfg_scale"),
+    "a teacher": ("steps", "method", "spacing", "cfg_scale"),
     "a generator": ("latents",),
     "--model": ("ema", "step", "seed"),
     "--images": ("resolution", "targets"),

@@ -23,6 +23,7 @@ import time
 import numpy as np
 from absl import app, flags
 
+from cheapscale.data.files import whole_or_nothing
 from cheapscale.diffusion.pivot import KERNELS, named, resize
 from cheapscale.diffusion.process import decibels
 from cheapscale.diffusion.solvers import METHODS
@@ -86,6 +87,7 @@ flags.DEFINE_bool(
 flags.DEFINE_integer("preview", 8, "Columns of preview.png; 0: none.", lower_bound=0)
 FLAGS = flags.FLAGS
 
+OF_TEACHERS = ("steps", "method", "spacing", "cfg_scale")
 OF_CASCADES = (
     "cascade_k", "stage_seeds", "coupled", "resize_kernel", "resize_space", "pivot",
     "pivot_resolution", "owner", "tuned", "baseline", "direct", "preview",
@@ -98,6 +100,12 @@ def run() -> dict:
     if stray:
         raise ValueError(f"{', '.join(stray)} say how to cascade: give --cascade=2x,4x as well")
     loaded = load_model(FLAGS.model, ema=FLAGS.ema, step=FLAGS.step)
+    of_teachers = [f"--{name}" for name in OF_TEACHERS if FLAGS[name].present]
+    if of_teachers and "generator" in loaded.meta["networks"]:
+        raise ValueError(
+            f"{', '.join(of_teachers)} say how to solve a teacher's ODE, but {FLAGS.model} holds a "
+            "one-step generator: leave them out"
+        )
     ids = np.arange(FLAGS.start, FLAGS.start + FLAGS.num)
     labels = None
     if FLAGS.labels:
@@ -137,8 +145,6 @@ def run_cascade(
     loaded: Loaded, ids: np.ndarray, labels: np.ndarray | None, out: pathlib.Path
 ) -> tuple[np.ndarray, np.ndarray, dict]:
     """(images of the last scale, labels, what the summary says of the cascade)."""
-    if FLAGS.method == "ancestral":
-        raise ValueError("--method=ancestral samples the base size: --cascade takes heun or euler")
     pivots = None
     if FLAGS.pivot:
         pivots, known = read_pivots(FLAGS.pivot, ids, FLAGS.pivot_resolution)
@@ -223,8 +229,8 @@ def sampler_options() -> dict:
 
 def save_images(path: pathlib.Path, images: np.ndarray, labels: np.ndarray, ids: np.ndarray):
     """As eight bits, with their labels and numbers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, images=to_uint8(images), labels=labels, ids=ids)
+    with whole_or_nothing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, images=to_uint8(images), labels=labels, ids=ids)
 
 
 def main(argv) -> None:

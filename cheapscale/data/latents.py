@@ -1,8 +1,9 @@
 """The store of data-latent pairs: what the inversion of every image found, and for which teacher.
 
 PaGoDA inverts each image and its mirror image once (Kim et al. 2024; spec sections 2.2 and 11) and
-then trains on the pairs only. Key = (image id, flip); record n = 2 id + flip lies in shard
-n // per_shard at place n % per_shard, so that any latent is one seek away. Images are not stored:
+then trains on the pairs only; sets that are not to be mirrored have one orientation. Key = (image
+id, flip); record n = orientations id + flip lies in shard n // per_shard at place n % per_shard, so
+that any latent is one seek away. Images are not stored:
 `PairSource` reads them again, at whatever resolution the generator has grown to.
 
     manifest.json              what made the latents; see `LatentWriter` for the keys it must have
@@ -32,16 +33,17 @@ from cheapscale.data.files import whole_or_nothing
 from cheapscale.data.random_access import Source
 from cheapscale.data.resize import RESIZE_ID
 
-FORMAT = "cheapscale-latents/2"
+FORMAT = "cheapscale-latents/3"
 HEADER = struct.Struct("<qii")
 DTYPES = {"float32": "<f4", "float16": "<f2"}
-MANIFEST_KEYS = ("teacher", "sigma_max", "source", "num_images", "shape", "dtype", "per_shard")
+MANIFEST_KEYS = (
+    "teacher", "sigma_max", "source", "num_images", "orientations", "shape", "dtype", "per_shard",
+)  # fmt: skip
 SOURCE_KEYS = ("name", "split", "fingerprint", "num_classes", "resize", "resolution")
 
 
-def id_and_flip(n: int) -> tuple[int, int]:
-    """The key of record n."""
-    return divmod(n, 2)
+def num_records(manifest: Mapping[str, Any]) -> int:
+    return manifest["orientations"] * manifest["num_images"]
 
 
 class LatentWriter:
@@ -52,8 +54,9 @@ class LatentWriter:
 
         Nothing is written before `begin`.
 
-        manifest: JSON values. Required: teacher, sigma_max, num_images, shape [h, w, c] of one
-        latent, dtype "float32" or "float16", per_shard (records, two for each image), and source
+        manifest: JSON values. Required: teacher, sigma_max, num_images, orientations (2 with mirror
+        images, 1 without), shape [h, w, c] of one latent, dtype "float32" or "float16", per_shard
+        (records, one for each orientation of an image), and source
         {name, split, fingerprint, num_classes, resize, resolution}, where resolution is the base
         resolution. Whatever else a latent depends on (grid, clamp, guidance ...) goes here too.
         """
@@ -79,11 +82,15 @@ class LatentWriter:
         return True
 
     def records(self, shard: int) -> range:
-        """The numbers of a shard's records; `id_and_flip` turns one into its key."""
+        """The numbers of a shard's records; `key` turns one into (image id, flip)."""
         if not 0 <= shard < self.num_shards:
             raise ValueError(f"shard {shard} is outside 0..{self.num_shards - 1} of {self.folder}")
-        first, total = shard * self.manifest["per_shard"], 2 * self.manifest["num_images"]
-        return range(first, min(first + self.manifest["per_shard"], total))
+        first, per_shard = shard * self.manifest["per_shard"], self.manifest["per_shard"]
+        return range(first, min(first + per_shard, num_records(self.manifest)))
+
+    def key(self, n: int) -> tuple[int, int]:
+        """(image id, flip) of record n."""
+        return divmod(n, self.manifest["orientations"])
 
     def is_done(self, shard: int) -> bool:
         """Whether a shard is written; one that is, is whole."""
@@ -127,7 +134,7 @@ class LatentWriter:
         values = (z if dtype == "float32" else scaled).astype(DTYPES[dtype])
         finite = np.isfinite(values).all(axis=(1, 2, 3))
         if not finite.all():
-            bad = id_and_flip(records[int(np.argmin(finite))])
+            bad = self.key(records[int(np.argmin(finite))])
             raise ValueError(
                 f"the latent of image {bad[0]} with flip {bad[1]} is not finite: "
                 "check the teacher's weights and the grid before storing latents"
@@ -142,7 +149,7 @@ class LatentWriter:
             with whole_or_nothing(path) as temporary:
                 writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
                 for n, label, value in zip(records, labels.tolist(), values):
-                    writer.write(HEADER.pack(*id_and_flip(n), label) + value.tobytes())
+                    writer.write(HEADER.pack(*self.key(n), label) + value.tobytes())
                 writer.close()
         except (OSError, RuntimeError) as error:
             raise OSError(
@@ -206,7 +213,7 @@ class LatentStore:
         return cls(folder, manifest, in_memory)
 
     def __len__(self) -> int:
-        return 2 * self.manifest["num_images"]
+        return num_records(self.manifest)
 
     def latent(self, id: int, flip: int) -> np.ndarray:
         """z of one key: float32 [h, w, c] at scale sigma_max."""
@@ -214,11 +221,12 @@ class LatentStore:
 
     def record(self, id: int, flip: int) -> tuple[int, np.ndarray]:
         """(label, z) of one key."""
-        n = 2 * int(id) + int(flip)
-        if flip not in (0, 1) or not 0 <= n < len(self):
+        orientations = self.manifest["orientations"]
+        n = orientations * int(id) + int(flip)
+        if flip not in range(orientations) or not 0 <= n < len(self):
             raise KeyError(
-                f"no latent for image {id} with flip {flip} in {self.folder}, "
-                f"which holds images 0..{len(self) // 2 - 1} with flip 0 and 1"
+                f"no latent for image {id} with flip {flip} in {self.folder}, which holds images "
+                f"0..{self.manifest['num_images'] - 1} with flip 0{' and 1' * (orientations == 2)}"
             )
         shard, place = divmod(n, self.manifest["per_shard"])
         try:
@@ -278,6 +286,11 @@ class PairSource:
         self, source: Source, store: LatentStore, proportion: float = 1.0, flips: bool = True
     ):
         self.orientations = 2 if flips else 1
+        if self.orientations > store.manifest["orientations"]:
+            raise ValueError(
+                f"{store.folder} holds no latents of mirror images: set data.flip to False, or "
+                "invert again with it"
+            )
         if not 0 < proportion <= 1:
             raise ValueError(f"proportion of the pairs must lie in (0, 1], got {proportion}")
         made_from = {
@@ -342,7 +355,7 @@ def _rms(shards: list[dict[str, list[float]]]) -> tuple[float, dict[int, float]]
 
 
 def _num_shards(manifest: Mapping[str, Any]) -> int:
-    return -(-2 * manifest["num_images"] // manifest["per_shard"])
+    return -(-num_records(manifest) // manifest["per_shard"])
 
 
 def _shard_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
@@ -368,6 +381,8 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         raise ValueError(
             f"latents are stored as {' or '.join(DTYPES)}, not as {manifest['dtype']!r}"
         )
+    if manifest["orientations"] not in (1, 2):
+        raise ValueError(f"orientations is {manifest['orientations']}: choose 1, or 2 for mirrors")
     for key in ("per_shard", "num_images", "sigma_max"):
         if not manifest[key] > 0:
             raise ValueError(f"{key} of a latent store must be positive, got {manifest[key]}")

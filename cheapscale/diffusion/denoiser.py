@@ -96,6 +96,12 @@ def vp_inputs(
     return process.to_vp(x, sigma), time
 
 
+def check_prediction(prediction: str) -> None:
+    """Refuse what no network of a VP process returns."""
+    if prediction not in ("eps", "x0", "v"):
+        raise ValueError(f"unknown prediction {prediction!r}: choose 'eps', 'x0' or 'v'")
+
+
 def vp_denoiser(
     F: Network,
     schedule: process.VPSchedule,
@@ -112,8 +118,7 @@ def vp_denoiser(
             discrete schedule expect; or a kind of `process.noise_feature`.
         dtype, noise_shift: as in `edm`.
     """
-    if prediction not in ("eps", "x0", "v"):
-        raise ValueError(f"unknown prediction {prediction!r}: choose 'eps', 'x0' or 'v'")
+    check_prediction(prediction)
     if feature != "time":
         _check_feature(feature)
 

@@ -22,8 +22,3 @@ def clip_scores(image_features: np.ndarray, text_features: np.ndarray) -> np.nda
     cosine = np.einsum("nd,nd->n", images, texts)
     cosine /= np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
     return 100 * np.maximum(cosine, 0)
-
-
-def clip_score(image_features: np.ndarray, text_features: np.ndarray) -> float:
-    """Mean of `clip_scores`."""
-    return float(clip_scores(image_features, text_features).mean())

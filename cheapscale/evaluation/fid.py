@@ -16,7 +16,6 @@ Wishart variances l_i l_j / n), so sets of equal size are compared and a real-ag
 printed beside it. Below n = d, where it matters most, (4) is a rough guide.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -99,16 +98,6 @@ def merge(a: Moments, b: Moments) -> Moments:
         a.mean + shift * (b.n / n),
         a.scatter + b.scatter + np.outer(shift, shift) * (a.n * b.n / n),
     )
-
-
-def streamed_moments(batches: Iterable[np.ndarray]) -> Moments:
-    """Moments of all features in an iterable of [n_i, d] batches."""
-    total = None
-    for batch in batches:
-        total = moments(batch) if total is None else merge(total, moments(batch))
-    if total is None:
-        raise ValueError("no features: the iterable of batches is empty")
-    return total
 
 
 def frechet_distance(

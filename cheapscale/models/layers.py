@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 Initialiser = Callable[..., jax.Array]
 
@@ -154,11 +155,11 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array
 
     Channels are laid out (head, dim); logits are scaled by 1 / sqrt(d).
     """
-    b, n, _ = q.shape
-    q, k, v = (a.reshape(b, n, heads, a.shape[-1] // heads) for a in (q, k, v))
+    q, k, v = (rearrange(a, "b n (heads d) -> b n heads d", heads=heads) for a in (q, k, v))
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1)
-    return jnp.einsum("bhqk,bkhe->bqhe", weights.astype(v.dtype), v).reshape(b, n, -1)
+    mixed = jnp.einsum("bhqk,bkhe->bqhe", weights.astype(v.dtype), v)
+    return rearrange(mixed, "b n heads d -> b n (heads d)")
 
 
 def downsample(x: jax.Array, taps: tuple[int, ...]) -> jax.Array:
@@ -167,8 +168,7 @@ def downsample(x: jax.Array, taps: tuple[int, ...]) -> jax.Array:
     The filter is normalised; zeros are seen beyond the border.
     """
     if taps == (1, 1):
-        b, h, w, c = x.shape
-        return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+        return rearrange(x, "b (h p) (w q) c -> b h p w q c", p=2, q=2).mean(axis=(2, 4))
     side = (len(taps) - 1) // 2
     x = jnp.pad(x, ((0, 0), (side, side), (side, side), (0, 0)))
     return filter_stride2(x, taps)
@@ -190,10 +190,10 @@ def filter_stride2(x: jax.Array, taps: tuple[int, ...]) -> jax.Array:
 def upsample(x: jax.Array, taps: tuple[int, ...]) -> jax.Array:
     """Double [b, h, w, c]: (1, 1) repeats pixels, (1, 3, 3, 1) interpolates, zeros outside."""
     if taps == (1, 1):
-        b, h, w, c = x.shape
         # a broadcast, not jnp.repeat: its gradient is a reduction instead of a scatter
+        b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
-        return x.reshape(b, 2 * h, 2 * w, c)
+        return rearrange(x, "b h p w q c -> b (h p) (w q) c")
     if taps != (1, 3, 3, 1):
         raise ValueError(f"no upsampling with filter taps {taps}: use (1, 1) or (1, 3, 3, 1)")
     for axis in (1, 2):

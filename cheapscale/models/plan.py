@@ -45,6 +45,7 @@ FAMILIES = {
         (1.0, "fan_avg"),
     ),
 }  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,13 @@ class UNetConfig:
             )
         if not self.noise_feature:
             object.__setattr__(self, "noise_feature", FAMILIES[self.family].noise_feature)
+        features = sorted({family.noise_feature for family in FAMILIES.values()})
+        for field, known in (("noise_feature", features), ("dtype", DTYPES)):
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"model.{field} {getattr(self, field)!r} is unknown: choose one of "
+                    f"{', '.join(known)}"
+                )
         if self.resolution % self.stride:
             raise ValueError(
                 f"model.resolution {self.resolution} is not a multiple of the stride {self.stride} "
@@ -333,5 +341,6 @@ def _check_widths(block: Block) -> None:
         if width % getattr(block, field):
             raise ValueError(
                 f"block {block.name!r} splits {width} channels into {field} = "
-                f"{getattr(block, field)}: make one divide the other in model.overrides"
+                f"{getattr(block, field)}, which does not divide them: change model.channels, "
+                "group_size or overrides"
             )

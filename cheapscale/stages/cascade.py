@@ -152,7 +152,7 @@ def build(config) -> Stage | Job:
 
 def trained_sizes(settings: dict, resolution: int, model: dict) -> tuple[int, ...]:
     """The sides of the canvases to tune at: one pair of scales, or several that share weights."""
-    sizes, ratio, base = tuple(settings["sizes"]) or (resolution,), settings["ratio"], model
+    sizes, ratio = tuple(settings["sizes"]) or (resolution,), settings["ratio"]
     if ratio < 2:
         raise ValueError(f"cascade.ratio is {ratio}: a canvas is at least twice its pivot")
     reached = [model["resolution"] * ratio]
@@ -162,7 +162,7 @@ def trained_sizes(settings: dict, resolution: int, model: dict) -> tuple[int, ..
         if resolution % side or side not in reached:
             raise ValueError(
                 f"cascade.sizes has {side} px: sizes divide data.resolution {resolution} and are "
-                f"the trained {base['resolution']} px times powers of cascade.ratio {ratio}"
+                f"the trained {model['resolution']} px times powers of cascade.ratio {ratio}"
             )
     return sizes
 
@@ -309,7 +309,7 @@ def preview(teacher: Loaded, tuned: Tuned, steps: int, count: int = 8):
     def untuned() -> list[np.ndarray]:
         scales, _ = free.draw(ids, labels)
         direct, _ = free.direct(ids, labels)
-        return [enlarge(scales[0], top), direct, scales[-1]]
+        return [enlarge(scales[0], plan.sizes[-1][0]), direct, scales[-1]]
 
     def run(state: TrainState, frozen: PyTree) -> dict:
         (weights,) = state.ema_params.values()
@@ -363,7 +363,9 @@ def sampling_job(config, teacher: Loaded) -> Job:
             few = {name: first[name][:8] for name in ("base", "direct", "images")}
         top = few["images"].shape[1]
         rows = np.concatenate([enlarge(few["base"], top), few["direct"], few["images"]])
-        save_png(folder / "preview.png", image_grid(rows / 127.5 - 1, columns=len(few["images"])))
+        if jax.process_index() == 0:
+            sheet = image_grid(rows / 127.5 - 1, columns=len(few["images"]))
+            save_png(folder / "preview.png", sheet)
         calls, direct = network_calls(plan, method=method, cfg_scale=settings["cfg_scale"])
         return {"out": str(folder), "num": num, "nfe": calls, "nfe_direct": direct}
 

@@ -2,8 +2,8 @@
 
     attention   logits times sqrt(log N / log N_native): attention stays as sharp over more
                 positions (Jin et al. 2023, arXiv 2306.08645)
-    dilated     3x3 convolutions of the encoder and the middle spread their taps by the scale, in
-                at the levels above time 0.6 T (ScaleCrafter, He et al. 2024: 20 of 50 steps)
+    dilated     3x3 convolutions of the encoder and the middle spread their taps by the scale, at
+                the levels above time 0.6 T (ScaleCrafter, He et al. 2024: 20 of 50 steps)
     shifted     a schedule with the base's SNR in block means: levels times the scale, the network
                 told the level divided by it (MegaFusion, Wu et al. 2024)
     windows     the mean of the base model over windows of its own size, half overlapping
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.diffusion.pivot import Size, restart_sigma
+from cheapscale.diffusion.pivot import Size, named, restart_sigma
 from cheapscale.stages.cascade_sampler import StageDenoiser, frozen_teacher, schedule_shift
 from cheapscale.stages.networks import complete
 
@@ -47,7 +47,13 @@ def baseline(name: str, meta: dict, size: Size, cfg_scale: float = 1.0) -> Stage
         shift = schedule_shift(model, size)
         return frozen_teacher(model, diffusion, cfg_scale, noise_shift=shift)
     if name == "windows":
-        return windowed(frozen_teacher(model, diffusion, cfg_scale), model["resolution"])
+        side = model["resolution"]
+        if min(size) < side:
+            raise ValueError(
+                f"a canvas of {named(size)} px holds no window of the trained {side} px: windows "
+                "need canvases at least as large on both sides"
+            )
+        return windowed(frozen_teacher(model, diffusion, cfg_scale), side)
     raise ValueError(f"unknown baseline {name!r}: choose one of {', '.join(BASELINES)}")
 
 
@@ -78,11 +84,6 @@ def windowed(base: StageDenoiser, side: int) -> StageDenoiser:
     def denoiser(params, pivot, label, grid):
         def estimate(x: jax.Array, sigma: Any) -> jax.Array:
             b, height, width, channels = x.shape
-            if min(height, width) < side:
-                raise ValueError(
-                    f"a canvas of {height}x{width} px holds no window of the trained {side} px: "
-                    "windows need canvases at least as large on both sides"
-                )
             corners = [(i, j) for i in starts(height, side) for j in starts(width, side)]
             crops = [x[:, i : i + side, j : j + side] for i, j in corners]
             labels = jnp.tile(label, len(corners))

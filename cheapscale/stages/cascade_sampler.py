@@ -188,6 +188,8 @@ def cascade_sampler(
             "level", or at the level with the "snr" that means over blocks of the trained size have.
     """
     model, diffusion = _teacher(loaded.meta)
+    if method not in ("heun", "euler"):
+        raise ValueError(f"a cascade is sampled by heun or euler, not by {method!r}")
     if owner not in OWNERS or (owner != "level" and "specialists" not in diffusion):
         raise ValueError(
             f"owner is {owner!r}: choose one of {', '.join(OWNERS)}, snr for a set of specialists"

@@ -9,7 +9,6 @@ import numpy as np
 
 from cheapscale.data import loader, sources
 from cheapscale.data.augment import random_flip
-from cheapscale.data.latents import id_and_flip
 from cheapscale.data.resize import RESIZE_ID
 from cheapscale.training.checkpoint import Loaded
 
@@ -120,9 +119,8 @@ def real_batches(
         transform=transform,
         num_threads=num_threads,
     )
-    for batch in stream:
-        batch.pop("id")
-        yield batch
+    # not a generator of its own: what the loader refuses is refused at once
+    return ({name: rows for name, rows in batch.items() if name != "id"} for batch in stream)
 
 
 def drawn_latent(manifest: dict, n: int) -> np.ndarray:
@@ -142,7 +140,7 @@ class TeacherPairs:
         return len(self.store)
 
     def __getitem__(self, n: int) -> dict:
-        label, image = self.store.record(*id_and_flip(n))
+        label, image = self.store.record(*divmod(n, self.store.manifest["orientations"]))
         z = drawn_latent(self.store.manifest, n)
         return {"image": image, "z": z, "label": np.int32(label), "id": np.int64(n)}
 
@@ -158,6 +156,7 @@ def pair_and_real_batches(
     mirror = random_flip if flips else None
     pair_stream = real_batches(pairs, start_step, seed=seed, transform=None, **loading)
     real_stream = real_batches(source, start_step, seed=seed + 1, transform=mirror, **loading)
-    for pair, real in zip(pair_stream, real_stream):
-        pair.pop("flip", None)
-        yield {"pair": pair, "real": real}
+    return (
+        {"pair": {name: rows for name, rows in pair.items() if name != "flip"}, "real": real}
+        for pair, real in zip(pair_stream, real_stream)
+    )

@@ -1,11 +1,12 @@
 """Latent construction: every training image to noise by the teacher's ODE (spec section 2).
 
-    for each image x with class y, and for its mirror image:
+    for each image x with class y, and for its mirror image if data.flip:
         z <- Heun along sigma = 0.002 -> 80 on the n-node Karras grid, starting at x itself
         store[id, flip] <- z                                  (raw, at scale sigma_max)
 
-The log shows rms(z)/sigma_max: below 1 it measures how far the teacher is from the data (section
-2.3). It is never normalised away.
+Products are in full float32 where the network's precision is float32: an accelerator's default
+would cost more than Heun's own error. The log shows rms(z)/sigma_max: below 1 it measures how far
+the teacher is from the data (section 2.3). It is never normalised away.
 
 `invert.direction` "sample" runs the other way: the store then holds the teacher's samples of fresh
 noise, the pairs of the L_dstl baseline (section 3.2(d)).
@@ -23,6 +24,7 @@ from cheapscale.data import latents
 from cheapscale.data.augment import flip
 from cheapscale.diffusion import solvers
 from cheapscale.evaluation.pixels import from_uint8, to_uint8
+from cheapscale.models.features.network import exact
 from cheapscale.stages import data
 from cheapscale.stages.networks import (
     check_guidance,
@@ -55,6 +57,7 @@ def build(config) -> Job:
         teacher,
         source,
         direction=direction,
+        orientations=2 if config.data.flip else 1,
         seed=config.seed,
         nodes=config.invert.nodes,
         clip=config.invert.clip,
@@ -63,18 +66,20 @@ def build(config) -> Job:
         per_shard=config.invert.per_shard,
     )
     store = latents.LatentWriter(config.latents, manifest)
-    run = teacher_map(
-        teacher.meta["networks"]["net"],
-        teacher.meta["diffusion"],
-        steps=config.invert.nodes,
-        clip=config.invert.clip,
-        cfg_scale=config.invert.cfg_scale,
-        direction=direction,
+    run = exact(
+        teacher_map(
+            teacher.meta["networks"]["net"],
+            teacher.meta["diffusion"],
+            steps=config.invert.nodes,
+            clip=config.invert.clip,
+            cfg_scale=config.invert.cfg_scale,
+            direction=direction,
+        )
     )
 
     def start(n: int) -> tuple[np.ndarray, int]:
         if direction == "invert":
-            return oriented(source, *latents.id_and_flip(n))
+            return oriented(source, *store.key(n))
         return data.drawn_latent(manifest, n), n % max(source.num_classes, 1)
 
     calls = network_calls(
@@ -149,7 +154,7 @@ def describe(
     each = flops()
     weights, values = tree_bytes(params), traced_bytes(run, params, x, label)
     todo = [shard for shard in range(store.num_shards) if not store.is_done(shard)]
-    total, left = 2 * store.manifest["num_images"], sum(len(store.records(s)) for s in todo)
+    total, left = latents.num_records(store.manifest), sum(len(store.records(s)) for s in todo)
     return {
         "networks": {"net": {"parameters": sum(p.size for p in jax.tree.leaves(params))}},
         "latents": total,
@@ -219,14 +224,20 @@ def make_manifest(teacher: Loaded, source, **settings) -> dict:
 
 
 def round_trip(
-    teacher: Loaded, *, nodes: int, clip: bool = False, batch_size: int = 64
+    teacher: Loaded,
+    *,
+    nodes: int,
+    clip: bool = False,
+    batch_size: int = 64,
+    diffusion_there: dict | None = None,
 ) -> Callable:
     """trip(images [n, R, R, 3], labels [n]) -> (z, images again): inverted, and solved back on the
-    same nodes, with no step to 0."""
+    same nodes, with no step to 0. diffusion_there: another owner of the steps there."""
     settings = {"steps": nodes, "clip": clip}
     model, diffusion = teacher.meta["networks"]["net"], teacher.meta["diffusion"]
-    there = teacher_map(model, diffusion, direction="invert", **settings)
-    back = teacher_map(model, diffusion, direction="round_trip", **settings)
+    way = diffusion_there or diffusion
+    there = exact(teacher_map(model, way, direction="invert", **settings))
+    back = exact(teacher_map(model, diffusion, direction="round_trip", **settings))
 
     def both(params: PyTree, x: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
         z = there(params, x, label)

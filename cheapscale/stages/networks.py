@@ -44,9 +44,10 @@ def members(loaded: Loaded) -> list[tuple[dict, PyTree]]:
 
 
 def check_process(diffusion: dict) -> None:
-    """Refuse a range of sigma that the process does not reach."""
+    """Refuse an unknown prediction, or a range of sigma that the process does not reach."""
     if diffusion["process"] == "edm":
         return
+    denoiser.check_prediction(diffusion["prediction"])
     schedule = process.vp_schedule(diffusion["process"])
     if (
         not schedule.sigmas[0]
@@ -185,15 +186,16 @@ def make_generator(model: dict, diffusion: dict) -> Callable:
 
 
 def load_teacher(workdir: str | pathlib.Path, *, dtype: str = "", **options) -> Loaded:
-    """The EMA weights of a pretraining run; ValueError where `workdir` is another stage's.
+    """The EMA weights of a pretraining run, or a set of specialists; ValueError where `workdir` is
+    another stage's.
 
     dtype: what the network computes in, in place of what it was trained in.
     """
     loaded = load_model(workdir, **options)
-    if "net" not in loaded.meta["networks"]:
+    if loaded.meta["stage"] != "pretrain":
         raise ValueError(
-            f"{workdir} holds {list(loaded.meta['networks'])}, not a teacher: "
-            "point config.teacher at the work directory of a pretrain run"
+            f"{workdir} is the work directory of stage {loaded.meta['stage']}, not a teacher's: "
+            "point config.teacher at that of a pretrain run, or at a set of specialists"
         )
     if dtype:
         loaded.meta["networks"]["net"] = complete(loaded.meta["networks"]["net"] | {"dtype": dtype})
@@ -210,6 +212,11 @@ def load_model(workdir: str | pathlib.Path, *, step: int | None = None, **option
             raise ValueError(
                 f"{workdir} holds one specialist, which knows its own levels only: name the folder "
                 "of its set"
+            )
+        if loaded.meta["stage"] == "cascade":
+            raise ValueError(
+                f"{workdir} holds what was tuned for larger canvases, not a model of its own: name "
+                "its teacher, and this folder as --tuned beside --cascade"
             )
         return loaded
     if step is not None:

@@ -21,7 +21,7 @@ from cheapscale.stages.sampling import prior
 from cheapscale.training.logging import image_grid
 from cheapscale.training.optim import make_optimiser
 from cheapscale.training.sharding import in_batches
-from cheapscale.training.stage import Stage, gan_step
+from cheapscale.training.stage import GAN_LOSSES, Stage, gan_step
 from cheapscale.training.state import Optimiser, TrainState, stream_key
 
 PyTree = Any
@@ -46,6 +46,10 @@ def generator_stage(
     loss: config.distill or config.grow as a dict, the keywords of `gan_step` among them.
     teacher: fingerprint of the teacher; latents of another one are refused.
     """
+    if loss["gan_loss"] not in GAN_LOSSES:
+        raise ValueError(
+            f"{name}.gan_loss is {loss['gan_loss']!r}: choose one of {', '.join(GAN_LOSSES)}"
+        )
     compute = {name: value for name, value in config.compute.to_dict().items() if value}
     model = complete(model | compute)
     store, pairs = open_pairs(config, source, teacher, loss["pairs"], loss["data_proportion"])

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.data.augment import random_augment, random_flip
+from cheapscale.data.augment import AUGMENT_DIM, random_augment, random_flip
 from cheapscale.diffusion import denoiser, guidance, process
 from cheapscale.models.unet import unet
 from cheapscale.stages import data
@@ -39,10 +39,10 @@ def build(config) -> Stage:
     check_process(diffusion)
     source = data.open_data(config.data)
     data.check_model(model, source)
-    if config.pretrain.augment and model["augment_dim"] != 9:
+    if config.pretrain.augment and model["augment_dim"] != AUGMENT_DIM:
         raise ValueError(
             f"pretrain.augment is {config.pretrain.augment}, but model.augment_dim is "
-            f"{model['augment_dim']}: set it to 9, or the network learns the augmentations"
+            f"{model['augment_dim']}: set it to {AUGMENT_DIM}, or the network learns to augment"
         )
     optimiser = Optimiser(make_optimiser(**config.optim))
 
@@ -82,7 +82,10 @@ def build(config) -> Stage:
             "samples": (
                 config.eval_every,
                 functools.partial(
-                    preview, model=model, diffusion=diffusion, steps=config.pretrain.preview_steps
+                    preview,
+                    run=teacher_map(model, diffusion, steps=config.pretrain.preview_steps),
+                    model=model,
+                    sigma_max=diffusion["sigma_max"],
                 ),
             )
         },
@@ -146,14 +149,16 @@ def denoising_loss(
 
 
 def preview(
-    state: TrainState, frozen: PyTree, *, model: dict, diffusion: dict, steps: int, count: int = 16
+    state: TrainState, frozen: PyTree, *, run, model: dict, sigma_max: float, count: int = 16
 ) -> dict:
-    """{"grid": EMA samples from fixed noise, classes in turn; "loss/<sigma>": loss of each bin}."""
+    """{"grid": EMA samples from fixed noise, classes in turn; "loss/<sigma>": loss of each bin}.
+
+    run: a `teacher_map`.
+    """
     ids = np.arange(count)
     base = model["resolution"]
-    z = np.asarray(prior(0, ids, (base, base, model["in_channels"]), diffusion["sigma_max"]))
+    z = np.asarray(prior(0, ids, (base, base, model["in_channels"]), sigma_max))
     labels = (ids % max(model["num_classes"], 1)).astype(np.int32)
-    run = teacher_map(model, diffusion, steps=steps)
     images = in_batches(run, state.ema_params["net"], z, labels, batch_size=count)
     bins = jax.device_get(state.extra["net"])
     centres = np.exp((bins["edges"][1:] + bins["edges"][:-1]) / 2)

@@ -7,7 +7,6 @@ checkpoint alone: `load_network(workdir, "net")`.
 
 import json
 import pathlib
-import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -64,16 +63,17 @@ class Checkpoints:
         """True at the step on which all processes agreed to stop (needs jax.distributed)."""
         return self.manager.reached_preemption(step)
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-        """(state placed as `abstract` says, meta): any mesh may restore any checkpoint."""
-        step = self.manager.latest_step() if step is None else step
-        restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-            ),
-        )
-        return restored["state"], restored["meta"]
+    def meta(self) -> tuple[int, dict]:
+        """(step, meta) of the newest."""
+        return self.latest_step(), self._restored(meta=ocp.args.JsonRestore())
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The newest state, placed as `abstract` says: any mesh may restore any checkpoint."""
+        return self._restored(state=ocp.args.StandardRestore(abstract))
+
+    def _restored(self, **item):
+        found = self.manager.restore(self.latest_step(), args=ocp.args.Composite(**item))
+        return found[next(iter(item))]
 
     def wait(self) -> None:
         self.manager.wait_until_finished()
@@ -98,7 +98,7 @@ def load_network(
     if net not in names:
         raise ValueError(f"{workdir} holds the networks {names}, not {net!r}: name one of them")
     field = "ema_params" if ema else "params"
-    with ocp.PyTreeCheckpointer() as reader:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         stored = reader.metadata(state_path(workdir, step)).item_metadata.tree[field][net]
     shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
     return Loaded(read_part(workdir, step, field, net, shapes), meta, step, str(workdir))
@@ -122,7 +122,7 @@ def read_part(
     """One network's part of one field of the state, in NumPy, and nothing else of it."""
     target = {field: {net: shapes}}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
-    with ocp.PyTreeCheckpointer() as reader:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.restore(
             state_path(workdir, step),
             args=ocp.args.PyTreeRestore(item=target, restore_args=as_numpy, partial_restore=True),
@@ -139,7 +139,9 @@ def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int
         )
     with ocp.CheckpointManager(folder) as manager:
         step = manager.latest_step() if step is None else step
-        if step is None or step not in manager.all_steps():
+        if step is None:
+            raise FileNotFoundError(f"{workdir} has no checkpoint yet: train that stage first")
+        if step not in manager.all_steps():
             raise FileNotFoundError(
                 f"{workdir} has no checkpoint of step {step}: it has {list(manager.all_steps())}"
             )
@@ -164,12 +166,20 @@ def differing_keys(
 
 
 def claim_workdir(
-    workdir: str | pathlib.Path, config: dict, harmless: tuple[str, ...] = HARMLESS
+    workdir: str | pathlib.Path,
+    config: dict,
+    harmless: tuple[str, ...] = HARMLESS,
+    *,
+    begun: bool = True,
 ) -> None:
-    """Write config.json into a fresh work directory; refuse one that belongs to another run."""
+    """Write config.json into a fresh work directory; refuse one that belongs to another run.
+
+    begun: whether anything is there that another config would not fit. A run that failed before
+    its first checkpoint may be started again as it should have been.
+    """
     path = pathlib.Path(workdir) / "config.json"
     config = json.loads(json.dumps(config))  # tuples and lists compare equal
-    if path.is_file():
+    if begun and path.is_file():
         rows = differing_keys(json.loads(path.read_text()), config, harmless)
         if rows:
             raise ValueError(
@@ -184,8 +194,6 @@ def claim_workdir(
 def save_diverged(workdir: str | pathlib.Path, step: int, state: TrainState) -> pathlib.Path:
     """Keep a non-finite state for inspection, outside the checkpoints a resume would read."""
     folder = pathlib.Path(workdir).resolve() / "diverged" / str(step)
-    if folder.exists() and jax.process_index() == 0:
-        shutil.rmtree(folder)
     with ocp.StandardCheckpointer() as writer:
-        writer.save(folder, state)
+        writer.save(folder, state, force=True)
     return folder

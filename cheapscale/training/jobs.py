@@ -29,12 +29,15 @@ def run(job: Job, workdir: str, config: dict, *, name: str, mesh: dict | None = 
     jax.distributed, whose handler a later training stage needs, and loses the shard in hand.
     """
     with sharding.together(f"the shards of {name}"):
-        # results do not depend on the batch size
-        ckpt.claim_workdir(workdir, config, (*ckpt.HARMLESS, "batch_size"))
-        local = (mesh or {}) if jax.process_count() == 1 else {}
-        device_mesh = sharding.make_mesh(**local, devices=jax.local_devices())
         mine = range(jax.process_index(), job.num_shards, jax.process_count())
         todo = [shard for shard in mine if not job.done(shard)]
+        # results do not depend on the batch size
+        harmless = (*ckpt.HARMLESS, "batch_size")
+        ckpt.claim_workdir(
+            workdir, config, harmless, begun=any(map(job.done, range(job.num_shards)))
+        )
+        local = (mesh or {}) if jax.process_count() == 1 else {}
+        device_mesh = sharding.make_mesh(**local, devices=jax.local_devices())
         logging.info("%s: %d of %d shards to do", name, len(todo), len(mine))
         context = job.prepare()
         began = time.monotonic()

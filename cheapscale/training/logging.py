@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from cheapscale.data.files import whole_or_nothing
 from cheapscale.evaluation.pixels import to_uint8
 
 
@@ -111,9 +112,8 @@ def finish(workdir: str | pathlib.Path, name: str, summary: dict) -> None:
     """A command's closing JSON object: <name>.json in the work directory, last line of stdout."""
     if jax.process_index() != 0:
         return
-    path = pathlib.Path(workdir) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(summary, indent=2, default=_plain) + "\n")
+    with whole_or_nothing(pathlib.Path(workdir) / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2, default=_plain) + "\n")
     print(json.dumps(summary, default=_plain), flush=True)
 
 

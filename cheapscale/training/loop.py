@@ -3,14 +3,16 @@
 Start order: the work directory's newest checkpoint > `config.resume` > the stage's warm start >
 scratch. Loop order, which keeps the device busy and every state saveable (do not reorder):
 
-    batch -> step (asynchronous) -> log the previous step's metrics -> evals -> save -> pre-emption
+    batch -> step (asynchronous) -> log the previous step's metrics -> save -> evals -> pre-emption
 """
 
+import json
 import math
 import pathlib
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,7 +39,8 @@ class Diverged(Exception):
 
 
 class StopSignal:
-    """SIGTERM and SIGINT set a flag that the loop reads between steps (one process).
+    """SIGTERM and SIGINT set a flag that the loop reads between steps (one process); a second one
+    acts at once.
 
     With several processes the flag would be raised at different steps, so there Orbax's
     synchronised point decides instead. A signal that nothing has acted on when the block ends, as
@@ -63,8 +66,9 @@ class StopSignal:
         if self.raised and error is None:
             raise Preempted("pre-empted; what was done is saved")
 
-    def _raise(self, *_):
+    def _raise(self, number, _):
         self.raised = True
+        signal.signal(number, self.previous[number])
 
 
 def abstract_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
@@ -163,38 +167,50 @@ def train(
 ) -> dict:
     """Train to `total_steps` and return the summary.
 
-    Raises Preempted or Diverged (state saved), ValueError on a batch the mesh cannot split or a
-    work directory of another config.
+    Raises Preempted or Diverged (state saved), ValueError on a batch that the mesh or the data
+    cannot give, or a work directory of another config, teacher or data set.
     """
     device_mesh = sharding.make_mesh(**(mesh or {}))
     sharding.check_batch(stage.batch_size, device_mesh)
-    ckpt.claim_workdir(workdir, config)
     with (
         ckpt.Checkpoints(workdir, keep=keep) as checkpoints,
         StopSignal() as stop,
         jax.set_mesh(device_mesh),
     ):
-        # 1. State: restored, or made.
-        ledger = dict(stage.meta.get("ledger", {"flops": 0.0, "device_seconds": 0.0}))
-        if checkpoints.latest_step() is not None:
-            state, meta = checkpoints.restore(abstract_state(stage, device_mesh, seed))
-            ledger = meta["ledger"]
-            logging.info("%s: resumed at step %d from %s", name, int(state.step), workdir)
+        # 1. Where to start, and the data; what these refuse is refused before anything compiles.
+        begun = checkpoints.latest_step() is not None
+        ckpt.claim_workdir(workdir, config, begun=begun)
+        start, meta = 0, stage.meta
+        if begun:
+            start, meta = checkpoints.meta()
+            check_same(meta, stage.meta, workdir, ("teacher", "data"))
+            if start >= total_steps:
+                logging.info("%s: already at step %d of %d", name, start, total_steps)
+                return summarise(meta, name, workdir, start, meta["ledger"])
         elif resume:
-            ckpt.read_meta(resume)  # refuses a folder without a checkpoint
-            with ckpt.Checkpoints(resume) as other:
-                state, meta = other.restore(abstract_state(stage, device_mesh, seed))
-            ledger = meta["ledger"]
-            logging.info("%s: continues the run in %s at step %d", name, resume, int(state.step))
-        else:
-            state, meta = fresh_state(stage, device_mesh, seed), stage.meta
-        start = int(state.step)
+            start, meta = ckpt.read_meta(resume)
         if start >= total_steps:
-            logging.info("%s: already at step %d of %d", name, start, total_steps)
-            return summarise(meta, name, workdir, start, {}, ledger, 0.0)
-
-        # 2. Data, and one compilation; meanwhile the frozen weights, which may have to be fitted.
+            raise ValueError(
+                f"{resume or 'the run'} begins at step {start} and total_steps is {total_steps}: "
+                "raise total_steps, which counts the steps before too"
+            )
+        ledger = dict(meta.get("ledger", {"flops": 0.0, "device_seconds": 0.0}))
         batches = stage.batches(start)
+
+        # 2. State: restored, or made.
+        if begun:
+            state = checkpoints.restore(abstract_state(stage, device_mesh, seed))
+        elif resume:
+            with ckpt.Checkpoints(resume) as other:
+                state = other.restore(abstract_state(stage, device_mesh, seed))
+        else:
+            state = fresh_state(stage, device_mesh, seed)
+        if start:
+            logging.info(
+                "%s: goes on from step %d in %s", name, start, workdir if begun else resume
+            )
+
+        # 3. One compilation, and meanwhile the frozen weights, which may have to be fitted.
         batch = sharding.shard_batch(next(batches), device_mesh)
         shapes = sharding.placed(stage.frozen_shapes(), device_mesh)
         logging.info("%s: compiling one step", name)
@@ -213,14 +229,15 @@ def train(
         )  # fmt: skip
 
         log = Log(workdir, name, total_steps)
-        networks = stage.meta.get("frozen_networks", {}) | networks
-        meta = stage.meta | {"frozen_networks": networks}
-        meta |= {"config": config, "provenance": provenance()}
+        networks = {"frozen_networks": stage.meta.get("frozen_networks", {}) | networks}
+        if begun:
+            check_same(meta, networks, workdir, ("frozen_networks",))
+        meta = stage.meta | networks | {"config": config, "provenance": provenance()}
         bill = Bill(ledger, flops, start)
         metrics, last, step = None, {}, start
         beside = 0.0  # seconds in evals and saves, which are not the step's
 
-        # 3. The loop.
+        # 4. The loop.
         try:
             while step < total_steps:
                 previous = metrics
@@ -229,33 +246,34 @@ def train(
                 if step == start + 1:
                     jax.block_until_ready(metrics)  # the first call is not representative
                     log.start(step)
-                    begun = time.monotonic()
+                    began = time.monotonic()
                 if step < total_steps:
                     batch = sharding.shard_batch(next(batches), device_mesh)
                 if previous is not None and due(step - 1, log_every):
-                    last = finite(previous, step - 1, state, workdir, name)
+                    last = finite(previous, step - 1, state, checkpoints, workdir, name)
                     log.scalars(step - 1, last, progress=True)
+                stopping = stop.raised or checkpoints.reached_preemption(step)
+                if due(step, save_every) or step == total_steps or stopping:
+                    last = finite(metrics, step, state, checkpoints, workdir, name)
+                    bill.update(step)
+                    paused = time.monotonic()
+                    rate = (step - start - 1) / max(paused - began - beside, 1e-9)
+                    meta |= {"ledger": dict(ledger), "metrics": last, "steps_per_second": rate}
+                    checkpoints.save(step, state, meta)
+                    beside += time.monotonic() - paused
                 for title, (every, evaluate) in stage.evals.items():
-                    if due(step, every) or step == total_steps:
+                    if due(step, every) or (every and step == total_steps):
                         jax.block_until_ready(metrics)  # the step before is not the eval's
                         paused = time.monotonic()
                         report(log, step, title, evaluate(state, frozen))
                         beside += time.monotonic() - paused
-                stopping = stop.raised or checkpoints.reached_preemption(step)
-                if due(step, save_every) or step == total_steps or stopping:
-                    last = finite(metrics, step, state, workdir, name)
-                    bill.update(step)
-                    paused = time.monotonic()
-                    checkpoints.save(step, state, meta | {"ledger": dict(ledger)})
-                    beside += time.monotonic() - paused
                 if stopping:
                     log.scalars(step, last)
                     checkpoints.wait()
                     raise Preempted(f"pre-empted at step {step}")
             log.scalars(step, last, progress=True)
-            rate = (step - start - 1) / max(time.monotonic() - begun - beside, 1e-9)
             checkpoints.wait()
-            return summarise(meta, name, workdir, step, last, ledger, rate)
+            return summarise(meta, name, workdir, step, ledger)
         finally:
             log.close()
 
@@ -279,16 +297,34 @@ class Bill:
         self.ledger["device_seconds"] = self.before["device_seconds"] + seconds
 
 
-def finite(metrics: dict, step: int, state: PyTree, workdir: str, name: str) -> dict:
+def check_same(old: dict, new: dict, workdir: str, fields: Sequence[str]) -> None:
+    """Refuse to go on with other inputs than a run began with: its config names them by path
+    alone. old, new: meta."""
+    for field in fields:
+        a, b = (json.loads(json.dumps(meta.get(field))) for meta in (old, new))
+        if field == "data" and a and b:  # the rest is the config's
+            a, b = a["fingerprint"], b["fingerprint"]
+        if a != b:
+            raise ValueError(
+                f"{workdir} began with another {field} ({a} -> {b}): put it back, or use a new "
+                "work directory"
+            )
+
+
+def finite(
+    metrics: dict, step: int, state: PyTree, saved: ckpt.Checkpoints, workdir: str, name: str
+) -> dict:
     """Fetch one step's metrics as floats; a non-finite one saves the state and raises Diverged."""
     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
     # a loss names the cause better than the gradient norm that it spoils
     for metric, value in sorted(values.items(), key=lambda item: "loss" not in item[0]):
         if not math.isfinite(value):
             folder = ckpt.save_diverged(workdir, int(state.step), state)
+            before = saved.latest_step() is not None
+            go_on = f"go on in a new work directory with --config.resume={workdir} and"
             raise Diverged(
                 f"{name}: {metric} is {value} at step {step}: the state is saved in {folder}; "
-                f"go on in a new work directory with --config.resume={workdir} and a lower optim.lr"
+                f"{go_on if before else 'start again with'} a lower optim.lr"
             )
     return values
 
@@ -302,16 +338,14 @@ def report(log: Log, step: int, title: str, result: dict) -> None:
         log.scalars(step, scalars)
 
 
-def summarise(
-    meta: dict, name: str, workdir: str, step: int, metrics: dict, ledger: dict, rate: float
-) -> dict:
+def summarise(meta: dict, name: str, workdir: str, step: int, ledger: dict) -> dict:
     """What a training run says about itself on its last line."""
     return {
         "stage": name,
         "workdir": str(workdir),
         "step": step,
-        "metrics": metrics,
-        "steps_per_second": round(rate, 3),
+        "metrics": meta.get("metrics", {}),
+        "steps_per_second": round(meta.get("steps_per_second", 0.0), 3),
         "ledger": ledger,
         "frozen_networks": meta.get("frozen_networks", {}),
     }

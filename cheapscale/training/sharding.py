@@ -40,6 +40,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
+    if sizes[2] != 1:
+        raise ValueError(
+            f"config.mesh.tensor is {sizes[2]}, but no network here is split by its channels: use "
+            "fsdp for large parameters, and data"
+        )
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"mesh {dict(zip(AXES, sizes))} does not cover {len(devices)} devices: "
@@ -179,9 +184,12 @@ def in_batches(
     """fn(params, *rows) over all rows in equal padded batches, split over the devices of the mesh.
 
     prepare(rows) -> rows, in NumPy, a batch at a time: what would take much memory for all rows.
-    Returns fn's result (an array or a tree of them) in NumPy, all rows. One compilation for
-    one `fn` and batch size, whatever the number of rows and of calls.
+    Returns fn's result (an array or a tree of them) in NumPy, all rows. One compilation for one
+    `fn` and batch size, whatever the number of rows and of calls; fewer rows than a batch are a
+    smaller batch. ValueError where there are none.
     """
+    if not len(arrays[0]):
+        raise ValueError("no rows: there is nothing to compute")
     mesh = jax.sharding.get_mesh()
     mesh = mesh if mesh.axis_names else make_mesh(devices=jax.local_devices())
     ways = mesh.shape["data"] * mesh.shape["fsdp"]

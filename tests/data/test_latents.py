@@ -9,7 +9,7 @@ import pytest
 
 from cheapscale.data import latents
 from cheapscale.data.augment import flip
-from cheapscale.data.latents import LatentStore, LatentWriter, PairSource, id_and_flip
+from cheapscale.data.latents import LatentStore, LatentWriter, PairSource
 from cheapscale.data.loader import batches
 from cheapscale.data.resize import RESIZE_ID
 from cheapscale.data.sources import open_source
@@ -37,6 +37,7 @@ def manifest(source=None, **changes):
             "resolution": source.resolution,
         },
         "num_images": len(source),
+        "orientations": 2,
         "shape": SHAPE,
         "dtype": "float32",
         "per_shard": PER_SHARD,
@@ -51,7 +52,7 @@ def latent(n):
 
 def write(writer, shard):
     source, records = scenes(), writer.records(shard)
-    labels = source.labels()[[id_and_flip(n)[0] for n in records]]
+    labels = source.labels()[[divmod(n, 2)[0] for n in records]]
     z = np.stack([latent(n) for n in records])
     return writer.write_shard(shard, z, labels, {"flops": 10.0 * len(records), "seconds": 1.0})
 
@@ -68,9 +69,29 @@ def test_records_cover_every_key_once(tmp_path):
     writer = LatentWriter(tmp_path, manifest())
     assert writer.num_shards == 4  # 40 records by 12
     numbers = [n for shard in range(4) for n in writer.records(shard)]
-    assert [id_and_flip(n) for n in numbers] == [(i, f) for i in range(IMAGES) for f in (0, 1)]
+    assert [writer.key(n) for n in numbers] == [(i, f) for i in range(IMAGES) for f in (0, 1)]
     with pytest.raises(ValueError, match="shard 4 is outside 0..3"):
         writer.records(4)
+
+
+def test_without_mirror_images_there_is_one_latent_an_image(tmp_path):
+    writer = LatentWriter(tmp_path, manifest(orientations=1))
+    assert writer.num_shards == 2 and writer.key(13) == (13, 0)
+    for shard in range(2):
+        records, labels = writer.records(shard), scenes().labels()
+        z = np.stack([latent(n) for n in records])
+        writer.write_shard(shard, z, labels[list(records)])
+    store = LatentStore.open(tmp_path)
+    assert len(store) == IMAGES
+    np.testing.assert_array_equal(store.latent(13, 0), latent(13))
+    with pytest.raises(KeyError, match="images 0..19 with flip 0'"):
+        store.latent(13, 1)
+    pairs = PairSource(scenes(), store, flips=False)
+    np.testing.assert_array_equal(pairs[7]["z"], latent(7))
+    with pytest.raises(ValueError, match="holds no latents of mirror images: set data.flip to F"):
+        PairSource(scenes(), store)
+    with pytest.raises(ValueError, match="orientations is 3"):
+        LatentWriter(tmp_path / "odd", manifest(orientations=3))
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
@@ -78,7 +99,7 @@ def test_float32_comes_back_bit_for_bit(folder, in_memory):
     store = LatentStore.open(folder, in_memory=in_memory)
     assert len(store) == 2 * IMAGES
     for n in reversed(range(2 * IMAGES)):
-        id, flipped = id_and_flip(n)
+        id, flipped = divmod(n, 2)
         np.testing.assert_array_equal(store.latent(id, flipped), latent(n))
         assert store.record(id, flipped)[0] == scenes().labels()[id]
 
@@ -89,7 +110,7 @@ def test_float16_keeps_five_parts_in_ten_thousand(tmp_path):
         write(writer, shard)
     store = LatentStore.open(tmp_path)
     for n in range(2 * IMAGES):
-        z = store.latent(*id_and_flip(n))
+        z = store.latent(*divmod(n, 2))
         assert z.dtype == np.float32
         np.testing.assert_allclose(z, latent(n), rtol=5e-4, atol=80 * 6e-8)
 

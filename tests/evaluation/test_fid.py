@@ -1,5 +1,7 @@
 """Feature distances against closed forms, SciPy and a plain float64 reference."""
 
+import functools
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -47,12 +49,13 @@ def test_frechet_is_stable_with_fewer_samples_than_dimensions():
     )
 
 
-def test_streamed_moments_equal_moments_of_everything():
+def test_merged_moments_equal_moments_of_everything():
     x = (np.random.default_rng(3).normal(size=(101, 5)) + 1e4).astype(np.float32)
-    streamed = fid.streamed_moments(x[i : i + 17] for i in range(0, 101, 17))
-    assert streamed.n == 101 and streamed.mean.dtype == np.float64
-    np.testing.assert_allclose(streamed.mean, x.astype(np.float64).mean(0), rtol=1e-14)
-    np.testing.assert_allclose(streamed.covariance, np.cov(x.astype(np.float64).T), rtol=1e-9)
+    parts = (fid.moments(x[i : i + 17]) for i in range(0, 101, 17))
+    merged = functools.reduce(fid.merge, parts)
+    assert merged.n == 101 and merged.mean.dtype == np.float64
+    np.testing.assert_allclose(merged.mean, x.astype(np.float64).mean(0), rtol=1e-14)
+    np.testing.assert_allclose(merged.covariance, np.cov(x.astype(np.float64).T), rtol=1e-9)
 
 
 def test_chunks_and_shards_of_any_size_give_the_moments_of_everything(monkeypatch):
@@ -152,5 +155,3 @@ def test_bad_features_are_refused():
     damaged = fid.Gaussian(np.zeros(2), np.full((2, 2), np.nan))
     with pytest.raises(ValueError, match="moments hold a NaN"):
         fid.frechet(np.eye(3, 2), damaged)
-    with pytest.raises(ValueError, match="iterable of batches is empty"):
-        fid.streamed_moments([])

@@ -56,6 +56,8 @@ def test_sample_writes_images_and_each_depends_on_its_number_alone(pipeline, tmp
     np.testing.assert_array_equal(a["labels"], [1, 2, 1, 2, 1, 2])
     assert np.abs(a["images"][4:].astype(int) - b["images"]).max() <= 1
     assert (tmp_path / "a" / "samples.png").is_file()
+    _, stderr, status = command("launch.sample", model, "--steps=5", check=False)
+    assert status == 1 and "--steps say how to solve a teacher's ODE" in stderr
     _, stderr, status = command("launch.sample", model, "--labels=circle", check=False)
     assert status == 1 and "--labels=circle: give numbers from 0 on; the classes are 0 " in stderr
 
@@ -211,10 +213,26 @@ def test_a_plan_refuses_a_disk_without_room(monkeypatch, tmp_path):
 )
 def test_an_error_is_one_sentence_and_no_traceback(words, sentence, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    words = [w.replace("runs/x", str(tmp_path)).replace("nowhere", "nowhere") for w in words]
+    words = [w.replace("runs/x", str(tmp_path)) for w in words]
     _, stderr, status = command(*words, check=False)
     assert status == 1 and sentence in stderr and "Traceback" not in stderr
     assert stderr.strip().splitlines()[-1].startswith("error: ")
+    # where the run had a folder, what lies behind the sentence is kept in it
+    kept = [path.read_text() for path in tmp_path.rglob("*.traceback.txt")]
+    assert all(text.startswith("Traceback") and sentence in text for text in kept)
+
+
+def test_a_run_s_own_lines_stay_and_libraries_are_silent():
+    import grain
+
+    from cheapscale.training import loop
+    from launch import command as shell
+
+    def said(path):
+        return shell.ours(types.SimpleNamespace(pathname=str(path)))
+
+    assert said(loop.__file__) and said(shell.__file__) and said("/home/me/my_study.py")
+    assert not said(grain.__file__) and not said(jax.__file__)
 
 
 def test_evaluate_scores_a_checkpoint_and_its_cost(pipeline, tmp_path):

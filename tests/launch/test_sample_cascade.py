@@ -105,7 +105,7 @@ def test_every_flag_reaches_the_plan_or_the_sampler(teacher, tmp_path, monkeypat
 
     monkeypatch.setattr(program.cascade, "cascade_sampler", stop)
     words = ("--cascade=2x,4x", "--cascade_k=sigma3,sigma2", "--steps=60", "--stage_seeds=5,6",
-             "--resize_kernel=bicubic", "--resize_space=image", "--coupled", "--owner=level",
+             "--resize_kernel=bicubic", "--resize_space=image", "--coupled", "--owner=snr",
              "--seed=4", "--cfg_scale=2", "--method=euler", "--batch_size=3")  # fmt: skip
     with flagsaver.flagsaver():
         program.FLAGS(["sample", f"--model={teacher}", f"--out={tmp_path}", *words])
@@ -114,7 +114,7 @@ def test_every_flag_reaches_the_plan_or_the_sampler(teacher, tmp_path, monkeypat
     assert seen["sizes"] == ((4, 4), (8, 8), (16, 16))
     assert 2.5 < seen["restarts"][0] <= 3 and 1.6 < seen["restarts"][1] <= 2
     expected = {"stage_seeds": [5, 6], "kernel": "bicubic", "space": "image", "coupled": True,
-                "owner": "level", "seed": 4, "cfg_scale": 2.0, "method": "euler",
+                "owner": "snr", "seed": 4, "cfg_scale": 2.0, "method": "euler",
                 "batch_size": 3}  # fmt: skip
     assert {name: seen[name] for name in expected} == expected
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cheapscale.models import generator
+from cheapscale.models.plan import plan
 from cheapscale.models.unet import UNet, unet
 from configs.models import GROWTH, preset
 
@@ -56,6 +57,8 @@ def test_parameter_counts_of_the_published_generators(base, doublings, total, tr
     params = shapes(net)
     assert net.config.output_resolution == base * 2**doublings
     assert round(generator.count(params) / 1e6, 1) == total
+    groups = {n for b in plan(net.config) for n in (b.groups0, b.groups1, b.groups2) if n}
+    assert groups == {32}  # also where a grown block has 96 channels
     if trains:
         moving = generator.count(params, generator.trainable(net.config))
         assert round(moving / 1e6, 1) == trains

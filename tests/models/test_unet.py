@@ -290,6 +290,9 @@ def test_overrides_that_do_not_fit_are_refused(override, message):
         ({"family": "dit"}, "family 'dit' is unknown"),
         ({"resolution": 9}, "9 is not a multiple of the stride 2"),
         ({"attention": (16,)}, "attention names .16."),
+        ({"dtype": "bf16"}, "dtype 'bf16' is unknown: choose one of float32, bfloat16, float16"),
+        ({"noise_feature": "log"}, "noise_feature 'log' is unknown: choose one of edm, openai"),
+        ({"group_size": 3}, "splits 16 channels into groups. = 5, which does not divide them"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(fields, message):

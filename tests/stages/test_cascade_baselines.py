@@ -144,6 +144,11 @@ def test_the_shifted_schedule_keeps_the_base_snr_in_block_means():
     np.testing.assert_allclose(heard[1], schedule.time_of_sigma(1.5), rtol=1e-5)
 
 
+def test_windows_are_refused_where_none_fits_before_anything_is_sampled():
+    with pytest.raises(ValueError, match="canvas of 4x32 px holds no window of the trained 8 px"):
+        baseline("windows", META, (4, 32))
+
+
 def test_windows_cover_the_canvas_and_average_what_overlaps():
     assert starts(8, 8) == [0] and starts(16, 8) == [0, 4, 8] and starts(14, 8) == [0, 4, 6]
 

@@ -86,6 +86,8 @@ def test_a_tuned_run_trains_saves_and_samples_with_its_teacher(teacher, tune, ne
         tuned.load_tuned(str(tmp_path / "tuned"), other)
     with pytest.raises(ValueError, match="is a pretrain run, nothing tuned"):
         tuned.load_tuned(teacher, loaded)
+    with pytest.raises(ValueError, match="holds what was tuned for larger canvases, not a model"):
+        load_teacher(tmp_path / "tuned")
 
 
 def test_tune_none_draws_the_cascade_in_shards_and_resumes(teacher, tmp_path):
@@ -94,6 +96,8 @@ def test_tune_none_draws_the_cascade_in_shards_and_resumes(teacher, tmp_path):
     assert summary["nfe_direct"] == 2 and summary["num"] == 6
     with pytest.raises(ValueError, match="coupled noise need scales such as 2x,4x"):
         build(smoke(teacher, "none", out="x", scales="1.5x", coupled=True))
+    with pytest.raises(ValueError, match="sampled by heun or euler, not by 'ancestral'"):
+        build(smoke(teacher, "none", out="x", method="ancestral"))
     shards = [np.load(tmp_path / "images" / f"shard-{i:05d}.npz") for i in range(2)]
     assert [len(shard["ids"]) for shard in shards] == [4, 2]
     assert shards[0]["images"].shape == (4, 16, 16, 3) and shards[0]["base"].shape[1] == 8

@@ -52,7 +52,7 @@ def full_state(finished):
     """The final state of a run."""
     abstract = loop.abstract_state(run.build(finished.config), loop.sharding.make_mesh(), 0)
     with checkpoint.Checkpoints(finished.workdir) as checkpoints:
-        return checkpoints.restore(abstract)[0]
+        return checkpoints.restore(abstract)
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +298,13 @@ def test_stages_refuse_what_does_not_fit_before_anything_compiles(pipeline, tmp_
     with pytest.raises(ValueError, match="not a generator"):
         run.build(config)
     config = get_config("smoke,stage=distill")
+    config.teacher, config.latents = pipeline["pretrain"].workdir, str(pipeline["store"].folder)
+    config.distill.gan_loss = "wgan"
+    with pytest.raises(ValueError, match="distill.gan_loss is 'wgan': choose one of hinge, logis"):
+        run.build(config)
+    config.teacher = pipeline["distill"].workdir
+    with pytest.raises(ValueError, match="is the work directory of stage distill, not a teacher"):
+        run.build(config)
     config.teacher = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="train that stage first"):
         run.build(config)
@@ -343,7 +350,10 @@ def test_the_baseline_regresses_the_teachers_samples(pipeline, tmp_path):
 def test_a_vp_teacher_goes_through_the_same_stages(process, prediction, tmp_path):
     """Its generator sees the variance-preserving input and the last time, and nothing else."""
     config = get_config("smoke,stage=pretrain")
-    config.diffusion.process, config.diffusion.prediction = process, prediction
+    config.diffusion.process, config.diffusion.prediction = process, "noise"
+    with pytest.raises(ValueError, match="unknown prediction 'noise'"):
+        run.build(config)
+    config.diffusion.prediction = prediction
     with pytest.raises(ValueError, match="leave the"):
         run.build(config)
     config.diffusion.sigma_min, config.diffusion.sigma_max = 0.02, 50.0

@@ -129,7 +129,8 @@ def train(stage, workdir, total_steps, config=None, **options):
 
 def state_of(stage, workdir, **mesh):
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore(loop.abstract_state(stage, loop.sharding.make_mesh(**mesh), 0))
+        abstract = loop.abstract_state(stage, loop.sharding.make_mesh(**mesh), 0)
+        return checkpoints.restore(abstract), checkpoints.meta()[1]
 
 
 def assert_equal(a, b, rtol=0.0, atol=0.0):
@@ -192,7 +193,7 @@ def test_only_the_ema_of_one_network_is_read_back(tmp_path):
 
 
 def test_a_nan_stops_the_run_and_the_last_checkpoint_is_whole(tmp_path):
-    with pytest.raises(loop.Diverged, match="loss is nan at step 3"):
+    with pytest.raises(loop.Diverged, match=rf"loss is nan at step 3.*resume={tmp_path} and a low"):
         train(denoise_stage(poison_at=2), tmp_path, 6, save_every=2)
     assert (tmp_path / "diverged").is_dir()
     state, _ = state_of(denoise_stage(), tmp_path)
@@ -207,6 +208,49 @@ def test_another_config_is_refused_with_the_differing_keys(tmp_path):
     train(denoise_stage(), tmp_path, 2, config={"optim": {"lr": 1}, "total_steps": 2})
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_may_be_started_otherwise(tmp_path):
+    def refuse(start):
+        raise ValueError("batch_size 16 is more than there is")
+
+    with pytest.raises(ValueError, match="more than there is"):
+        train(denoise_stage()._replace(batches=refuse), tmp_path, 1, config={"batch": 16})
+    with pytest.raises(loop.Diverged, match="; start again with a lower optim.lr"):
+        train(denoise_stage(poison_at=0), tmp_path, 1, config={"batch": 8})
+    train(denoise_stage(), tmp_path, 1, config={"batch": 4})
+    with pytest.raises(ValueError, match="batch: 4 -> 8"):
+        train(denoise_stage(), tmp_path, 2, config={"batch": 8})
+
+
+def test_a_run_goes_on_beside_the_teacher_data_and_networks_it_began_with(tmp_path):
+    def stage(teacher="a", images="b", scale="c"):
+        base = denoise_stage()
+        meta = base.meta | {"teacher": teacher, "data": {"fingerprint": images, "name": "x"}}
+        return base._replace(meta=meta, load_frozen=lambda: (base.load_frozen()[0], {"s": scale}))
+
+    train(stage(), tmp_path, 1)
+    for other, message in (
+        ({"teacher": "z"}, "another teacher .a -> z.: put it back"),
+        ({"images": "z"}, "another data .b -> z."),
+        ({"scale": "z"}, "another frozen_networks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(stage(**other), tmp_path, 2)
+    assert train(stage(), tmp_path, 2)["step"] == 2
+
+
+def test_a_state_is_saved_before_its_preview_is_drawn_and_0_draws_none(tmp_path):
+    def fail(state, frozen):
+        raise RuntimeError("no picture")
+
+    with pytest.raises(RuntimeError, match="no picture"):
+        train(denoise_stage()._replace(evals={"grid": (2, fail)}), tmp_path, 4, save_every=2)
+    assert int(state_of(denoise_stage(), tmp_path)[0].step) == 2
+    summary = train(denoise_stage()._replace(evals={"grid": (0, fail)}), tmp_path, 4)
+    again = train(denoise_stage(), tmp_path, 4)
+    assert summary["step"] == 4 and summary["metrics"]["loss"] > 0
+    assert again == summary  # a finished run says again what it said
+
+
 def test_bad_meshes_and_batches_are_refused_before_anything_compiles(tmp_path):
     with pytest.raises(ValueError, match="does not cover 8 devices"):
         train(denoise_stage(), tmp_path, 1, mesh={"data": 3})
@@ -217,6 +261,8 @@ def test_bad_meshes_and_batches_are_refused_before_anything_compiles(tmp_path):
 def test_resume_continues_another_run_in_a_new_work_directory(tmp_path):
     train(denoise_stage(), tmp_path / "old", 2)
     train(denoise_stage(), tmp_path / "new", 4, resume=str(tmp_path / "old"))
+    with pytest.raises(ValueError, match="old begins at step 2 and total_steps is 2: raise total_"):
+        train(denoise_stage(), tmp_path / "newer", 2, resume=str(tmp_path / "old"))
     train(denoise_stage(), tmp_path / "old", 4)
     assert_equal(
         state_of(denoise_stage(), tmp_path / "old")[0],

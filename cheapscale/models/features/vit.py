@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from cheapscale.models.features.weights import Weights
 
@@ -110,10 +111,8 @@ def check_patches(name: str, x: jax.Array, patch: int) -> None:
 
 def patch_tokens(kernel: jax.Array, x: jax.Array) -> jax.Array:
     """x [b, h, w, 3], kernel [p, p, 3, width] -> [b, h/p, w/p, width]: one product per patch."""
-    b, h, w, c = x.shape
-    p, width = kernel.shape[0], kernel.shape[3]
-    x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h // p, w // p, p * p * c) @ kernel.reshape(p * p * c, width)
+    patches = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=kernel.shape[0], q=kernel.shape[1])
+    return patches @ rearrange(kernel, "p q c width -> (p q c) width")
 
 
 def encode(segments: list[PyTree], tokens: jax.Array, **options) -> list[jax.Array]:
