@@ -48,6 +48,8 @@ def execute(name: str, workdir: str, body: Callable[[], dict], *, keep: bool = T
     except Preempted as stop:
         print(stop, flush=True)
         sys.exit(PREEMPTED)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except (ValueError, OSError, Diverged) as error:
         if pathlib.Path(workdir).is_dir():  # a sentence says enough of a mistake, not of a fault
             pathlib.Path(workdir, f"{name}.traceback.txt").write_text(traceback.format_exc())

@@ -21,7 +21,7 @@ import pathlib
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from cheapscale.data.files import whole_or_nothing
 from cheapscale.diffusion.pivot import KERNELS, named, resize
@@ -63,7 +63,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_list(
     "cascade_k", ["t0.7"], "Where stages restart, one for all or one for each: t0.7 (of latent "
-    "diffusion's schedule), t0.7@cosine, sigma3.32, snr-10.4dB, block-4.4dB, sd3.32."
+    "diffusion's schedule), t0.7@cosine, sigma3.32, snr-10.4dB, block-4.4dB, sd6.64."
 )  # fmt: skip
 flags.DEFINE_list("stage_seeds", [], "A seed for each stage (default: --seed).")
 flags.DEFINE_bool("coupled", False, "Each stage's noise continues that of the scale before.")
@@ -118,6 +118,7 @@ def run() -> dict:
         labels = np.resize(np.asarray([int(label) for label in FLAGS.labels]), FLAGS.num)
     out = pathlib.Path(FLAGS.out or pathlib.Path(FLAGS.model) / "samples")
     began = time.monotonic()
+    logging.info("sampling %d images; every size compiles once, most of a short run", len(ids))
     if FLAGS.cascade:
         images, labels, more = run_cascade(loaded, ids, labels, out)
     else:
@@ -163,6 +164,9 @@ def run_cascade(
         "coupled": FLAGS.coupled,
         "owner": FLAGS.owner,
     }
+    calls, alone = cascade.network_calls(plan, method=FLAGS.method, cfg_scale=FLAGS.cfg_scale)
+    path = zip(map(named, plan.sizes), calls)
+    logging.info("cascade: %s", ", ".join(f"{size} px in {n} calls" for size, n in path))
     subject, denoisers = cascade_denoisers(loaded, plan)
     sampler = cascade.cascade_sampler(subject, plan, **denoisers, **options)
     scales, labels = sampler.draw(ids, labels, pivots)
@@ -171,6 +175,7 @@ def run_cascade(
         save_images(out / "direct.npz", sampler.direct(ids, labels)[0], labels, ids)
     shown = {}
     if FLAGS.preview:
+        logging.info("preview: direct sampling, and what else it shows (--preview=0: none)")
         few = slice(min(FLAGS.preview, len(ids)))
         free = cascade.cascade_sampler(loaded, make_plan(), **options) if denoisers else sampler
         rows = {
@@ -184,7 +189,6 @@ def run_cascade(
         pictures = np.concatenate([*rows.values()])
         save_png(out / "preview.png", image_grid(pictures, columns=few.stop))
         shown = {"preview_rows": list(rows)}
-    calls, alone = cascade.network_calls(plan, method=FLAGS.method, cfg_scale=FLAGS.cfg_scale)
     if FLAGS.baseline == "windows":  # one call for each of them, on canvases of the trained size
         times = [num_windows(size, loaded.meta["networks"]["net"]) for size in plan.sizes]
         calls, alone = [n * c for n, c in zip(times, calls)], times[-1] * alone

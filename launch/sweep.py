@@ -2,7 +2,7 @@
 
     python -m launch.sweep --config=configs/cifar10.py:stage=distill,data_dir=DIR \\
         --config.teacher=runs/teacher --config.latents=runs/latents --workdir=runs/sweep
-    python -m launch.sweep ... --list        # numbers and changes; runs nothing
+    python -m launch.sweep ... --list        # their numbers and changes; runs and writes nothing
     python -m launch.sweep ... --index=3     # one of them: a task of an array job
 
 `sweep(stage)` stands beside `get_config` in the config file and yields flat changes, such as
@@ -12,6 +12,7 @@ running the same command again resumes. The summary lists every run's changes an
 
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,10 @@ def planned(path: str, config: ConfigDict) -> list[tuple[str, dict[str, Any], Co
     module = load_module(path)
     changes = list(module.sweep(config.stage)) if hasattr(module, "sweep") else []
     if not changes:
-        raise ValueError(f"{path} has no sweep of stage {config.stage}: give it sweep(stage)")
+        raise ValueError(
+            f"sweep(stage) of {path} names no run of stage {config.stage}: add some, or choose "
+            "another stage"
+        )
     return [
         (folder(number, change), change, changed(config, change))
         for number, change in enumerate(changes)
@@ -81,15 +85,20 @@ def main(argv) -> None:
     given = flags.FLAGS
     path, _, _ = config_flags.get_config_filename(given["config"]).partition(":")
 
+    if given.list:
+        try:
+            for name, changes, _ in planned(path, given.config):
+                print(name, changes)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        return
+
     def body() -> dict:
-        if given.list:
-            runs = planned(path, given.config)
-            return {"runs": [{"folder": name, "changes": changes} for name, changes, _ in runs]}
         only = [] if given.index is None else [given.index]
         return {"runs": sweep(path, given.config, given.workdir, only)}
 
     name = "sweep" if given.index is None else f"sweep-{given.index}"
-    execute("plan" if given.list else name, given.workdir, body)
+    execute(name, given.workdir, body)
 
 
 if __name__ == "__main__":
@@ -98,5 +107,10 @@ if __name__ == "__main__":
     flags.DEFINE_integer("index", None, "Run this one alone, counted from 0.", lower_bound=0)
     flags.DEFINE_bool("list", False, "Say what the runs are and stop.")
     flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
+    flags.register_multi_flags_validator(
+        ["workdir", "list"],
+        lambda given: given["workdir"] or given["list"],
+        message="--workdir: where do the runs go?",
+    )
     app.run(main)

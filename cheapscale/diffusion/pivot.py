@@ -118,7 +118,7 @@ def restart_sigma(k: str, *, area_ratio: float, sigma_data: float) -> float:
     sigma3.32      itself; sigma0 is the resized pivot, without a network call
     snr-10.4dB     SNR = 1/sigma^2
     block-4.4dB    SNR of the mean over the pixels that one is enlarged to, area_ratio / sigma^2
-    sd3.32         in units of sigma_data
+    sd6.64         in units of sigma_data
 
     Papers count K from 1: time t is index t T - 1 of the table.
     """
@@ -128,7 +128,7 @@ def restart_sigma(k: str, *, area_ratio: float, sigma_data: float) -> float:
     if not found or bool(unit) != (kind in ("snr", "block")) or (schedule and not is_time):
         raise ValueError(
             f"K {k!r} is unreadable: give a time t0.7 or t0.7@cosine, sigma3.32, snr-10.4dB, "
-            "block-4.4dB or sd3.32"
+            "block-4.4dB or sd6.64"
         )
     if unit:
         gain = area_ratio if kind == "block" else 1.0

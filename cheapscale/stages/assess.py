@@ -62,7 +62,7 @@ def build(config) -> Job:
         if read_assessment(folder, group)["identity"] != same:
             raise ValueError(
                 f"{assessment_path(folder, group)} is of another teacher, data set or "
-                "config.prune: name another config.specialists"
+                "config.prune: name another set folder"
             )
         return True
 

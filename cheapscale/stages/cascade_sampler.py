@@ -50,6 +50,8 @@ StageDenoiser = Callable[
     [PyTree, jax.Array | None, jax.Array, np.ndarray], Sequence[solvers.Segment]
 ]
 
+# Sides over the trained one: what is larger is a slip of the pen, found only when memory runs out.
+FARTHEST_PIVOT, FARTHEST = 16, 128
 OWNERS = ("level", "snr")
 SPACES = ("model", "image")
 
@@ -107,6 +109,15 @@ def cascade_plan(
     given = pivot_size is not None
     start = pivot_size if given else trained
     sizes = read_sizes(cascade, start, unet(**model).config.stride, given=given)
+    for size, limit, remedy in (
+        (sizes[0], FARTHEST_PIVOT, "shrink it first (--pivot_resolution)"),
+        (sizes[-1], FARTHEST, "ask for a smaller size"),
+    ):
+        if max(size) > limit * model["resolution"]:
+            raise ValueError(
+                f"{named(size)} px is more than {limit} times the {model['resolution']} px that "
+                f"this teacher was trained at: {remedy}"
+            )
     if len(k) not in (1, len(sizes) - 1):
         raise ValueError(
             f"{len(k)} values of K ({', '.join(k)}) for {len(sizes) - 1} stages "
@@ -233,7 +244,7 @@ def cascade_sampler(
         if labels is None and plan.given and model["num_classes"]:
             raise ValueError(
                 f"the teacher has {model['num_classes']} classes, but the pivots have no labels: "
-                "say which class each of them is"
+                "say which class each of them is (--labels)"
             )
         if labels is None:
             return labels_for(seed, ids, model["num_classes"])

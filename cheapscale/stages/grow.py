@@ -25,6 +25,8 @@ PyTree = Any
 def build(config) -> Stage:
     """Stage 3 from its config. Raises ValueError where base, data and resolution do not fit."""
     source = data.open_data(config.data)
+    if not config.base:
+        raise ValueError("config.base is empty: name the work directory of the smaller generator")
     base = read_meta(config.base)[1]
     if "generator" not in base["networks"]:
         raise ValueError(

@@ -191,6 +191,8 @@ def load_teacher(workdir: str | pathlib.Path, *, dtype: str = "", **options) -> 
 
     dtype: what the network computes in, in place of what it was trained in.
     """
+    if not str(workdir):
+        raise ValueError("config.teacher is empty: name the work directory of a pretrain run")
     loaded = load_model(workdir, **options)
     if loaded.meta["stage"] != "pretrain":
         raise ValueError(

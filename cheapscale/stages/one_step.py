@@ -152,6 +152,8 @@ def open_pairs(config, source, teacher: str, kind: str, proportion: float):
     directions = {"inverted": "invert", "teacher": "sample"}
     if kind not in directions:
         raise ValueError(f"distill.pairs is {kind!r}: choose 'inverted' or 'teacher'")
+    if not config.latents:
+        raise ValueError("config.latents is empty: name the folder of the latent store")
     expect = {"teacher": teacher, "direction": directions[kind]}
     store = LatentStore.open(config.latents, expect=expect, in_memory=config.data.cache_latents)
     if kind == "teacher" and proportion != 1.0:

@@ -401,6 +401,11 @@ def test_k_in_blocks_counts_the_pixels_that_a_stage_adds(cascade, size, pixels):
         ({"spacing": "leading"}, "this teacher's process is edm"),
         ({"spacing": "even"}, "unknown spacing 'even'"),
         ({"pivot_size": (4, 8), "cascade": "16x16"}, "pivot of 4x8 would be stretched"),
+        (
+            {"pivot_size": (200, 300)},
+            "200x300 px is more than 16 times the 8 px .*pivot_resolution",
+        ),
+        ({"cascade": "100000x100000"}, "100000x100000 px is more than 128 times the 8 px"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(change, message):

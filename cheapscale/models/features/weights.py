@@ -97,8 +97,11 @@ def read_weights(
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     if path.suffix == ".npz":
-        with np.load(path) as stored:
-            return {name: stored[name] for name in stored.files}
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {name: stored[name] for name in stored.files}
+        except (ValueError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is no .npz file of arrays ({error}): save it anew") from error
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
