@@ -40,7 +40,7 @@ from cheapscale.stages.evaluate_settings import (
 )
 from cheapscale.stages.networks import load_model
 from cheapscale.stages.sampler_cost import sampler_cost
-from cheapscale.stages.sampling import SPACINGS, check_labels
+from cheapscale.stages.sampling import OF_TEACHERS, SPACINGS, check_labels
 from cheapscale.training import jobs
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.classifier import fit_classifier
@@ -209,7 +209,7 @@ def open_clip(class_names: list[str]) -> Clip:
 
 # Flags that say nothing about the other kind of subject: silence would hide a misunderstanding.
 ONLY_FOR = {
-    "a teacher": ("steps", "method", "spacing", "cfg_scale"),
+    "a teacher": OF_TEACHERS,
     "a generator": ("latents",),
     "--model": ("ema", "step", "seed"),
     "--images": ("resolution", "targets"),

@@ -32,7 +32,7 @@ from cheapscale.stages import cascade_sampler as cascade
 from cheapscale.stages.cascade_baselines import BASELINES, baseline, num_windows
 from cheapscale.stages.networks import load_model
 from cheapscale.stages.pivot_images import read_pivots
-from cheapscale.stages.sampling import SPACINGS, sample
+from cheapscale.stages.sampling import OF_TEACHERS, SPACINGS, sample
 from cheapscale.stages.tuned import load_tuned, tuned_cascade
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.logging import image_grid, save_png
@@ -87,7 +87,6 @@ flags.DEFINE_bool(
 flags.DEFINE_integer("preview", 8, "Columns of preview.png; 0: none.", lower_bound=0)
 FLAGS = flags.FLAGS
 
-OF_TEACHERS = ("steps", "method", "spacing", "cfg_scale")
 OF_CASCADES = (
     "cascade_k", "stage_seeds", "coupled", "resize_kernel", "resize_space", "pivot",
     "pivot_resolution", "owner", "tuned", "baseline", "direct", "preview",

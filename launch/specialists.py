@@ -22,6 +22,8 @@ from cheapscale.stages.run import run
 from launch.command import execute
 from launch.pipeline import load_module
 
+BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
+
 
 def stage_config(
     path: str, arg: str, stage: str, teacher: str, folder: str, changes: Sequence[str]
@@ -43,11 +45,8 @@ def stage_config(
 
 def parsed(change: str, value: str, kind: type) -> Any:
     """value as the type of the field it changes; ValueError where it is none."""
-    if kind is bool and value.lower() in ("1", "true", "0", "false"):
-        return value.lower() in ("1", "true")
-    with contextlib.suppress(ValueError):
-        if kind is not bool:
-            return kind(value)
+    with contextlib.suppress(ValueError, KeyError):
+        return BOOLEANS[value.lower()] if kind is bool else kind(value)
     raise ValueError(f"{change}: {value!r} is no {kind.__name__}: give one")
 
 

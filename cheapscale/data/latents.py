@@ -46,6 +46,11 @@ def num_records(manifest: Mapping[str, Any]) -> int:
     return manifest["orientations"] * manifest["num_images"]
 
 
+def record_key(manifest: Mapping[str, Any], n: int) -> tuple[int, int]:
+    """(image id, flip) of record n."""
+    return divmod(n, manifest["orientations"])
+
+
 class LatentWriter:
     """Writes a store, shard by shard, in any order and by any number of processes."""
 
@@ -82,15 +87,11 @@ class LatentWriter:
         return True
 
     def records(self, shard: int) -> range:
-        """The numbers of a shard's records; `key` turns one into (image id, flip)."""
+        """The numbers of a shard's records; `record_key` tells whose one is."""
         if not 0 <= shard < self.num_shards:
             raise ValueError(f"shard {shard} is outside 0..{self.num_shards - 1} of {self.folder}")
         first, per_shard = shard * self.manifest["per_shard"], self.manifest["per_shard"]
         return range(first, min(first + per_shard, num_records(self.manifest)))
-
-    def key(self, n: int) -> tuple[int, int]:
-        """(image id, flip) of record n."""
-        return divmod(n, self.manifest["orientations"])
 
     def is_done(self, shard: int) -> bool:
         """Whether a shard is written; one that is, is whole."""
@@ -134,7 +135,7 @@ class LatentWriter:
         values = (z if dtype == "float32" else scaled).astype(DTYPES[dtype])
         finite = np.isfinite(values).all(axis=(1, 2, 3))
         if not finite.all():
-            bad = self.key(records[int(np.argmin(finite))])
+            bad = record_key(self.manifest, records[int(np.argmin(finite))])
             raise ValueError(
                 f"the latent of image {bad[0]} with flip {bad[1]} is not finite: "
                 "check the teacher's weights and the grid before storing latents"
@@ -149,7 +150,9 @@ class LatentWriter:
             with whole_or_nothing(path) as temporary:
                 writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
                 for n, label, value in zip(records, labels.tolist(), values):
-                    writer.write(HEADER.pack(*self.key(n), label) + value.tobytes())
+                    writer.write(
+                        HEADER.pack(*record_key(self.manifest, n), label) + value.tobytes()
+                    )
                 writer.close()
         except (OSError, RuntimeError) as error:
             raise OSError(

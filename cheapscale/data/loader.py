@@ -8,7 +8,7 @@ is ever saved.
 A transform draws from a generator that depends on the seed and the element's position alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -66,7 +66,7 @@ def batches(
     return iter(steps.to_iter_dataset(options))
 
 
-def gather(source: Sequence[Item], ids: Sequence[int]) -> dict[str, np.ndarray]:
+def gather(source: Sequence[Item], ids: Iterable[int]) -> dict[str, np.ndarray]:
     """The items with these indices as one batch {name: [n, ...]}; for jobs and evaluation."""
     items = [source[int(i)] for i in ids]
     if not items:

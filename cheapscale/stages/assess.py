@@ -56,25 +56,22 @@ def build(config) -> Job:
     }  # fmt: skip
     same = digest(origin)
 
-    def done(group: int) -> bool:
-        if not assessment_path(folder, group).is_file():
-            return False
-        if read_assessment(folder, group)["identity"] != same:
+    def ours(path: pathlib.Path) -> dict:
+        held = json.loads(path.read_text())
+        if held["identity"] != same:
             raise ValueError(
-                f"{assessment_path(folder, group)} is of another teacher, data set or "
-                "config.prune: name another set folder"
+                f"{path} is of another teacher, data set or config.prune: name another set folder"
             )
-        return True
+        return held
+
+    def done(group: int) -> bool:
+        path = assessment_path(folder, group)
+        return path.is_file() and bool(ours(path))
 
     def prepare() -> Assessment:
         proxy = read_proxy(source, max(settings["proxy_images"], settings["score_images"]))
         shared = pathlib.Path(folder) / "budgets.json"
-        begun = json.loads(shared.read_text()) if shared.is_file() else {}
-        if begun and begun["identity"] != same:
-            raise ValueError(
-                f"{shared} is of another teacher, data set or config.prune: name another "
-                "config.specialists"
-            )
+        begun = ours(shared) if shared.is_file() else {}
         found = Assessment(teacher, proxy, settings, config.seed, folder, begun)
         if not begun and jax.process_index() == 0:
             with whole_or_nothing(shared) as temporary:

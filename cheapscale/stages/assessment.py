@@ -106,8 +106,10 @@ class Assessment:
             whole = {"share": 1.0, "compiled_share": 1.0, "score": self.score({}, group)}
             return {"widths": {}, "keep": {}} | whole
         task = search.make_task(self.net.config, target, self.scores(group), settings["plan"])
-        widths, resumed = search.uniform(task), 0
-        if settings["proposer"] != "uniform":
+        resumed = 0
+        if settings["proposer"] == "uniform":
+            widths = search.uniform(task)
+        else:
             path = f"{self.folder}/memory-{group}.jsonl"
             resumed = len(search.read_memory(path, task)[0])
             best, _ = search.search(

@@ -9,6 +9,7 @@ import numpy as np
 
 from cheapscale.data import loader, sources
 from cheapscale.data.augment import random_flip
+from cheapscale.data.latents import record_key
 from cheapscale.data.resize import RESIZE_ID
 from cheapscale.training.checkpoint import Loaded
 
@@ -34,10 +35,9 @@ def open_data(data, *, split: str | None = None, resolution: int | None = None):
 
 
 def read(source, ids: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(images float32 [n, R, R, c], labels int32 [n]) of a source."""
-    items = [source[int(i)] for i in ids]
-    labels = np.array([item["label"] for item in items], np.int32)
-    return np.stack([item["image"] for item in items]), labels
+    """(images float32 [n, R, R, c], labels int32 [n]) of a source; ValueError for no ids."""
+    batch = loader.gather(source, ids)
+    return batch["image"], batch["label"].astype(np.int32)
 
 
 def describe(source) -> dict:
@@ -140,7 +140,7 @@ class TeacherPairs:
         return len(self.store)
 
     def __getitem__(self, n: int) -> dict:
-        label, image = self.store.record(*divmod(n, self.store.manifest["orientations"]))
+        label, image = self.store.record(*record_key(self.store.manifest, n))
         z = drawn_latent(self.store.manifest, n)
         return {"image": image, "z": z, "label": np.int32(label), "id": np.int64(n)}
 

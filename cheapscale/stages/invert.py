@@ -79,7 +79,7 @@ def build(config) -> Job:
 
     def start(n: int) -> tuple[np.ndarray, int]:
         if direction == "invert":
-            return oriented(source, *store.key(n))
+            return oriented(source, *latents.record_key(store.manifest, n))
         return data.drawn_latent(manifest, n), n % max(source.num_classes, 1)
 
     calls = network_calls(

@@ -19,6 +19,7 @@ from cheapscale.training.state import stream_key
 
 PyTree = Any
 SPACINGS = ("karras", "leading", "trailing", "quadratic")
+OF_TEACHERS = ("steps", "method", "spacing", "cfg_scale")  # what a one-step generator has not
 
 
 def prior(

@@ -29,22 +29,20 @@ def run(job: Job, workdir: str, config: dict, *, name: str, mesh: dict | None = 
     jax.distributed, whose handler a later training stage needs, and loses the shard in hand.
     """
     with sharding.together(f"the shards of {name}"):
+        done = [job.done(shard) for shard in range(job.num_shards)]
         mine = range(jax.process_index(), job.num_shards, jax.process_count())
-        todo = [shard for shard in mine if not job.done(shard)]
+        todo = [shard for shard in mine if not done[shard]]
         # results do not depend on the batch size
-        harmless = (*ckpt.HARMLESS, "batch_size")
-        ckpt.claim_workdir(
-            workdir, config, harmless, begun=any(map(job.done, range(job.num_shards)))
-        )
+        ckpt.claim_workdir(workdir, config, (*ckpt.HARMLESS, "batch_size"), begun=any(done))
         local = (mesh or {}) if jax.process_count() == 1 else {}
         device_mesh = sharding.make_mesh(**local, devices=jax.local_devices())
         logging.info("%s: %d of %d shards to do", name, len(todo), len(mine))
         context = job.prepare()
         began = time.monotonic()
         log = Log(workdir, name, len(mine) * job.items_per_shard, unit="item")
-        done = (len(mine) - len(todo)) * job.items_per_shard
+        items_done = (len(mine) - len(todo)) * job.items_per_shard
         try:
-            _run_shards(job, context, todo, done, device_mesh, log)
+            _run_shards(job, context, todo, items_done, device_mesh, log)
         finally:
             log.close()
     with sharding.together(f"the summary of {name}"):

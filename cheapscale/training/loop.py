@@ -12,7 +12,6 @@ import pathlib
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -183,10 +182,10 @@ def train(
         start, meta = 0, stage.meta
         if begun:
             start, meta = checkpoints.meta()
-            check_same(meta, stage.meta, workdir, ("teacher", "data"))
+            check_same(workdir, inputs(meta), inputs(stage.meta))
             if start >= total_steps:
                 logging.info("%s: already at step %d of %d", name, start, total_steps)
-                return summarise(meta, name, workdir, start, meta["ledger"])
+                return summarise(meta, name, workdir, start)
         elif resume:
             start, meta = ckpt.read_meta(resume)
         if start >= total_steps:
@@ -231,7 +230,7 @@ def train(
         log = Log(workdir, name, total_steps)
         networks = {"frozen_networks": stage.meta.get("frozen_networks", {}) | networks}
         if begun:
-            check_same(meta, networks, workdir, ("frozen_networks",))
+            check_same(workdir, meta, networks)
         meta = stage.meta | networks | {"config": config, "provenance": provenance()}
         bill = Bill(ledger, flops, start)
         metrics, last, step = None, {}, start
@@ -273,7 +272,7 @@ def train(
                     raise Preempted(f"pre-empted at step {step}")
             log.scalars(step, last, progress=True)
             checkpoints.wait()
-            return summarise(meta, name, workdir, step, ledger)
+            return summarise(meta, name, workdir, step)
         finally:
             log.close()
 
@@ -297,17 +296,18 @@ class Bill:
         self.ledger["device_seconds"] = self.before["device_seconds"] + seconds
 
 
-def check_same(old: dict, new: dict, workdir: str, fields: Sequence[str]) -> None:
-    """Refuse to go on with other inputs than a run began with: its config names them by path
-    alone. old, new: meta."""
-    for field in fields:
-        a, b = (json.loads(json.dumps(meta.get(field))) for meta in (old, new))
-        if field == "data" and a and b:  # the rest is the config's
-            a, b = a["fingerprint"], b["fingerprint"]
-        if a != b:
+def inputs(meta: dict) -> dict:
+    """What a run depends on that its config names by path alone."""
+    return {"teacher": meta.get("teacher"), "data": meta.get("data", {}).get("fingerprint")}
+
+
+def check_same(workdir: str, old: dict, new: dict) -> None:
+    """Refuse to go on with other inputs (all of `new`) than a run began with."""
+    for name, value in json.loads(json.dumps(new)).items():
+        if old.get(name) != value:
             raise ValueError(
-                f"{workdir} began with another {field} ({a} -> {b}): put it back, or use a new "
-                "work directory"
+                f"{workdir} began with another {name} ({old.get(name)} -> {value}): put it back, "
+                "or use a new work directory"
             )
 
 
@@ -338,7 +338,7 @@ def report(log: Log, step: int, title: str, result: dict) -> None:
         log.scalars(step, scalars)
 
 
-def summarise(meta: dict, name: str, workdir: str, step: int, ledger: dict) -> dict:
+def summarise(meta: dict, name: str, workdir: str, step: int) -> dict:
     """What a training run says about itself on its last line."""
     return {
         "stage": name,
@@ -346,6 +346,6 @@ def summarise(meta: dict, name: str, workdir: str, step: int, ledger: dict) -> d
         "step": step,
         "metrics": meta.get("metrics", {}),
         "steps_per_second": round(meta.get("steps_per_second", 0.0), 3),
-        "ledger": ledger,
+        "ledger": meta["ledger"],
         "frozen_networks": meta.get("frozen_networks", {}),
     }
