@@ -146,6 +146,7 @@ def optimiser(name: str, lr: float, **changes) -> ConfigDict:
             "lr": lr,
             "warmup_steps": 0,
             "decay_steps": 0,
+            "decay": "cosine",  # tail: constant, then linear in the last fifth
             "clip_norm": 0.0,
             "b1": 0.9,
             "b2": 0.999,
@@ -263,6 +264,8 @@ def prune() -> ConfigDict:
             "rounds": 12,
             "per_round": 8,
             "remember": True,
+            "finalists": 0,  # the best candidates of a search, compared after a trial instead
+            "trial": 50,  # optimiser steps
             "proxy_images": 1024,
             "proxy_levels": 16,
             "llm_url": "",
@@ -272,6 +275,7 @@ def prune() -> ConfigDict:
             "distil": 0.0,  # weight of the base's estimate as the target
             "start": "base",  # scratch: single-stage training, a control
             "optimiser": "fresh",  # sliced: the base's moments, cut like its weights
+            "whole_rate": 1.0,  # factor of the rate of a group that keeps the whole network
         }
     )
 
@@ -308,7 +312,7 @@ def smoke(config: ConfigDict, base: int) -> ConfigDict:
         config.prune.groups, config.prune.rounds, config.prune.per_round = 2, 1, 2
         config.prune.score_batches, config.prune.score_images = 2, 8
         config.prune.proxy_images, config.prune.proxy_levels = 16, 4
-        config.prune.recovery = 2
+        config.prune.recovery = config.prune.trial = 2
     if "cascade" in config:
         config.cascade.preview_steps = config.cascade.steps = 2
         config.cascade.num = config.cascade.per_shard = 4

@@ -33,9 +33,13 @@ ARMS = {
 # changes, and what the paper leaves open.
 CHOICES = {
     "specialists again": ("E3", {"seed": 1000}),
+    # with "flat" and "full size": what each group loses with its width
+    "flat 60 %": ("E1", {"budget": "flat", "mean": 0.6}),
+    "flat 50 %": ("E1", {"budget": "flat", "mean": 0.5}),
     "uniform widths": ("E6", {"proposer": "uniform"}),
     "random widths": ("E6", {"proposer": "chance", "rounds": 1, "per_round": 1}),
     "evolved widths": ("E6", {"proposer": "evolution"}),
+    "widths after a trial": ("E6", {"finalists": 3, "trial": 20}),
     # scores are compared at the same widths, those of "uniform widths"
     "all-time scores": ("E7", {"importance": "all_times", "proposer": "uniform"}),
     "magnitudes": ("E7", {"importance": "magnitude", "proposer": "uniform"}),
@@ -62,6 +66,8 @@ CHOICES = {
     "all widths": ("E13", {"plan": "all", "rounds": 2}),
     "distilled": ("E13", {"distil": 0.5}),
     "sliced moments": ("E13", {"optimiser": "sliced"}),
+    "rate falls in the last fifth": ("E13", {"decay": "tail"}),
+    "half the rate where nothing is cut": ("E13", {"whole_rate": 0.5}),
 }
 
 

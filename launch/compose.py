@@ -8,6 +8,7 @@
                                 one-step map from their latents and is grown to twice the size
     3  self-cascade             the grown image is the pivot, which the specialists take to twice
                                 its size again
+    control                     inversion and the one-step map by the teacher itself
 
 Each is an ordinary stage in a work directory of its own: the same command resumes. Distances are
 Frechet distances in the features of the data's metric classifier at that size, above the floor.
@@ -45,7 +46,7 @@ SEARCH = ("rounds=6", "proxy_images=256")  # so that it costs less than it saves
 
 def train(arg: str, workdir: pathlib.Path) -> dict[str, ConfigDict]:
     """{folder: its config} of every stage up to the first growth, which comes last; the
-    set of specialists is made in "specialists" before it inverts."""
+    set of specialists is made in "specialists" before it inverts. The control is in "control"."""
     done, folder = {}, str(workdir / "specialists")
     for name, config in stage_configs(CONFIG, arg, str(workdir)):
         if config.stage == "invert":
@@ -55,6 +56,12 @@ def train(arg: str, workdir: pathlib.Path) -> dict[str, ConfigDict]:
                 return stage_config(CONFIG, arg, stage, teacher, folder, SEARCH)
 
             make_set(configured, folder)
+        if config.stage in ("invert", "distill"):
+            control = config.copy_and_resolve_references()
+            control.latents = str(workdir / "control" / "latents")
+            logging.info("control: %s", name)
+            run(control, str(workdir / "control" / name))
+        if config.stage == "invert":
             config.teacher = folder
         logging.info("%s", name)
         run(config, str(workdir / name))
@@ -73,6 +80,7 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
     settings, steps = done["pretrain"].data, done[last].features.metric_steps or None
     teacher, specialists = load_model(root / "pretrain"), load_model(root / "specialists")
     one_step, grown = load_network(root / "distill"), load_network(root / last)
+    control = load_network(root / "control" / "distill")
     ids = np.arange(num)
     labels = data.class_mix(data.open_data(settings), num)
 
@@ -98,6 +106,7 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
     drawn("teacher", teacher)
     drawn("specialists", specialists)
     drawn("one step", one_step)
+    drawn("one step, of the teacher's latents", control)
     pivots = drawn("one step, grown", grown)
     one_call = rows["one step, grown"]["flops"]
     onward = "one step, grown, then cascade by the {}"
@@ -129,6 +138,7 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
         "rows": rows,
         "specialists - teacher": {
             "sampling": difference(rows["specialists"], rows["teacher"]),
+            "one step": difference(rows["one step"], rows["one step, of the teacher's latents"]),
             "cascade": difference(*(rows[onward.format(t)] for t in ("specialists", "teacher"))),
         },
         "inversion": round_trips(teacher, specialists, *held),
@@ -138,6 +148,12 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
                 "specialists": specialists.meta["ledger"],
                 "inversion and distillation": one_step.meta["ledger"],
                 "growth": grown.meta["ledger"],
+            }
+        ),
+        "ledger of the control": ledger(
+            {
+                "pretrain": teacher.meta["ledger"],
+                "inversion and distillation": control.meta["ledger"],
             }
         ),
         "provenance": provenance(),

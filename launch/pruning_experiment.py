@@ -1,5 +1,6 @@
 """The cells of the step-adaptive study (spec 9.3): each one an arm of the comparison, or a check.
 
+E1       what each group loses with its width, by its losses
 E2, E3   specialists, of full size and pruned, against the base trained longer at equal FLOPs: as it
          was ("base longer"), and as they are, fresh optimiser, falling rate ("one network")
 E4       the same networks trained from scratch
@@ -13,7 +14,7 @@ E12      inversion
 E13      what the specification offers beside its defaults
 
 All arms draw the same images: the same noise, labels and grid, and all cost as much to train, the
-search included. E1 is read off the losses by group.
+search included.
 """
 
 import functools
@@ -104,12 +105,13 @@ class Study:
 
         The specialists of the headline take `finetune_steps`, shared by the groups; every other arm
         as many as cost the same FLOPs, or a part of them. All rates fall to 0.
-        changes: of config.prune; "seed" is added to that of the training alone.
+        changes: of config.prune; "seed" is added to that of the training alone, "decay" is the
+        optimiser's.
         """
         if (seed, name) in self.sets:
             return self.sets[seed, name]
         changes = dict(changes)
-        training_seed = seed + changes.pop("seed", 0)
+        training_seed, decay = seed + changes.pop("seed", 0), changes.pop("decay", "cosine")
         folder = self.workdir / f"set-{seed}-{re.sub(r'[^a-z0-9]+', '_', name)}"
         settings = self.config.prune.to_dict() | {
             "groups": self.config.groups,
@@ -137,6 +139,7 @@ class Study:
                 if scratch:
                     config.optim = self.stage("pretrain", seed).optim
                 config.total_steps = config.save_every = steps
+                config.optim.decay = decay
                 anneal(config.optim, steps)
             return config
 

@@ -63,8 +63,11 @@ def of_seed(rows: dict, updates: int) -> dict:
             name: difference(full, row) | {"losses": over(full, row)}
             for name, row in controls.items()
         }
-    if full and "flat" in rows:  # E1: what the same cut costs each group
-        found["excess loss of an equal cut by group"] = over(rows["flat"], full)
+    flat = {name: row for name, row in rows.items() if name.partition(" ")[0] == "flat"}
+    if full and flat:  # E1: what the same cut costs each group
+        found["excess loss of an equal cut by group"] = {
+            f"{row['share']:.2f}": over(row, full) for row in flat.values()
+        }
     cut = {name: row["before"] for name, row in rows.items() if row.get("before")}
     if cut:  # E6, E7
         found["losses before fine-tuning by group"] = cut

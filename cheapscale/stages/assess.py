@@ -34,7 +34,7 @@ SCORES = ("taylor", "accumulated", "all_times", "diff_pruning", "magnitude", "ch
 BUDGETS = ("linear", "snr", "loss", "flat", "sensitivity")
 PROPOSERS = ("greedy", "evolution", "chance", "uniform", "llm")
 # Fields of config.prune that only stage=prune reads.
-OF_TRAINING = ("group", "overlap", "distil", "start", "optimiser")
+OF_TRAINING = ("group", "overlap", "distil", "start", "optimiser", "whole_rate")
 
 
 def build(config) -> Job:
@@ -135,11 +135,13 @@ def check_settings(settings: dict) -> None:
             f"prune.k is {settings['k']} and prune.mean {settings['mean']}: k lies above 0 and at "
             "most at 1, a mean between 0 (as k says) and 1"
         )
-    if settings["budget"] == "sensitivity" and (
-        settings["plan"] != "inner" or settings["recovery"] < 0
+    for field, used, steps in (
+        ("budget", settings["budget"] == "sensitivity", "recovery"),
+        ("finalists", settings["finalists"] > 0, "trial"),
     ):
-        raise ValueError(
-            f"prune.budget is 'sensitivity' with prune.plan {settings['plan']!r} and "
-            f"prune.recovery {settings['recovery']}: it measures masked networks, so use plan "
-            "'inner', and a number of steps"
-        )
+        if used and (settings["plan"] != "inner" or settings[steps] < 0):
+            raise ValueError(
+                f"prune.{field} is {settings[field]!r} with prune.plan {settings['plan']!r} and "
+                f"prune.{steps} {settings[steps]}: it fine-tunes masked networks, so use plan "
+                "'inner', and a number of steps"
+            )

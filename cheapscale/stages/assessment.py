@@ -30,6 +30,7 @@ from cheapscale.stages.groups import (
     weight,
 )
 from cheapscale.stages.networks import denoiser_of, fingerprint
+from cheapscale.stages.recovery import Recovery
 from cheapscale.stages.sampling import levels
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.state import stream_key
@@ -112,7 +113,7 @@ class Assessment:
         else:
             path = f"{self.folder}/memory-{group}.jsonl"
             resumed = len(search.read_memory(path, task)[0])
-            best, _ = search.search(
+            best, memory = search.search(
                 task,
                 lambda candidate: self.score(task.keep(candidate), group),
                 self.proposer(),
@@ -123,6 +124,8 @@ class Assessment:
                 remember=settings["remember"],
             )
             widths = best.widths
+            if settings["finalists"]:
+                widths = self.tried(memory, task, group)
         before, keep = self.flops(), task.keep(widths)
         score = self.score(keep, group)
         # what was remembered of a search that was cut short has cost as much an entry
@@ -134,6 +137,16 @@ class Assessment:
             "compiled_share": self.compiled_flops(keep) / self.base_flops,
             "score": score,
         }
+
+    def tried(self, memory: list[search.Entry], task: search.Task, group: int) -> search.Widths:
+        """The widths, among the finalists of a search, of least loss after a trial."""
+        finalists = sorted(memory, key=lambda entry: entry.score)[: self.settings["finalists"]]
+        losses = [self.trial(group, task.keep(entry.widths)) for entry in finalists]
+        return finalists[int(np.argmin(losses))].widths
+
+    @functools.cached_property
+    def trial(self) -> Recovery:
+        return Recovery(self, self.settings["trial"])
 
     def compiled_flops(self, keep: dict) -> float:
         """FLOPs of one call for one image of the network cut to `keep`, as compiled."""

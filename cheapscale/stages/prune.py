@@ -61,7 +61,9 @@ def build(config) -> Stage:
     whole, model = unet(**base).config, pruned_model(base, keep)
     diffusion = teacher.meta["diffusion"]
     groups = Groups(levels_of(diffusion), np.asarray(manifest["edges"]))
-    optimiser = Optimiser(make_optimiser(**config.optim))
+    factor = 1.0 if keep else settings["whole_rate"]
+    rate = {"lr": config.optim.lr * factor}
+    optimiser = Optimiser(make_optimiser(**(config.optim.to_dict() | rate)))
     distil, overlap = settings["distil"], settings["overlap"]
     searched = manifest["settings"]
     grid = levels(diffusion, searched["steps"], "sample", searched["spacing"])
@@ -158,6 +160,8 @@ def check_training(settings: dict) -> None:
             f"prune.distil is {distil} and prune.overlap {overlap}: distil is a weight from 0 to "
             "1, overlap a number of sampler steps"
         )
+    if not settings["whole_rate"] > 0:
+        raise ValueError(f"prune.whole_rate is {settings['whole_rate']}: a factor above 0")
 
 
 def with_moments(fresh: PyTree, trained: PyTree) -> PyTree:

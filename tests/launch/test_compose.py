@@ -27,6 +27,11 @@ def test_specialists_invert_a_grown_network_gives_the_pivot_and_the_cascade_goes
     value, low, high = found["specialists - teacher"]["sampling"]["fd"]
     assert low <= value <= high
     assert value == pytest.approx(rows["specialists"]["fd"][0] - rows["teacher"]["fd"][0])
+    control = rows["one step, of the teacher's latents"]
+    assert control["flops"] == rows["one step"]["flops"] and control["fd"] != rows["one step"]["fd"]
+    assert found["specialists - teacher"]["one step"]["fd"][0] == pytest.approx(
+        rows["one step"]["fd"][0] - control["fd"][0]
+    )
     apart = found["inversion"]["psnr, specialists - base"][0]
     both = [found["inversion"][title]["psnr"] for title in ("specialists", "base")]
     assert apart == pytest.approx(both[0] - both[1], abs=1e-3) and min(both) > 10
@@ -34,6 +39,10 @@ def test_specialists_invert_a_grown_network_gives_the_pivot_and_the_cascade_goes
     total = parts.pop("all")
     assert all(flops > 0 for flops in parts.values())
     assert sum(parts.values()) == pytest.approx(total)
+    alone = {name: part["flops"] for name, part in found["ledger of the control"].items()}
+    assert alone["pretrain"] == parts["pretrain"]
+    # the teacher's calls cost more than the specialists'
+    assert alone["inversion and distillation"] > parts["inversion and distillation"]
     # the generator was made with the specialists' latents, so it has paid for them
     billed = read_meta(tmp_path / "runs" / "grow16")[1]["ledger"]["flops"]
     assert billed == pytest.approx(total)

@@ -17,7 +17,7 @@ from cheapscale.training.sharding import make_mesh
 from configs import common
 from configs import pruning_study as config_file
 from launch import pruning_experiment
-from launch.cells import check_chosen
+from launch.cells import begins, check_chosen
 from launch.pruning_experiment import Held, Study, cells, owned_losses
 from launch.pruning_findings import findings, table
 from launch.round_trips import NODES, owned_by_start
@@ -67,6 +67,7 @@ def test_findings_hold_the_headline_with_its_interval_and_costs():
         "E3 seed 0: one network": row(2.1, 1.0, 4000, losses=(1.0, 2.0)),
         "E2 seed 0: full size": row(2.2, 1.0, 1600, losses=(1.0, 3.0), before=[1.5, 2.5]),
         "E5 seed 0: flat": row(2.4, 0.8, 1600, losses=(3.0, 3.0)),
+        "E1 seed 0: flat 60 %": row(2.6, 0.6, 1600, losses=(5.0, 3.0)),
         "E3 seed 1: specialists": row(1.0, 0.79, 1400, mean_shares={"positions": 0.785}),
         "E3 seed 1: base longer": row(0.9, 1.0, 1400),
         "E3 seconds": {"figures": {"over_base": 0.9}},
@@ -84,7 +85,9 @@ def test_findings_hold_the_headline_with_its_interval_and_costs():
     assert full["base longer"]["losses"] == [0.5, 1.5]
     assert full["one network"]["losses"] == [1.0, 1.5]
     assert full["one network"]["fd"][0] == pytest.approx(0.1)
-    assert found["excess loss of an equal cut by group, seed 0"] == [3.0, 1.0]
+    assert found["excess loss of an equal cut by group, seed 0"] == {
+        "0.80": [3.0, 1.0], "0.60": [5.0, 1.0]
+    }  # fmt: skip
     assert found["losses before fine-tuning by group, seed 0"] == {"full size": [1.5, 2.5]}
     seeds = found["fd above the specialists' over seeds"]["base longer"]
     assert seeds["mean"] == pytest.approx(0.2) and seeds["least"] == pytest.approx(-0.1)
@@ -120,12 +123,14 @@ def test_every_section_of_the_protocol_has_cells_with_names_of_their_own(tmp_pat
     planned = list(cells(Study(config_file.get_config(), tmp_path)))
     names = [f"{cell.section} {cell.name}" for cell in planned]
     assert len(set(names)) == len(names)
-    assert {cell.section for cell in planned} == {f"E{i}" for i in range(2, 14)}  # E1: the losses
+    assert {cell.section for cell in planned} == {f"E{i}" for i in range(1, 14)}
     for seed in (0, 1, 2):
         assert f"E3 seed {seed}: base longer" in names and f"E11 seed {seed}: T-Stitch" in names
     check_chosen(["E3 seed 0", "E8"], names)
-    with pytest.raises(ValueError, match="--only names E1, with which no cell begins"):
-        check_chosen(["E1"], names)
+    with pytest.raises(ValueError, match="--only names E14, with which no cell begins"):
+        check_chosen(["E14"], names)
+    chosen = [name for name in names if begins(name, "E1")]
+    assert len(chosen) == 2 and all(name.startswith("E1 ") for name in chosen)
 
 
 def test_every_arm_trains_as_its_name_says(tmp_path, monkeypatch):
@@ -156,6 +161,7 @@ def test_every_arm_trains_as_its_name_says(tmp_path, monkeypatch):
         assert rate.lr == (2e-3 if name == "single stage" else 1e-3)
         assert train_config.seed == (1000 if name == "specialists again" else 0)
         assert assess_config.seed == 0
+        assert rate.decay == ("tail" if "last fifth" in name else "cosine")
     ours = {"mean": 0.79, "steps": 50, "spacing": "leading", "rounds": 6, "proxy_images": 256}
     assert changed["specialists"] == changed["specialists again"] == ours
     assert changed["flipped"] == ours | {"order": "snr_down"}
@@ -166,6 +172,8 @@ def test_every_arm_trains_as_its_name_says(tmp_path, monkeypatch):
     assert changed["magnitudes"] == fixed | {"importance": "magnitude"}
     assert changed["uniform widths"] == fixed
     assert changed["sliced moments"] == ours | {"optimiser": "sliced"}
+    assert changed["rate falls in the last fifth"] == ours
+    assert changed["half the rate where nothing is cut"] == ours | {"whole_rate": 0.5}
     assert changed["k 50 %"] == {k: v for k, v in ours.items() if k != "mean"}
 
 

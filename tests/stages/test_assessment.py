@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cheapscale.pruning import importance
+from cheapscale.pruning import importance, search
 from cheapscale.pruning.budget import mean_share
 from cheapscale.stages.assessment import Assessment, Proxy
 from cheapscale.stages.groups import make_groups
@@ -68,6 +68,17 @@ def test_channels_are_scored_on_the_levels_of_their_group_or_on_all(monkeypatch,
     sigma = np.concatenate(seen)
     assert np.all((sigma >= 0.999 * low) & (sigma <= 1.001 * high)) == inside
     assert sigma.max() / sigma.min() > 2
+
+
+def test_after_a_trial_the_best_of_the_finalists_wins_and_of_no_others():
+    memory = [search.Entry(0, {"a": width}, 0.8, score) for width, score in
+              ((4, 3.0), (5, 1.0), (6, 2.0), (7, 9.0))]  # fmt: skip
+    after = {4: 0.2, 5: 0.4, 6: 0.3, 7: 0.1}
+    found, task = bare(finalists=3), SimpleNamespace(keep=lambda widths: widths)
+    found.trial = lambda group, keep: after[keep["a"]] + group
+    assert found.tried(memory, task, 1) == {"a": 4}
+    found.settings["finalists"] = 2
+    assert found.tried(memory, task, 1) == {"a": 6}
 
 
 @pytest.mark.parametrize("weigh", ["positions", "steps"])

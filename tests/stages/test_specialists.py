@@ -11,12 +11,14 @@ from cheapscale.models.unet import UNet, unet
 from cheapscale.pruning import search
 from cheapscale.pruning.structure import flops, layout, prune, pruned_config
 from cheapscale.stages import pretrain, sensitivity, specialists
+from cheapscale.stages import prune as prune_stage
 from cheapscale.stages.assessment import Assessment, read_proxy
 from cheapscale.stages.cascade_sampler import cascade_cost, cascade_plan, cascade_sampler
 from cheapscale.stages.data import describe, open_data
 from cheapscale.stages.groups import make_groups
 from cheapscale.stages.invert import flops_of_path, make_manifest, round_trip
 from cheapscale.stages.networks import complete, fingerprint, load_model, load_teacher
+from cheapscale.stages.recovery import Recovery
 from cheapscale.stages.run import build, run
 from cheapscale.stages.sampler_cost import segment_calls
 from cheapscale.stages.sampling import levels, sample
@@ -278,7 +280,7 @@ def test_a_specialist_starts_as_the_cut_base(teacher, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole.warm_start({})["net"], weights())
 
 
-def test_a_sliced_optimiser_starts_with_the_base_s_moments_cut_alike(tmp_path):
+def test_a_sliced_optimiser_starts_with_the_base_s_moments_cut_alike(tmp_path, monkeypatch):
     base, folder = scenes.get_config("stage=pretrain,smoke"), tmp_path / "set"
     base.model.groups = 4
     whole, rng = pretrain.build(base), np.random.default_rng(0)
@@ -308,6 +310,11 @@ def test_a_sliced_optimiser_starts_with_the_base_s_moments_cut_alike(tmp_path):
     config.prune.optimiser = "old"
     with pytest.raises(ValueError, match="prune.optimiser is 'old'"):
         build(config)
+    rates, config.prune.optimiser, config.prune.whole_rate = [], "fresh", 0.5
+    monkeypatch.setattr(prune_stage, "make_optimiser", lambda lr, **_: rates.append(lr))
+    for config.prune.group in (0, 1):  # the first keeps the whole network
+        build(config)
+    assert rates == [0.5 * config.optim.lr, config.optim.lr]
 
 
 @pytest.mark.parametrize(
@@ -321,7 +328,7 @@ def test_a_sliced_optimiser_starts_with_the_base_s_moments_cut_alike(tmp_path):
             "mean": 0.8,
         },
         {"importance": "diff_pruning", "budget": "loss", "partition": "loss", "mean": 0.85},
-        {"importance": "accumulated", "budget": "flat", "partition": "gradient", "weigh": "steps"},
+        {"importance": "accumulated", "budget": "flat", "partition": "gradient", "finalists": 2},
         {"importance": "magnitude", "budget": "sensitivity", "mean": 0.8, "proposer": "uniform"},
         {
             "importance": "chance",
@@ -362,7 +369,9 @@ def test_every_choice_makes_a_set_within_its_budgets(teacher, tmp_path, changes)
         ({"budget": "none"}, "prune.budget is 'none'"),
         ({"plan": "outer"}, "prune.plan is 'outer'"),
         ({"k": 1.5}, "prune.k is 1.5"),
-        ({"budget": "sensitivity", "plan": "all"}, "it measures masked networks"),
+        ({"budget": "sensitivity", "plan": "all"}, "it fine-tunes masked networks"),
+        ({"finalists": 2, "plan": "all"}, "prune.finalists is 2 with prune.plan 'all'"),
+        ({"whole_rate": 0.0}, "prune.whole_rate is 0.0"),
         # what only the fine-tuning reads is refused before the search as well
         ({"start": "foo"}, "prune.start is 'foo'"),
         ({"distil": 2.0}, "prune.distil is 2.0"),
@@ -425,7 +434,7 @@ def test_recovery_trains_the_pruned_network_and_no_other(teacher, tmp_path):
     base = load_teacher(teacher)
     source = open_data(scenes.get_config("stage=invert,smoke").data)
     config = configured("assess", teacher, tmp_path)
-    settings = config.prune.to_dict() | {"k": 0.6, "recovery": 3}
+    settings = config.prune.to_dict() | {"k": 0.6}
     found = Assessment(base, read_proxy(source, 16), settings, 0, str(tmp_path))
     task = search.make_task(found.net.config, 0.8, found.scores(1), "inner")
     keep = task.keep(search.uniform(task))
@@ -436,7 +445,7 @@ def test_recovery_trains_the_pruned_network_and_no_other(teacher, tmp_path):
         return 1.0
 
     found.proxy_loss = proxy_loss
-    assert sensitivity.Recovery(found)(1, keep) == 1.0
+    assert Recovery(found, 3)(1, keep) == 1.0
     narrow = UNet(pruned_config(found.net.config, keep))
     x, label = jnp.ones((2, 8, 8, 3)), jnp.zeros(2, jnp.int32)
     full = found.net.apply(kept, x, jnp.ones(2), label)
