@@ -243,7 +243,9 @@ def prune() -> ConfigDict:
     return ConfigDict(
         {
             "groups": 5,
-            "partition": "equal",  # equal | nodes | decibels | snr | loss | gradient (clustered)
+            # equal | nodes | edges | decibels, or clustered: snr | loss | gradient | scores
+            "partition": "equal",
+            "edges": (),  # of partition edges: where all groups but the cleanest begin
             # linear (the paper's) | snr | loss | flat | sensitivity (solved from measured losses)
             "budget": "linear",
             "recovery": 200,  # optimiser steps before a loss of "sensitivity" is measured
@@ -251,7 +253,8 @@ def prune() -> ConfigDict:
             # of budget linear: the cleanest group keeps the whole network | snr_down | mid
             "order": "snr_up",
             "mean": 0.0,  # solve k for this mean instead; of the other budgets, whose 0 means 0.8
-            "weigh": "positions",  # what a mean is over: positions | steps, of the sampler
+            # what a mean is over: positions | steps, of the sampler (as always of sensitivity)
+            "weigh": "positions",
             "steps": 40,  # of that sampler
             "spacing": "karras",  # of its levels; leading | trailing | quadratic, of VP teachers
             "plan": "inner",  # widths inside blocks | all: streams too

@@ -29,11 +29,12 @@ ARMS = {
     "flipped": ("E5", {"order": "snr_down"}),
     "flat": ("E5", {"budget": "flat"}),
 }
-# Of the first seed alone, as dear to train as well: how much another draw of the training alone
-# changes, and what the paper leaves open.
+# Of the first seed alone, as dear to train as well (but E1, whose groups take as many updates as
+# those of "specialists"): how much another draw of the training alone changes, and what the paper
+# leaves open.
 CHOICES = {
     "specialists again": ("E3", {"seed": 1000}),
-    # with "flat" and "full size": what each group loses with its width
+    # beside "full size": what each group loses with its width
     "flat 60 %": ("E1", {"budget": "flat", "mean": 0.6}),
     "flat 50 %": ("E1", {"budget": "flat", "mean": 0.5}),
     "uniform widths": ("E6", {"proposer": "uniform"}),

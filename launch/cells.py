@@ -22,6 +22,7 @@ from cheapscale.training.loop import Diverged, provenance
 from launch.command import execute, write_record
 
 PLACES = ("data_dir",)  # a study may go on, or be continued, with the data elsewhere
+MORE = ("arms", "choices")  # or with further ones of these
 
 
 class Cell(NamedTuple):
@@ -55,7 +56,9 @@ def run_cells(
     folder.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(config.to_dict()))
     shown = {name: value for name, value in plain.items() if name not in PLACES}
-    claim_workdir(workdir, plain, PLACES)  # cells of another config would be taken for these
+    # cells of another config would be taken for these
+    begun = any(folder.iterdir()) or len([p for p in folder.parent.iterdir() if p.is_dir()]) > 1
+    claim_workdir(workdir, without_further(plain, read_config(workdir)), PLACES, begun=begun)
     known = from_record(record, plain)
     cells = experiment.cells(experiment.Study(config, workdir))
     planned = {f"{cell.section} {cell.name}": cell for cell in cells}
@@ -118,12 +121,28 @@ def from_record(record: str, config: dict) -> dict:
     if not record or not pathlib.Path(record).is_file():
         return {}
     held = json.loads(pathlib.Path(record).read_text())
-    rows = differing_keys(held["config"], config, PLACES)
+    rows = differing_keys(held["config"], without_further(config, held["config"]), PLACES)
     if rows:
         raise ValueError(
             f"{record} was measured under another config ({'; '.join(rows)}): name another file"
         )
     return dict(held["cells"])
+
+
+def read_config(workdir: str) -> dict:
+    """The config that a work directory was claimed with, {} of a fresh one."""
+    path = pathlib.Path(workdir) / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def without_further(config: dict, old: dict) -> dict:
+    """The config without what it only has more of: further arms make further cells."""
+    kept = {
+        field: {name: row for name, row in config[field].items() if name in old[field]}
+        for field in MORE
+        if field in config and field in old
+    }
+    return config | kept
 
 
 def define_flags() -> None:

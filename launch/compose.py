@@ -1,6 +1,6 @@
 """All three methods on one teacher, one after the other, and what each costs.
 
-    python -m launch.compose --arg=size=cascade --workdir=runs/compose \\
+    python -m launch.compose --arg=size=quick --workdir=runs/compose \\
         --record=notebooks/results/compose.json
 
     1  step-adaptive training   the teacher becomes a set of pruned specialists
@@ -8,7 +8,8 @@
                                 one-step map from their latents and is grown to twice the size
     3  self-cascade             the grown image is the pivot, which the specialists take to twice
                                 its size again
-    control                     inversion and the one-step map by the teacher itself
+    control                     the teacher trained on for the same FLOPs, as one network: it
+                                inverts, is distilled and takes the pivot further as well
 
 Each is an ordinary stage in a work directory of its own: the same command resumes. Distances are
 Frechet distances in the features of the data's metric classifier at that size, above the floor.
@@ -29,6 +30,7 @@ from cheapscale.stages.networks import load_model
 from cheapscale.stages.run import run
 from cheapscale.stages.sampler_cost import sampler_cost
 from cheapscale.stages.sampling import sample
+from cheapscale.stages.specialists import read_manifest
 from cheapscale.training.checkpoint import Loaded, load_network
 from cheapscale.training.logging import image_grid, save_png
 from cheapscale.training.loop import provenance
@@ -37,39 +39,65 @@ from launch.judge import distance, make_judge
 from launch.paired import difference
 from launch.pipeline import stage_configs
 from launch.round_trips import round_trips
-from launch.specialists import make_set, stage_config
+from launch.specialists import anneal, make_set, stage_config
 
 CONFIG = "configs/scenes.py"
 RESAMPLES = 100
+WHOLE = ("groups=1", "budget=flat", "mean=1.0")
 SEARCH = ("rounds=6", "proxy_images=256")  # so that it costs less than it saves
 
 
 def train(arg: str, workdir: pathlib.Path) -> dict[str, ConfigDict]:
-    """{folder: its config} of every stage up to the first growth, which comes last; the
-    set of specialists is made in "specialists" before it inverts. The control is in "control"."""
-    done, folder = {}, str(workdir / "specialists")
-    for name, config in stage_configs(CONFIG, arg, str(workdir)):
+    """{folder: its config} of every stage up to the first growth, which comes last; before it
+    inverts, the teacher becomes the sets "specialists" and "control/network", which invert."""
+    done, control = {}, workdir / "control"
+    stages = stage_configs(CONFIG, arg, str(workdir))
+    if all(config.stage != "grow" for _, config in stages):
+        raise ValueError(
+            f"--arg={arg} has no growth stage: name a size of configs/scenes.py with one"
+        )
+    for name, config in stages:
         if config.stage == "invert":
-            teacher = config.teacher
-
-            def configured(stage: str, group: int, teacher: str = teacher):
-                return stage_config(CONFIG, arg, stage, teacher, folder, SEARCH)
-
-            make_set(configured, folder)
+            make_sets(arg, config.teacher, str(workdir / "specialists"), str(control / "network"))
         if config.stage in ("invert", "distill"):
-            control = config.copy_and_resolve_references()
-            control.latents = str(workdir / "control" / "latents")
+            other = config.copy_and_resolve_references()
+            other.latents = str(control / "latents")
+            if config.stage == "invert":
+                config.teacher, other.teacher = (
+                    str(workdir / "specialists"), str(control / "network"),
+                )  # fmt: skip
             logging.info("control: %s", name)
-            run(control, str(workdir / "control" / name))
-        if config.stage == "invert":
-            config.teacher = folder
+            run(other, str(control / name))
         logging.info("%s", name)
         run(config, str(workdir / name))
         done[name] = config
         jax.clear_caches()
         if config.stage == "grow":
-            return done
-    raise ValueError(f"--arg={arg} has no growth stage: name a size of configs/scenes.py with one")
+            break
+    return done
+
+
+def make_sets(arg: str, teacher: str, folder: str, control: str) -> None:
+    """The specialists; and one network, the whole teacher fine-tuned as they are for what they have
+    cost, their search included."""
+
+    def specialists(stage: str, group: int):
+        return stage_config(CONFIG, arg, stage, teacher, folder, SEARCH)
+
+    make_set(specialists, folder)
+    base = load_model(teacher)
+    paid = base.meta["ledger"]["flops"]
+    cost = load_model(folder).meta["ledger"]["flops"] - paid
+
+    def whole(stage: str, group: int):
+        config = stage_config(CONFIG, arg, stage, teacher, control, (*SEARCH, *WHOLE))
+        if stage == "prune":
+            left = cost - read_manifest(control)["ledger"]["flops"]  # its own assessment
+            config.total_steps = max(1, round(left / (paid / base.step)))
+            anneal(config.optim, config.total_steps)
+        return config
+
+    make_set(whole, control)
 
 
 def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
@@ -79,8 +107,9 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
     *_, last = done
     settings, steps = done["pretrain"].data, done[last].features.metric_steps or None
     teacher, specialists = load_model(root / "pretrain"), load_model(root / "specialists")
+    control = load_model(root / "control" / "network")
     one_step, grown = load_network(root / "distill"), load_network(root / last)
-    control = load_network(root / "control" / "distill")
+    other_step = load_network(root / "control" / "distill")
     ids = np.arange(num)
     labels = data.class_mix(data.open_data(settings), num)
 
@@ -104,16 +133,17 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
         return images
 
     drawn("teacher", teacher)
+    drawn("control", control)
     drawn("specialists", specialists)
     drawn("one step", one_step)
-    drawn("one step, of the teacher's latents", control)
+    drawn("one step, control", other_step)
     pivots = drawn("one step, grown", grown)
     one_call = rows["one step, grown"]["flops"]
     onward = "one step, grown, then cascade by the {}"
     for title, loaded, owner in (
         ("specialists, by the SNR of blocks", specialists, "snr"),
         ("specialists", specialists, "level"),
-        ("teacher", teacher, "level"),
+        ("control", control, "level"),
     ):
         plan = cascade_plan(loaded.meta, "2x", pivot_size=pivots.shape[1:3])
         cascade = cascade_sampler(loaded, plan, owner=owner)
@@ -122,7 +152,7 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
         calls, flops = cost["nfe"] + 1, cost["flops_per_image"] + one_call
         add(onward.format(title), images, calls, flops)
     add(
-        "teacher, directly",
+        "control, directly",
         cascade.direct(ids, labels)[0],
         cost["direct"]["nfe"],
         cost["direct"]["flops_per_image"],
@@ -136,12 +166,12 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
         "arg": arg,
         "num": num,
         "rows": rows,
-        "specialists - teacher": {
-            "sampling": difference(rows["specialists"], rows["teacher"]),
-            "one step": difference(rows["one step"], rows["one step, of the teacher's latents"]),
-            "cascade": difference(*(rows[onward.format(t)] for t in ("specialists", "teacher"))),
+        "specialists - control": {
+            "sampling": difference(rows["specialists"], rows["control"]),
+            "one step": difference(rows["one step"], rows["one step, control"]),
+            "cascade": difference(*(rows[onward.format(t)] for t in ("specialists", "control"))),
         },
-        "inversion": round_trips(teacher, specialists, *held),
+        "inversion": round_trips(control, specialists, *held),
         "ledger": ledger(
             {
                 "pretrain": teacher.meta["ledger"],
@@ -153,7 +183,8 @@ def compose(arg: str, workdir: str, num: int, num_real: int) -> dict:
         "ledger of the control": ledger(
             {
                 "pretrain": teacher.meta["ledger"],
-                "inversion and distillation": control.meta["ledger"],
+                "training on": control.meta["ledger"],
+                "inversion and distillation": other_step.meta["ledger"],
             }
         ),
         "provenance": provenance(),
@@ -195,7 +226,7 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("arg", "size=cascade", "Argument string of configs/scenes.py.")
+    flags.DEFINE_string("arg", "size=quick", "Argument string of configs/scenes.py.")
     flags.DEFINE_string("workdir", None, "Where every stage's folder goes.")
     flags.DEFINE_integer("num", 512, "Images of a figure.", lower_bound=8)
     flags.DEFINE_integer("num_real", 2000, "Real images to compare with.", lower_bound=8)

@@ -13,8 +13,8 @@ E11      T-Stitch: a small network early, the base late
 E12      inversion
 E13      what the specification offers beside its defaults
 
-All arms draw the same images: the same noise, labels and grid, and all cost as much to train, the
-search included.
+All arms draw the same images: the same noise, labels and grid, and all but E1's cost as much to
+train, the search included.
 """
 
 import functools
@@ -103,8 +103,9 @@ class Study:
     def arm(self, seed: int, name: str, changes: dict, part: float = 1.0) -> tuple[Loaded, dict]:
         """(a set of specialists, its manifest), made where it is not there yet.
 
-        The specialists of the headline take `finetune_steps`, shared by the groups; every other arm
-        as many as cost the same FLOPs, or a part of them. All rates fall to 0.
+        The specialists of the headline and the arms of E1 take `finetune_steps`, shared by the
+        groups; every other arm as many as cost the same FLOPs, or a part of them. All rates fall
+        to 0.
         changes: of config.prune; "seed" is added to that of the training alone, "decay" is the
         optimiser's.
         """
@@ -130,7 +131,7 @@ class Study:
             config.prune.update(settings)
             if stage == "prune":
                 steps = self.config.finetune_steps // settings["groups"]
-                if name != "specialists":
+                if name != "specialists" and not name.startswith("flat "):
                     manifest = specialists.read_manifest(folder)
                     steps = self.equal_steps(
                         seed, manifest, group,

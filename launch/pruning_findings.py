@@ -63,10 +63,10 @@ def of_seed(rows: dict, updates: int) -> dict:
             name: difference(full, row) | {"losses": over(full, row)}
             for name, row in controls.items()
         }
-    flat = {name: row for name, row in rows.items() if name.partition(" ")[0] == "flat"}
-    if full and flat:  # E1: what the same cut costs each group
+    narrow = {name: row for name, row in rows.items() if name.startswith("flat ")}
+    if full and narrow:  # E1: what the same cut costs each group, after as many updates
         found["excess loss of an equal cut by group"] = {
-            f"{row['share']:.2f}": over(row, full) for row in flat.values()
+            name: (np.array(over(row, full)) - 1).tolist() for name, row in narrow.items()
         }
     cut = {name: row["before"] for name, row in rows.items() if row.get("before")}
     if cut:  # E6, E7

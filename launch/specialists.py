@@ -4,9 +4,9 @@
         --teacher=runs/teacher --workdir=runs/specialists --set=k=0.5 --set=groups=5
 
 The work directory is the set: a teacher for sampling, evaluation, inversion and the tuning-free
-cascade (what copies or tunes one network takes the base). Groups are independent, so on several
-machines the same is `launch.train` with stage=assess once and stage=prune for each
---config.prune.group, into <set>/group-<j>. Running it again resumes. `--groups=0,3` fine-tunes
+cascade (what copies or tunes one network takes the base). Groups are independent: on several
+machines it is `launch.train` with stage=assess once, then stage=prune for each of them (README has
+the commands). Running it again resumes. `--groups=0,3` fine-tunes
 those alone.
 """
 
@@ -22,22 +22,31 @@ from cheapscale.stages.run import run
 from launch.command import execute
 from launch.pipeline import load_module
 
+PARTS = ("prune", "optim", "ema")  # of the config, whose fields --set changes
+OF_RUN = ("total_steps", "batch_size")  # of the fine-tuning
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 
 
 def stage_config(
     path: str, arg: str, stage: str, teacher: str, folder: str, changes: Sequence[str]
 ):
-    """One stage's config with its paths, and NAME=VALUE changes of config.prune; of fine-tuning the
-    rate falls to 0."""
+    """One stage's config with its paths and `changes`: NAME=VALUE of config.prune or of OF_RUN,
+    PART.NAME=VALUE of PARTS; of fine-tuning the rate falls to 0."""
     config = load_module(path).get_config(",".join(filter(None, (arg, f"stage={stage}"))))
     config.teacher, config.specialists = teacher, folder
     for change in changes:
         name, _, value = change.partition("=")
-        if name not in config.prune:
-            known = ", ".join(config.prune)
-            raise ValueError(f"--set={change}: config.prune has no field {name!r}, only {known}")
-        config.prune[name] = parsed(f"--set={change}", value, type(config.prune[name]))
+        part, _, field = name.rpartition(".")
+        part = part or ("" if name in OF_RUN else "prune")
+        if part not in ("", *PARTS):
+            raise ValueError(f"--set={change}: names a field of {', '.join(PARTS)}, not of {part}")
+        if stage == "assess" and part != "prune":  # only the fine-tuning has it
+            continue
+        place = config[part] if part else config
+        if field not in place:
+            known = ", ".join((*place, *OF_RUN))
+            raise ValueError(f"--set={change}: config.{part} has no field {field!r}, only {known}")
+        place[field] = parsed(f"--set={change}", value, type(place[field]))
     if stage == "prune":
         anneal(config.optim, config.total_steps)
     return config
@@ -46,6 +55,8 @@ def stage_config(
 def parsed(change: str, value: str, kind: type) -> Any:
     """value as the type of the field it changes; ValueError where it is none."""
     with contextlib.suppress(ValueError, KeyError):
+        if kind is tuple:
+            return tuple(int(number) for number in value.split(","))
         return BOOLEANS[value.lower()] if kind is bool else kind(value)
     raise ValueError(f"{change}: {value!r} is no {kind.__name__}: give one")
 
@@ -91,6 +102,7 @@ def main(argv) -> None:
         )
 
     def body() -> dict:
+        configured("prune", 0)  # before hours of search: whatever --set names is there
         groups = [parsed(f"--groups={group}", group, int) for group in options.groups]
         return make_set(configured, folder, groups)
 
@@ -102,7 +114,12 @@ if __name__ == "__main__":
     flags.DEFINE_string("arg", "", "Argument string for the config file.")
     flags.DEFINE_string("teacher", None, "Work directory of the teacher to prune.")
     flags.DEFINE_string("workdir", None, "The folder of the set.")
-    flags.DEFINE_multi_string("set", [], "NAME=VALUE of a field of config.prune; may be repeated.")
+    flags.DEFINE_multi_string(
+        "set",
+        [],
+        "NAME=VALUE of a field of config.prune; of the fine-tuning total_steps=, batch_size=, "
+        "optim.NAME= and ema.NAME=; may be repeated.",
+    )
     flags.DEFINE_list("groups", [], "Fine-tune only these groups, counted from the cleanest.")
     flags.mark_flags_as_required(["config", "teacher", "workdir"])
     app.run(main)

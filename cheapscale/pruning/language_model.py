@@ -44,12 +44,20 @@ class LanguageModel:
     def propose(
         self, task: Task, memory: Sequence[Entry], count: int, rng: np.random.Generator
     ) -> list[Widths]:
-        """One proposal: a round shows it the score of every earlier one."""
-        messages = [{"role": "user", "content": prompt(task, memory)}]
+        """One proposal after the other; it sees the scores of earlier rounds, and what it has
+        proposed in this one."""
+        found: list[Widths] = []
+        for _ in range(count):
+            found.append(self._one(task, memory, found))
+        return found
+
+    def _one(self, task: Task, memory: Sequence[Entry], proposed: Sequence[Widths]) -> Widths:
+        messages = [{"role": "user", "content": prompt(task, memory, proposed)}]
+        known = [*(entry.widths for entry in memory), *proposed]
         for _ in range(self.attempts):
             reply = self._ask(messages)
             try:
-                return [checked(task, reply, memory)]
+                return checked(task, reply, known)
             except ValueError as wrong:
                 messages += [
                     {"role": "assistant", "content": reply},
@@ -79,26 +87,27 @@ class LanguageModel:
             ) from e
 
 
-def prompt(task: Task, memory: Sequence[Entry]) -> str:
+def prompt(task: Task, memory: Sequence[Entry], proposed: Sequence[Widths] = ()) -> str:
     """The whole task in words, with every width that may be chosen and every result so far."""
     menus = "\n".join(f"  {name}: {list(menu)}" for name, menu in task.menus.items())
     past = "\n".join(
         f"  score {entry.score:.6g} at share {entry.share:.4f}: {json.dumps(entry.widths)}"
         for entry in memory
     )
+    now = "\n".join(f"  to be scored: {json.dumps(widths)}" for widths in proposed)
     return (
         "Choose the channel widths of a pruned U-Net that denoises images at one range of noise "
         "levels.\n"
         f"Its FLOPs must be {task.target:.3f} of the full network's, within {task.band:.3f}.\n"
         "The score is its loss on a fixed set before any recovery: lower is better.\n"
         f"Allowed widths, in the order of the network:\n{menus}\n"
-        f"Results so far:\n{past or '  none'}\n"
+        f"Results so far:\n{past or '  none'}\n{now}\n"
         "Reply with one JSON object that maps every name to one of its allowed widths, and "
         "nothing else."
     )
 
 
-def checked(task: Task, reply: str, memory: Sequence[Entry] = ()) -> Widths:
+def checked(task: Task, reply: str, known: Sequence[Widths] = ()) -> Widths:
     """The widths of a reply; ValueError says what is wrong with it."""
     start, end = reply.find("{"), reply.rfind("}")
     try:
@@ -120,6 +129,6 @@ def checked(task: Task, reply: str, memory: Sequence[Entry] = ()) -> Widths:
             f"The FLOPs are {share:.4f} of the full network's, {share - task.target:+.4f} from "
             f"the target {task.target:.4f}."
         )
-    if any(entry.widths == widths for entry in memory):
-        raise ValueError("These widths are among the results already: choose others.")
+    if widths in known:
+        raise ValueError("These widths have been proposed already: choose others.")
     return dict(widths)

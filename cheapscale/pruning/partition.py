@@ -16,6 +16,17 @@ def equal_length(n: int, groups: int) -> np.ndarray:
     return np.round(n * np.arange(groups + 1) / groups).astype(int)
 
 
+def at(inner: Sequence[int], n: int, groups: int) -> np.ndarray:
+    """Groups that begin at these positions, the cleanest at 0; ValueError where they do not."""
+    edges = np.array([0, *inner, n])
+    if len(edges) != groups + 1 or np.any(np.diff(edges) < 1):
+        raise ValueError(
+            f"prune.edges {tuple(inner)} do not cut {n} positions into {groups} groups: give "
+            f"{groups - 1} increasing positions between 1 and {n - 1}"
+        )
+    return edges
+
+
 def equal_decibels(
     decibels: np.ndarray, groups: int, clip: tuple[float, float] = (-20.0, 20.0)
 ) -> np.ndarray:
@@ -70,7 +81,8 @@ def spread(values: Sequence[float]) -> np.ndarray:
 
 
 def conflict(gradients: np.ndarray) -> np.ndarray:
-    """Cost of a group: size times 1 - mean cosine of its members' gradients, [n, d] -> [n, n]."""
+    """Cost of a group: size times 1 - mean cosine of its members' gradients (or centred ranks),
+    [n, d] -> [n, n]."""
     norms = np.linalg.norm(gradients, axis=1)
     # of a large network [n, d] is most of the memory: no copy of it
     cosines = (gradients @ gradients.T) / np.maximum(np.outer(norms, norms), 1e-30)

@@ -285,7 +285,10 @@ def search(
             file.write("".join(f"{line}\n" for line in lines))
     if not memory:
         raise ValueError(f"{rounds} rounds of {per_round} proposals found nothing: raise them")
-    return min(memory, key=lambda entry: entry.score), memory
+    best = min(memory, key=lambda entry: entry.score)
+    if not math.isfinite(best.score):
+        raise ValueError(f"no candidate of {memory_path} has a finite loss: check the teacher")
+    return best, memory
 
 
 def read_memory(path: str | os.PathLike, task: Task) -> tuple[list[Entry], int]:

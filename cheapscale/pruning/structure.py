@@ -75,10 +75,6 @@ def layout(config: UNetConfig) -> Layout:
     return Layout(walk.named(), walk.variables(), walk.queries())
 
 
-def keep_all(variables: Mapping[str, Variable]) -> dict[str, np.ndarray]:
-    return {name: np.arange(variable.width) for name, variable in variables.items()}
-
-
 def keep_best(variable: Variable, scores: np.ndarray, width: int) -> np.ndarray:
     """The `width` best channels, equally many of each cell, in increasing order."""
     if width not in variable.menu:

@@ -16,6 +16,7 @@ import pathlib
 import time
 
 import jax
+import numpy as np
 
 from cheapscale.data.digest import digest
 from cheapscale.data.files import whole_or_nothing
@@ -27,13 +28,26 @@ from cheapscale.stages.assessment import Assessment, read_proxy
 from cheapscale.stages.groups import KINDS
 from cheapscale.stages.networks import fingerprint, load_teacher
 from cheapscale.stages.prune import check_training
-from cheapscale.stages.specialists import assessment_path, read_assessment, write_manifest
+from cheapscale.stages.sampling import SPACINGS
+from cheapscale.stages.specialists import (
+    SHARED,
+    assessment_path,
+    is_run,
+    read_assessment,
+    write_manifest,
+)
+from cheapscale.training import sharding
+from cheapscale.training.checkpoint import differing_keys
 from cheapscale.training.stage import Job
 
 SCORES = ("taylor", "accumulated", "all_times", "diff_pruning", "magnitude", "chance")
 BUDGETS = ("linear", "snr", "loss", "flat", "sensitivity")
 PROPOSERS = ("greedy", "evolution", "chance", "uniform", "llm")
 # Fields of config.prune that only stage=prune reads.
+LEAST = {
+    "groups": 1, "steps": 2, "score_batches": 1, "score_images": 1, "proxy_images": 1,
+    "proxy_levels": 1, "rounds": 1, "per_round": 1, "finalists": 0, "trial": 0, "recovery": 0,
+}  # fmt: skip
 OF_TRAINING = ("group", "overlap", "distil", "start", "optimiser", "whole_rate")
 
 
@@ -42,6 +56,8 @@ def build(config) -> Job:
     settings, folder = config.prune.to_dict(), config.specialists
     if not folder:
         raise ValueError("config.specialists is empty: name the folder of the set")
+    if is_run(folder):
+        raise ValueError(f"config.specialists={folder} holds a run of its own: name a new folder")
     check_settings(settings)
     check_training(settings)
     teacher = load_teacher(config.teacher)
@@ -54,13 +70,17 @@ def build(config) -> Job:
         "teacher": fingerprint(teacher.params), "data": source.fingerprint(), "seed": config.seed,
         "settings": {k: v for k, v in settings.items() if k not in (*OF_TRAINING, "llm_url")},
     }  # fmt: skip
-    same = digest(origin)
+    same, shared = digest(origin), pathlib.Path(folder) / SHARED
 
     def ours(path: pathlib.Path) -> dict:
         held = json.loads(path.read_text())
         if held["identity"] != same:
+            rows = ["another teacher, data set, seed or config.prune"]
+            if shared.is_file():
+                before = json.loads(shared.read_text()).get("origin", {})
+                rows = differing_keys(before, json.loads(json.dumps(origin)), ()) or rows
             raise ValueError(
-                f"{path} is of another teacher, data set or config.prune: name another set folder"
+                f"{path} is of another assessment ({'; '.join(rows)}): name another set folder"
             )
         return held
 
@@ -70,12 +90,14 @@ def build(config) -> Job:
 
     def prepare() -> Assessment:
         proxy = read_proxy(source, max(settings["proxy_images"], settings["score_images"]))
-        shared = pathlib.Path(folder) / "budgets.json"
         begun = ours(shared) if shared.is_file() else {}
+        # a process that comes late may find the file that the first has just written
+        begun = json.loads(str(sharding.agreed(np.array(json.dumps(begun)))))
         found = Assessment(teacher, proxy, settings, config.seed, folder, begun)
         if not begun and jax.process_index() == 0:
             with whole_or_nothing(shared) as temporary:
-                temporary.write_text(json.dumps(found.shared() | {"identity": same}) + "\n")
+                of_all = found.shared() | {"identity": same, "origin": origin}
+                temporary.write_text(json.dumps(of_all) + "\n")
         return found
 
     def run_shard(assessment: Assessment, group: int, mesh) -> dict:
@@ -119,6 +141,7 @@ def check_settings(settings: dict) -> None:
         ("order", budget.ORDERS),
         ("plan", tuple(PLANS)),
         ("weigh", ("positions", "steps")),
+        ("spacing", SPACINGS),
     ):
         if settings[field] not in known:
             raise ValueError(
@@ -135,13 +158,27 @@ def check_settings(settings: dict) -> None:
             f"prune.k is {settings['k']} and prune.mean {settings['mean']}: k lies above 0 and at "
             "most at 1, a mean between 0 (as k says) and 1"
         )
-    for field, used, steps in (
-        ("budget", settings["budget"] == "sensitivity", "recovery"),
-        ("finalists", settings["finalists"] > 0, "trial"),
+    for field, least in LEAST.items():
+        if settings[field] < least:
+            raise ValueError(f"prune.{field} is {settings[field]}: at least {least}")
+    if not 0 < settings["threshold"] < 1:
+        raise ValueError(f"prune.threshold is {settings['threshold']}: between 0 and 1")
+    if settings["finalists"] and settings["proposer"] == "uniform":
+        raise ValueError(
+            f"prune.finalists is {settings['finalists']} with prune.proposer 'uniform': they are "
+            "the best candidates of a search; use 0"
+        )
+    if (settings["partition"] == "edges") != bool(settings["edges"]):
+        raise ValueError(
+            f"prune.edges is {tuple(settings['edges'])} with prune.partition "
+            f"{settings['partition']!r}: partition='edges' is cut there, and no other"
+        )
+    for field, used in (
+        ("budget", settings["budget"] == "sensitivity"),
+        ("finalists", settings["finalists"] > 0),
     ):
-        if used and (settings["plan"] != "inner" or settings[steps] < 0):
+        if used and settings["plan"] != "inner":
             raise ValueError(
-                f"prune.{field} is {settings[field]!r} with prune.plan {settings['plan']!r} and "
-                f"prune.{steps} {settings[steps]}: it fine-tunes masked networks, so use plan "
-                "'inner', and a number of steps"
+                f"prune.{field} is {settings[field]!r} with prune.plan {settings['plan']!r}: it "
+                "fine-tunes masked networks, so use plan 'inner'"
             )

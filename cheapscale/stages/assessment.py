@@ -32,6 +32,7 @@ from cheapscale.stages.groups import (
 from cheapscale.stages.networks import denoiser_of, fingerprint
 from cheapscale.stages.recovery import Recovery
 from cheapscale.stages.sampling import levels
+from cheapscale.training import sharding
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.state import stream_key
 
@@ -48,6 +49,10 @@ class Proxy(NamedTuple):
 def read_proxy(source, num: int) -> Proxy:
     """The first images of a fixed shuffle."""
     return Proxy(*read(source, np.random.default_rng(0).permutation(len(source))[:num]))
+
+
+def flattened(tree: PyTree) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 class Assessment:
@@ -79,8 +84,10 @@ class Assessment:
             self.targets = np.asarray(begun["targets"])
             self.others = begun["flops"]
         else:
-            self.groups = self._groups()
-            self.targets = self._targets()
+            # what is measured may differ between processes in its last digits
+            edges = sharding.agreed(self._groups().edges)
+            self.groups = Groups(self.levels, edges)
+            self.targets = sharding.agreed(self._targets())
         for target in self.targets[self.targets < 1]:  # before hours go into the others
             search.uniform(search.make_task(self.net.config, float(target), {}, settings["plan"]))
         # of what the groups share
@@ -107,7 +114,7 @@ class Assessment:
             whole = {"share": 1.0, "compiled_share": 1.0, "score": self.score({}, group)}
             return {"widths": {}, "keep": {}} | whole
         task = search.make_task(self.net.config, target, self.scores(group), settings["plan"])
-        resumed = 0
+        resumed, trials = 0, []
         if settings["proposer"] == "uniform":
             widths = search.uniform(task)
         else:
@@ -125,7 +132,8 @@ class Assessment:
             )
             widths = best.widths
             if settings["finalists"]:
-                widths = self.tried(memory, task, group)
+                trials = self.tried(memory, task, group)
+                widths = min(trials, key=lambda row: row["loss"])["widths"]
         before, keep = self.flops(), task.keep(widths)
         score = self.score(keep, group)
         # what was remembered of a search that was cut short has cost as much an entry
@@ -136,13 +144,16 @@ class Assessment:
             "share": task.share(widths),
             "compiled_share": self.compiled_flops(keep) / self.base_flops,
             "score": score,
-        }
+        } | ({"trials": trials} if trials else {})
 
-    def tried(self, memory: list[search.Entry], task: search.Task, group: int) -> search.Widths:
-        """The widths, among the finalists of a search, of least loss after a trial."""
+    def tried(self, memory: list[search.Entry], task: search.Task, group: int) -> list[dict]:
+        """The finalists of a search with their loss after a trial, no number being the worst."""
         finalists = sorted(memory, key=lambda entry: entry.score)[: self.settings["finalists"]]
         losses = [self.trial(group, task.keep(entry.widths)) for entry in finalists]
-        return finalists[int(np.argmin(losses))].widths
+        return [
+            {"widths": entry.widths, "loss": loss if np.isfinite(loss) else float("inf")}
+            for entry, loss in zip(finalists, losses)
+        ]
 
     @functools.cached_property
     def trial(self) -> Recovery:
@@ -270,10 +281,13 @@ class Assessment:
             measured = np.log(self.anchor_losses)
         elif kind == "gradient":
             measured = self.anchor_gradients()
+        elif kind == "scores":
+            measured = self.anchor_ranks()
         return make_groups(
             self.diffusion,
             settings["groups"],
             kind,
+            edges=settings["edges"],
             grid=self.grid(),
             anchors=self.anchors,
             measured=measured,
@@ -281,6 +295,18 @@ class Assessment:
 
     def anchor_gradients(self) -> np.ndarray:
         """The loss's gradient at every anchor, [anchors, weights]."""
+        return np.stack([flattened(grads) for grads in self._at_anchors()])
+
+    def anchor_ranks(self) -> np.ndarray:
+        """Which channels matter at every anchor: the centred ranks of their scores, [anchors,
+        channels], whose cosines are Spearman's correlations (section 2.4)."""
+        params, config = self.teacher.params, self.net.config
+        scores = (importance.taylor([grads], params, config) for grads in self._at_anchors())
+        ranks = np.stack([flattened(row).argsort().argsort() for row in scores]).astype(float)
+        return ranks - ranks.mean(axis=1, keepdims=True)
+
+    def _at_anchors(self):
+        """The loss's gradient at every anchor, on the same images and noise."""
         size = self.settings["score_images"]
         images, labels = self.proxy.images[:size], self.proxy.labels[:size]
         key = stream_key(self.seed, "anchor", 0)
@@ -288,10 +314,7 @@ class Assessment:
             (images, labels, np.full(len(images), self.levels[anchor], np.float32), key)
             for anchor in self.anchors
         )
-        return np.stack([
-            np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
-            for grads in importance.gradients(self.grad, self.teacher.params, batches)
-        ])  # fmt: skip
+        return importance.gradients(self.grad, self.teacher.params, batches)
 
     def _targets(self) -> np.ndarray:
         """F_i / F0 of every group, from the cleanest."""

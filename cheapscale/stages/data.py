@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from cheapscale.data import loader, sources
 from cheapscale.data.augment import random_flip
@@ -77,7 +78,8 @@ def check_model(model: dict, source) -> None:
 
 
 def check_teacher(teacher: Loaded, source) -> None:
-    """The teacher must have been trained at this resolution, with this resize and these classes."""
+    """The teacher must have been trained at this resolution, with this resize and these classes;
+    other images are said to be such."""
     model, trained = teacher.meta["networks"]["net"], teacher.meta["data"]
     check_model(model, source)
     for key, value in (("name", source.name), ("class_names", list(source.class_names))):
@@ -91,6 +93,8 @@ def check_teacher(teacher: Loaded, source) -> None:
             f"the teacher in {teacher.workdir} was trained on images made by {trained['resize']}, "
             f"but this version makes them by {RESIZE_ID}: retrain it, or use its own version"
         )
+    if trained.get("fingerprint", source.fingerprint()) != source.fingerprint():
+        logging.warning("these are not the images that %s was trained on", teacher.workdir)
 
 
 def stream(config, source, transform=None) -> Callable[[int], Iterator]:

@@ -4,6 +4,7 @@ Positions are counted from clean to noisy. Of a VP teacher they are the times of
 EDM teacher the nodes of its 40-node sampling grid, between which its levels are continuous.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from cheapscale.pruning import partition
 
 NODES = 40  # of the grid whose nodes are an EDM teacher's positions
 ANCHORS = 50
-KINDS = ("equal", "nodes", "decibels", "snr", "loss", "gradient")
+KINDS = ("equal", "nodes", "edges", "decibels", "snr", "loss", "gradient", "scores")
 
 
 class Groups(NamedTuple):
@@ -85,6 +86,7 @@ def make_groups(
     count: int,
     kind: str = "equal",
     *,
+    edges: Sequence[int] = (),
     grid: np.ndarray | None = None,
     anchors: np.ndarray | None = None,
     measured: np.ndarray | None = None,
@@ -92,9 +94,10 @@ def make_groups(
     """Cut a teacher's levels into groups.
 
     kind: "equal" many positions; "nodes", equally many steps of a sampler's `grid`, whose nodes
-    then are the borders (for an EDM teacher and 40 steps the same); "decibels" of equal width,
-    clipped to 20; or clustered by dynamic programming over SNR in decibels ("snr"),
-    the loss ("loss") or the gradient ("gradient") `measured` at the positions `anchors`.
+    then are the borders (for an EDM teacher and 40 steps the same); "edges", the positions at which
+    the groups but the cleanest begin; "decibels" of equal width, clipped to 20; or clustered by
+    dynamic programming over SNR in decibels ("snr"), the loss ("loss"), the gradient ("gradient")
+    or the ranks of the channels' scores ("scores") `measured` at the positions `anchors`.
     """
     levels = levels_of(diffusion)
     if kind == "equal":
@@ -104,6 +107,8 @@ def make_groups(
         cut = partition.equal_length(len(nodes), count)[1:-1]
         inner = np.searchsorted(levels, nodes[cut - 1] * (1 - 1e-9)) + 1
         return Groups(levels, np.array([0, *inner, len(levels)]))
+    if kind == "edges":
+        return Groups(levels, partition.at(edges, len(levels), count))
     if kind == "decibels":
         return Groups(levels, partition.equal_decibels(process.decibels(levels), count))
     if kind == "snr":
@@ -113,9 +118,10 @@ def make_groups(
         raise ValueError(f"prune.partition is {kind!r}: choose one of {', '.join(KINDS)}")
     if anchors is None or measured is None:
         raise ValueError(f"prune.partition {kind!r} needs a measurement at some positions")
-    cost = (partition.conflict if kind == "gradient" else partition.spread)(measured)
-    edges = partition.cluster(cost, count)
-    return Groups(levels, partition.from_anchors(anchors, edges, len(levels)))
+    similar = kind in ("gradient", "scores")
+    cost = (partition.conflict if similar else partition.spread)(measured)
+    found = partition.cluster(cost, count)
+    return Groups(levels, partition.from_anchors(anchors, found, len(levels)))
 
 
 def draw_levels(

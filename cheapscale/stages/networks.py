@@ -18,7 +18,7 @@ from cheapscale.diffusion import denoiser, guidance, process, solvers
 from cheapscale.models.unet import UNet, unet
 from cheapscale.pruning.partition import step_owners
 from cheapscale.pruning.structure import pruned_config
-from cheapscale.stages.specialists import is_set, load_set
+from cheapscale.stages.specialists import is_begun, is_set, load_set
 from cheapscale.training.checkpoint import Loaded, load_network
 
 PyTree = Any
@@ -58,7 +58,8 @@ def check_process(diffusion: dict) -> None:
         raise ValueError(
             f"diffusion.sigma_min {diffusion['sigma_min']} and sigma_max {diffusion['sigma_max']} "
             f"leave the {diffusion['process']} schedule, whose sigmas run from "
-            f"{schedule.sigmas[0]:.4f} to {schedule.sigmas[-1]:.4f}: set them inside it"
+            f"{schedule.sigmas[0]:.7g} to {schedule.sigmas[-1]:.7g}: set them inside it, as "
+            "0.02 and 80"
         )
 
 
@@ -208,6 +209,10 @@ def load_teacher(workdir: str | pathlib.Path, *, dtype: str = "", **options) -> 
 
 def load_model(workdir: str | pathlib.Path, *, step: int | None = None, **options) -> Loaded:
     """The only network of a work directory, or a set of specialists from its folder."""
+    if is_begun(workdir):
+        raise FileNotFoundError(
+            f"the assessment of {workdir} is not finished: run the same command again"
+        )
     if not is_set(workdir):
         loaded = load_network(workdir, step=step, **options)
         if loaded.meta["stage"] == "prune":

@@ -17,11 +17,22 @@ from cheapscale.data.files import whole_or_nothing
 from cheapscale.training.checkpoint import Loaded, load_network
 
 MANIFEST = "manifest.json"
+SHARED = "budgets.json"  # what the groups share, written as soon as it is known
 VERSION = 2
 
 
 def is_set(folder: str | pathlib.Path) -> bool:
     return (pathlib.Path(folder) / MANIFEST).is_file()
+
+
+def is_begun(folder: str | pathlib.Path) -> bool:
+    """Whether an assessment has begun there and is not finished."""
+    return (pathlib.Path(folder) / SHARED).is_file() and not is_set(folder)
+
+
+def is_run(folder: str | pathlib.Path) -> bool:
+    """Whether it is the work directory of a training run."""
+    return (pathlib.Path(folder) / "checkpoints").is_dir()
 
 
 def group_folder(folder: str | pathlib.Path, group: int) -> str:
@@ -44,6 +55,8 @@ def write_manifest(folder: str | pathlib.Path, manifest: dict) -> None:
 
 def read_manifest(folder: str | pathlib.Path) -> dict:
     """Raises FileNotFoundError where there is none, ValueError where it is of another version."""
+    if not folder:
+        raise ValueError("config.specialists is empty: name the folder of the set")
     path = pathlib.Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: run stage=assess into that folder first")
@@ -75,6 +88,11 @@ def load_set(folder: str | pathlib.Path, *, ema: bool = True) -> Loaded:
             raise ValueError(
                 f"{place} was trained for another assessment than {folder} has now: train that "
                 "group again, in a new folder"
+            )
+        if network.meta["specialist"]["group"] != group:
+            raise ValueError(
+                f"{place} holds the specialist of group {network.meta['specialist']['group']}: "
+                "that group's folder is another, see config.prune.group"
             )
         loaded.append(network)
     return joined(

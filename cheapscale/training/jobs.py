@@ -55,9 +55,9 @@ def _run_shards(job: Job, context: Any, todo: list[int], done: int, mesh: Mesh, 
     """Run the shards `todo` and log them; `done`: items of this process that are there already."""
     with StopSignal() as stop, jax.set_mesh(mesh):
         log.start(done)
-        for shard in todo:
+        for n, shard in enumerate(todo, start=1):
             values = job.run_shard(context, shard, mesh)
             done += job.items_per_shard
             log.scalars(done, values, progress=True)
             if stop.raised:
-                raise Preempted(f"pre-empted after shard {shard} of {job.num_shards}")
+                raise Preempted(f"pre-empted after {n} of {len(todo)} shards")

@@ -34,13 +34,15 @@ def make_optimiser(
         )
     if decay not in DECAYS:
         raise ValueError(f"optim.decay {decay!r} is unknown: choose one of {', '.join(DECAYS)}")
+    if decay == "tail" and not decay_steps:
+        raise ValueError("optim.decay is 'tail' with optim.decay_steps 0: say when the rate is 0")
     falling = max(1, round(TAIL * decay_steps)) if decay == "tail" else 0
     if 0 < decay_steps and decay_steps - falling <= warmup_steps:
         raise ValueError(
             f"optim.decay_steps is {decay_steps}, but the rate rises for optim.warmup_steps "
             f"{warmup_steps}: decay over more steps than that, or not at all (0)"
         )
-    if decay_steps and falling:
+    if falling:
         rise = optax.linear_schedule(0.0, lr, warmup_steps)
         fall = optax.linear_schedule(lr, 0.0, falling)
         rate = optax.join_schedules(

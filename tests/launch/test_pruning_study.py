@@ -86,7 +86,7 @@ def test_findings_hold_the_headline_with_its_interval_and_costs():
     assert full["one network"]["losses"] == [1.0, 1.5]
     assert full["one network"]["fd"][0] == pytest.approx(0.1)
     assert found["excess loss of an equal cut by group, seed 0"] == {
-        "0.80": [3.0, 1.0], "0.60": [5.0, 1.0]
+        "flat 60 %": [4.0, 0.0]
     }  # fmt: skip
     assert found["losses before fine-tuning by group, seed 0"] == {"full size": [1.5, 2.5]}
     seeds = found["fd above the specialists' over seeds"]["base longer"]
@@ -155,7 +155,8 @@ def test_every_arm_trains_as_its_name_says(tmp_path, monkeypatch):
         assess.check_settings(settings)
         changed[name] = {k: v for k, v in settings.items() if v != default[k]}
         rate = train_config.optim
-        steps = 320 if name == "specialists" else 50
+        as_many = name == "specialists" or name.startswith("flat ")
+        steps = 320 if as_many else 50
         assert train_config.total_steps == rate.decay_steps == steps
         assert rate.warmup_steps <= steps // 5 and train_config.teacher == "base-0"
         assert rate.lr == (2e-3 if name == "single stage" else 1e-3)

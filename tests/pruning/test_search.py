@@ -178,6 +178,11 @@ def test_a_score_that_is_no_number_never_wins(tmp_path):
         memory_path=tmp_path / "memory.jsonl",
     )  # fmt: skip
     assert best.score == 2.0 and memory[0].score == float("inf")
+    with pytest.raises(ValueError, match="no candidate of .* has a finite loss"):
+        search.search(
+            task(), lambda widths: np.nan, search.Greedy(), rounds=1, per_round=2,
+            memory_path=tmp_path / "worse.jsonl",
+        )  # fmt: skip
 
 
 class Model(http.server.BaseHTTPRequestHandler):
@@ -235,6 +240,18 @@ def test_a_language_model_proposes_sees_the_memory_and_is_corrected(server, tmp_
     assert len(last) == 1 and f"score {memory[0].score:.6g}" in last[0]["content"]
 
 
+def test_a_language_model_sees_what_it_has_proposed_in_a_round(server):
+    here = task()
+    good = search.uniform(here)
+    other = search.repair(here, search.random_widths(here, np.random.default_rng(5)))
+    Model.replies = [json.dumps(widths) for widths in (good, good, other)]
+    assert LanguageModel(server, "m").propose(here, [], 2, None) == [good, other]
+    first, second, third = (body["messages"] for _, _, body in Model.asked)
+    assert "to be scored" not in first[0]["content"]
+    assert f"to be scored: {json.dumps(good)}" in second[0]["content"]
+    assert "have been proposed already" in third[-1]["content"]
+
+
 def test_a_language_model_that_never_fits_or_answers_stops_the_search(server):
     Model.replies = [None]
     with pytest.raises(ValueError, match="did not answer as expected .its content is None"):
@@ -262,5 +279,5 @@ def test_replies_are_checked_name_by_name():
     with pytest.raises(ValueError, match="Names are missing"):
         checked(here, "{}")
     assert checked(here, f"```json\n{json.dumps(good)}\n```") == good
-    with pytest.raises(ValueError, match="among the results already"):
-        checked(here, json.dumps(good), [search.Entry(0, good, 0.7, 1.0)])
+    with pytest.raises(ValueError, match="have been proposed already"):
+        checked(here, json.dumps(good), [good])

@@ -96,12 +96,10 @@ def test_nothing_pruned_is_bit_identical(family):
     """T1."""
     config, params = network(family)
     found = structure.layout(config)
-    assert structure.pruned_config(config, structure.keep_all(found.variables)) == config
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        structure.prune(params, config, structure.keep_all(found.variables)),
-        params,
-    )
+    everything = {name: np.arange(variable.width) for name, variable in found.variables.items()}
+    assert structure.pruned_config(config, everything) == config
+    pruned = structure.prune(params, config, everything)
+    jax.tree.map(np.testing.assert_array_equal, pruned, params)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -225,7 +223,14 @@ def test_pruning_twice_is_pruning_once(plan):
     }
     assert set(second) <= set(first)
     once = structure.prune(params, config, composed)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), twice, once)
+
+    def same(path, a, b):
+        if any("qkv" in key.key for key in path):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(a, b)
+
+    jax.tree_util.tree_map_with_path(same, twice, once)
     assert structure.pruned_config(middle, second) == structure.pruned_config(config, composed)
 
 

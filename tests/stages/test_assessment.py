@@ -70,15 +70,18 @@ def test_channels_are_scored_on_the_levels_of_their_group_or_on_all(monkeypatch,
     assert sigma.max() / sigma.min() > 2
 
 
-def test_after_a_trial_the_best_of_the_finalists_wins_and_of_no_others():
+def test_a_trial_is_of_the_finalists_and_of_no_others():
     memory = [search.Entry(0, {"a": width}, 0.8, score) for width, score in
               ((4, 3.0), (5, 1.0), (6, 2.0), (7, 9.0))]  # fmt: skip
     after = {4: 0.2, 5: 0.4, 6: 0.3, 7: 0.1}
     found, task = bare(finalists=3), SimpleNamespace(keep=lambda widths: widths)
     found.trial = lambda group, keep: after[keep["a"]] + group
-    assert found.tried(memory, task, 1) == {"a": 4}
+    rows = [{"widths": {"a": 5}, "loss": 1.4}, {"widths": {"a": 6}, "loss": 1.3},
+            {"widths": {"a": 4}, "loss": 1.2}]  # fmt: skip
+    assert found.tried(memory, task, 1) == rows
+    after[6] = np.nan  # the worst there is
     found.settings["finalists"] = 2
-    assert found.tried(memory, task, 1) == {"a": 6}
+    assert found.tried(memory, task, 1) == [rows[0], {"widths": {"a": 6}, "loss": np.inf}]
 
 
 @pytest.mark.parametrize("weigh", ["positions", "steps"])

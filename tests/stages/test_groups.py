@@ -140,6 +140,14 @@ def test_groups_cover_all_levels_and_both_ends_of_their_own_steps(diffusion):
                 assert low * 0.97 <= level <= high * 1.03 or level > high > 40
 
 
+def test_groups_may_begin_where_they_are_told_to():
+    groups = make_groups(VP, 3, "edges", edges=(40, 500))
+    assert groups.edges.tolist() == [0, 40, 500, 1000]
+    for edges in ((40,), (500, 40), (0, 40), (40, 1000)):
+        with pytest.raises(ValueError, match="do not cut 1000 positions into 3 groups: give 2 inc"):
+            make_groups(VP, 3, "edges", edges=edges)
+
+
 def test_clustered_groups_need_their_measurement_and_follow_it():
     with pytest.raises(ValueError, match="prune.partition 'loss' needs a measurement"):
         make_groups(EDM, 3, "loss")
@@ -162,10 +170,11 @@ def test_the_weight_is_the_teachers_own():
 @pytest.mark.parametrize("distil", [0.0, 0.25])
 @pytest.mark.parametrize("diffusion", [EDM, VP])
 def test_a_specialist_s_loss_has_its_closed_form(diffusion, distil):
-    """Estimates that are constants: w(sigma) ((1 - d) (c - x)^2 + d (c - b)^2), in the group."""
+    """Estimates c sigma: w(sigma) ((1 - d) (c sigma - x)^2 + d (c sigma - b sigma)^2), in the
+    group, and the level itself is what the network is told."""
 
-    def constant(params, **options):
-        return lambda x, sigma, label: jnp.full_like(x, params["c"])
+    def linear(params, **options):
+        return lambda x, sigma, label: params["c"] * process.over_pixels(sigma, x) * (0 * x + 1)
 
     groups = make_groups(diffusion, 5)
     loss, sigma = group_loss(
@@ -173,8 +182,8 @@ def test_a_specialist_s_loss_has_its_closed_form(diffusion, distil):
         {"base": {"c": 0.2}},
         {"image": jnp.full((6, 2, 2, 3), -0.3), "label": jnp.zeros(6, jnp.int32)},
         jax.random.key(0),
-        bind=constant,
-        bind_base=constant,
+        bind=linear,
+        bind_base=linear,
         diffusion=diffusion,
         groups=groups,
         positions=groups.positions(2),
@@ -182,6 +191,6 @@ def test_a_specialist_s_loss_has_its_closed_form(diffusion, distil):
         null_label=8,
         label_dropout=0.0,
     )
-    expected = (1 - distil) * 0.8**2 + distil * 0.3**2
+    expected = (1 - distil) * (0.5 * sigma + 0.3) ** 2 + distil * (0.3 * sigma) ** 2
     np.testing.assert_allclose(loss, weight(diffusion, sigma) * expected, rtol=1e-5)
     assert groups.borders[1] * (1 - 1e-5) < sigma.min() < sigma.max() < groups.borders[2] * 1.0001

@@ -55,7 +55,7 @@ def test_a_stop_signal_ends_the_job_after_the_shard_in_hand(tmp_path, monkeypatc
             return super().__enter__()
 
     monkeypatch.setattr(jobs, "StopSignal", Raised)
-    with pytest.raises(jobs.Preempted, match="after shard 0 of 5"):
+    with pytest.raises(jobs.Preempted, match="after 1 of 5 shards"):
         jobs.run(job, tmp_path / "work", {}, name="count")
     assert ran == [0]
 

@@ -73,6 +73,8 @@ def test_a_tail_is_constant_and_then_falls_to_zero_in_the_last_fifth(warmup):
 def test_a_decay_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="optim.decay 'step' is unknown: choose one of cosine"):
         make_optimiser("sgd", 1.0, decay_steps=10, decay="step")
+    with pytest.raises(ValueError, match="is 'tail' with optim.decay_steps 0"):
+        make_optimiser("sgd", 1.0, decay="tail")
     with pytest.raises(ValueError, match="the rate rises for optim.warmup_steps 9"):
         make_optimiser("sgd", 1.0, warmup_steps=9, decay_steps=10, decay="tail")
 
