@@ -6,8 +6,7 @@
 The work directory is the set: a teacher for sampling, evaluation, inversion and the tuning-free
 cascade (what copies or tunes one network takes the base). Groups are independent: on several
 machines it is `launch.train` with stage=assess once, then stage=prune for each of them (README has
-the commands). Running it again resumes. `--groups=0,3` fine-tunes
-those alone.
+the commands). Running it again resumes. `--groups=0,3` fine-tunes those alone.
 """
 
 import contextlib
@@ -117,8 +116,8 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "set",
         [],
-        "NAME=VALUE of a field of config.prune; of the fine-tuning total_steps=, batch_size=, "
-        "optim.NAME= and ema.NAME=; may be repeated.",
+        "NAME=VALUE of a field of config.prune (all are in configs/common.py); of the fine-tuning "
+        "total_steps=, batch_size=, optim.NAME= and ema.NAME=; may be repeated.",
     )
     flags.DEFINE_list("groups", [], "Fine-tune only these groups, counted from the cleanest.")
     flags.mark_flags_as_required(["config", "teacher", "workdir"])
