@@ -23,7 +23,7 @@ from cheapscale.stages.recovery import Recovery
 from cheapscale.stages.run import build, run
 from cheapscale.stages.sampler_cost import segment_calls
 from cheapscale.stages.sampling import levels, sample
-from cheapscale.training import checkpoint, loop
+from cheapscale.training import checkpoint, loop, sharding
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.sharding import make_mesh
 from configs import scenes
@@ -437,6 +437,24 @@ def test_what_the_groups_share_is_measured_once(teacher, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.targets, first.targets)
     np.testing.assert_array_equal(again.groups.edges, first.groups.edges)
     assert again.flops() == first.flops() > 0 and again.seconds == first.seconds
+
+
+def test_processes_agree_on_groups_and_budgets(teacher, tmp_path, monkeypatch):
+    """What is measured may differ in its last digits: process 0's counts for all."""
+    first = {"U": None, "i": np.array([0, 25, 40]), "f": np.array([0.9, 0.75])}
+
+    def agreed(mine):
+        theirs = first[mine.dtype.kind]
+        return mine if theirs is None else theirs
+
+    monkeypatch.setattr(sharding, "agreed", agreed)
+    settings = {"budget": "flat", "proposer": "uniform", "importance": "magnitude"}
+    found = build(configured("assess", teacher, tmp_path, **settings)).prepare()
+    assert found.groups.edges.tolist() == [0, 25, 40] and found.targets.tolist() == [0.9, 0.75]
+    # a late process finds what the first one has just written, which itself found nothing
+    first |= {"U": np.array("{}"), "f": np.array([0.8, 0.7])}
+    again = build(configured("assess", teacher, tmp_path, **settings)).prepare()
+    assert again.targets.tolist() == [0.8, 0.7]
 
 
 def test_a_set_that_is_not_whole_or_of_another_base_is_refused(teacher, tmp_path):
