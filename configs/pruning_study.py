@@ -35,8 +35,8 @@ ARMS = {
 CHOICES = {
     "specialists again": ("E3", {"seed": 1000}),
     # beside "full size": what each group loses with its width
-    "flat 60 %": ("E1", {"budget": "flat", "mean": 0.6}),
-    "flat 50 %": ("E1", {"budget": "flat", "mean": 0.5}),
+    "flat 60 %": ("E1", {"budget": "flat", "mean": 0.6, "equal": "updates"}),
+    "flat 50 %": ("E1", {"budget": "flat", "mean": 0.5, "equal": "updates"}),
     "uniform widths": ("E6", {"proposer": "uniform"}),
     "random widths": ("E6", {"proposer": "chance", "rounds": 1, "per_round": 1}),
     "evolved widths": ("E6", {"proposer": "evolution"}),

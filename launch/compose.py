@@ -39,7 +39,7 @@ from launch.judge import distance, make_judge
 from launch.paired import difference
 from launch.pipeline import stage_configs
 from launch.round_trips import round_trips
-from launch.specialists import anneal, make_set, stage_config
+from launch.specialists import make_set, stage_config
 
 CONFIG = "configs/scenes.py"
 RESAMPLES = 100
@@ -63,9 +63,8 @@ def train(arg: str, workdir: pathlib.Path) -> dict[str, ConfigDict]:
             other = config.copy_and_resolve_references()
             other.latents = str(control / "latents")
             if config.stage == "invert":
-                config.teacher, other.teacher = (
-                    str(workdir / "specialists"), str(control / "network"),
-                )  # fmt: skip
+                config.teacher = str(workdir / "specialists")
+                other.teacher = str(control / "network")
             logging.info("control: %s", name)
             run(other, str(control / name))
         logging.info("%s", name)
@@ -90,12 +89,11 @@ def make_sets(arg: str, teacher: str, folder: str, control: str) -> None:
     cost = load_model(folder).meta["ledger"]["flops"] - paid
 
     def whole(stage: str, group: int):
-        config = stage_config(CONFIG, arg, stage, teacher, control, (*SEARCH, *WHOLE))
+        changes = [*SEARCH, *WHOLE]
         if stage == "prune":
             left = cost - read_manifest(control)["ledger"]["flops"]  # its own assessment
-            config.total_steps = max(1, round(left / (paid / base.step)))
-            anneal(config.optim, config.total_steps)
-        return config
+            changes.append(f"total_steps={max(1, round(left / (paid / base.step)))}")
+        return stage_config(CONFIG, arg, stage, teacher, control, changes)
 
     make_set(whole, control)
 

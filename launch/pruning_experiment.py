@@ -103,16 +103,16 @@ class Study:
     def arm(self, seed: int, name: str, changes: dict, part: float = 1.0) -> tuple[Loaded, dict]:
         """(a set of specialists, its manifest), made where it is not there yet.
 
-        The specialists of the headline and the arms of E1 take `finetune_steps`, shared by the
-        groups; every other arm as many as cost the same FLOPs, or a part of them. All rates fall
-        to 0.
+        The specialists of the headline take `finetune_steps`, shared by the groups; every other arm
+        as many as cost the same FLOPs, or a part of them. All rates fall to 0.
         changes: of config.prune; "seed" is added to that of the training alone, "decay" is the
-        optimiser's.
+        optimiser's, "equal": "updates" asks for as many of them instead of FLOPs.
         """
         if (seed, name) in self.sets:
             return self.sets[seed, name]
         changes = dict(changes)
         training_seed, decay = seed + changes.pop("seed", 0), changes.pop("decay", "cosine")
+        as_many = changes.pop("equal", "flops") == "updates" or name == "specialists"
         folder = self.workdir / f"set-{seed}-{re.sub(r'[^a-z0-9]+', '_', name)}"
         settings = self.config.prune.to_dict() | {
             "groups": self.config.groups,
@@ -131,7 +131,7 @@ class Study:
             config.prune.update(settings)
             if stage == "prune":
                 steps = self.config.finetune_steps // settings["groups"]
-                if name != "specialists" and not name.startswith("flat "):
+                if not as_many:
                     manifest = specialists.read_manifest(folder)
                     steps = self.equal_steps(
                         seed, manifest, group,

@@ -32,22 +32,22 @@ from cheapscale.stages.sampling import SPACINGS
 from cheapscale.stages.specialists import (
     SHARED,
     assessment_path,
-    is_run,
     read_assessment,
     write_manifest,
 )
 from cheapscale.training import sharding
-from cheapscale.training.checkpoint import differing_keys
+from cheapscale.training.checkpoint import checkpoints_folder, differing_keys
 from cheapscale.training.stage import Job
 
 SCORES = ("taylor", "accumulated", "all_times", "diff_pruning", "magnitude", "chance")
 BUDGETS = ("linear", "snr", "loss", "flat", "sensitivity")
 PROPOSERS = ("greedy", "evolution", "chance", "uniform", "llm")
-# Fields of config.prune that only stage=prune reads.
+# Of fields of config.prune.
 LEAST = {
     "groups": 1, "steps": 2, "score_batches": 1, "score_images": 1, "proxy_images": 1,
     "proxy_levels": 1, "rounds": 1, "per_round": 1, "finalists": 0, "trial": 0, "recovery": 0,
 }  # fmt: skip
+# Fields of config.prune that only stage=prune reads.
 OF_TRAINING = ("group", "overlap", "distil", "start", "optimiser", "whole_rate")
 
 
@@ -56,7 +56,7 @@ def build(config) -> Job:
     settings, folder = config.prune.to_dict(), config.specialists
     if not folder:
         raise ValueError("config.specialists is empty: name the folder of the set")
-    if is_run(folder):
+    if checkpoints_folder(folder).is_dir():
         raise ValueError(f"config.specialists={folder} holds a run of its own: name a new folder")
     check_settings(settings)
     check_training(settings)

@@ -61,9 +61,10 @@ def build(config) -> Stage:
     whole, model = unet(**base).config, pruned_model(base, keep)
     diffusion = teacher.meta["diffusion"]
     groups = Groups(levels_of(diffusion), np.asarray(manifest["edges"]))
-    factor = 1.0 if keep else settings["whole_rate"]
-    rate = {"lr": config.optim.lr * factor}
-    optimiser = Optimiser(make_optimiser(**(config.optim.to_dict() | rate)))
+    optim = config.optim.to_dict()
+    if not keep:
+        optim["lr"] *= settings["whole_rate"]
+    optimiser = Optimiser(make_optimiser(**optim))
     distil, overlap = settings["distil"], settings["overlap"]
     searched = manifest["settings"]
     grid = levels(diffusion, searched["steps"], "sample", searched["spacing"])

@@ -30,11 +30,6 @@ def is_begun(folder: str | pathlib.Path) -> bool:
     return (pathlib.Path(folder) / SHARED).is_file() and not is_set(folder)
 
 
-def is_run(folder: str | pathlib.Path) -> bool:
-    """Whether it is the work directory of a training run."""
-    return (pathlib.Path(folder) / "checkpoints").is_dir()
-
-
 def group_folder(folder: str | pathlib.Path, group: int) -> str:
     return str(pathlib.Path(folder) / f"group-{group}")
 

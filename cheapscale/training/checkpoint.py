@@ -38,7 +38,7 @@ class Checkpoints:
     """The checkpoints of one work directory; use as a context manager."""
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
-        self.folder = pathlib.Path(workdir).resolve() / "checkpoints"
+        self.folder = checkpoints_folder(workdir)
         preserve = ocp.checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(preservation_policy=preserve)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
@@ -112,8 +112,12 @@ def load_optimiser(
     return read_part(workdir, step, "opt_state", net, shapes)
 
 
+def checkpoints_folder(workdir: str | pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(workdir).resolve() / "checkpoints"
+
+
 def state_path(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
-    return pathlib.Path(workdir).resolve() / "checkpoints" / str(step) / "state"
+    return checkpoints_folder(workdir) / str(step) / "state"
 
 
 def read_part(
@@ -132,7 +136,7 @@ def read_part(
 
 def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, dict]:
     """(step, meta) of the newest checkpoint, or of `step`; FileNotFoundError if there is none."""
-    folder = pathlib.Path(workdir).resolve() / "checkpoints"
+    folder = checkpoints_folder(workdir)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no checkpoint in {str(workdir)!r}: train that stage first, or name its work directory"
