@@ -93,7 +93,9 @@ def make_sets(arg: str, teacher: str, folder: str, control: str) -> None:
         if stage == "prune":
             left = cost - read_manifest(control)["ledger"]["flops"]  # its own assessment
             changes.append(f"total_steps={max(1, round(left / (paid / base.step)))}")
-        return stage_config(CONFIG, arg, stage, teacher, control, changes)
+        config = stage_config(CONFIG, arg, stage, teacher, control, changes)
+        config.save_every = config.total_steps
+        return config
 
     make_set(whole, control)
 
