@@ -290,7 +290,7 @@ def smoke(config: ConfigDict, base: int) -> ConfigDict:
     config.batch_size = 8
     config.log_every = 1
     config.eval_every = 3
-    config.save_every = 2
+    config.save_every = 3
     config.data.name = "scenes"
     kept = {name: True for name in ("unlabelled", "single") if config.data.options.get(name)}
     config.data.options = {"size": 24} | kept

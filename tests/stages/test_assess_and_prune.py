@@ -99,8 +99,8 @@ def test_a_sliced_optimiser_starts_with_the_base_s_moments_cut_alike(tmp_path, m
             "mean": 0.8,
         },
         {"importance": "diff_pruning", "budget": "loss", "partition": "loss", "mean": 0.85},
-        {"importance": "accumulated", "budget": "flat", "partition": "gradient", "finalists": 2},
-        {"importance": "magnitude", "budget": "sensitivity", "mean": 0.8, "proposer": "uniform"},
+        {"importance": "accumulated", "budget": "flat", "partition": "gradient"},
+        {"importance": "magnitude", "budget": "sensitivity", "mean": 0.8, "finalists": 2},
         {
             "importance": "chance",
             "order": "snr_down",
@@ -247,7 +247,7 @@ def test_recovery_trains_the_pruned_network_and_no_other(teacher, tmp_path):
         return 1.0
 
     def taught_on(variables, x, label, sigma, key):
-        jax.debug.callback(lambda x: taught.extend(image.tobytes() for image in x), x)
+        jax.debug.callback(lambda x: taught.extend(i.tobytes() for i in np.asarray(x)), x)
         return level_loss(variables, x, label, sigma, key)
 
     found.level_loss = taught_on
