@@ -104,7 +104,7 @@ def copied(pipeline, tmp_path_factory):
 
 
 def test_the_plan_of_pretraining(copied):
-    plan = planned("pretrain", copied, copied / "new")
+    plan = planned("pretrain", copied, copied / "new", save_every=2)
     teacher = checkpoint.load_network(copied / "pretrain").params
     assert plan["networks"]["net"] == {"parameters": count(teacher), "trainable": count(teacher)}
     assert plan["flops_total"] == plan["flops_left"] == 3 * plan["flops_per_step"]
