@@ -113,7 +113,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.arms = ConfigDict(
         {name: list(ARMS[name]) for name in ("specialists", "one network", "single stage")}
     )
-    config.choices = ConfigDict({"no overlap": list(CHOICES["no overlap"])})
+    config.choices = ConfigDict({name: list(CHOICES[name]) for name in ("no overlap", "distilled")})
     config.stitch = 0.7
     config.num, config.num_real, config.num_loss = 12, 24, 12
     config.bootstrap = 3

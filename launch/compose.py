@@ -94,7 +94,7 @@ def make_sets(arg: str, teacher: str, folder: str, control: str) -> None:
             left = cost - read_manifest(control)["ledger"]["flops"]  # its own assessment
             changes.append(f"total_steps={max(1, round(left / (paid / base.step)))}")
         config = stage_config(CONFIG, arg, stage, teacher, control, changes)
-        config.save_every = config.total_steps
+        config.save_every = config.total_steps  # a save may take longer than many updates
         return config
 
     make_set(whole, control)

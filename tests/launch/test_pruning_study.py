@@ -212,7 +212,7 @@ def test_the_whole_study_runs_and_bills_its_arms_alike(tmp_path):
     assert arm["base"]["share"] == 1 and arm["base"]["steps_of_base"] == 3
     assert ours["share"] < 0.85 and ours["search_steps_of_base"] > 0
     steps = ours["steps_of_base"]
-    alike = ("base longer", "one network", "single stage", "T-Stitch", "no overlap")
+    alike = ("base longer", "one network", "single stage", "T-Stitch", "no overlap", "distilled")
     for control in alike:
         # to the nearest update of a network
         assert arm[control]["steps_of_base"] == pytest.approx(steps, abs=1.5)

@@ -99,8 +99,8 @@ def test_a_sliced_optimiser_starts_with_the_base_s_moments_cut_alike(tmp_path, m
             "mean": 0.8,
         },
         {"importance": "diff_pruning", "budget": "loss", "partition": "loss", "mean": 0.85},
-        {"importance": "accumulated", "budget": "flat", "partition": "gradient"},
-        {"importance": "magnitude", "budget": "sensitivity", "mean": 0.8, "finalists": 2},
+        {"importance": "accumulated", "budget": "flat", "partition": "gradient", "finalists": 2},
+        {"importance": "magnitude", "budget": "sensitivity", "mean": 0.8, "proposer": "uniform"},
         {
             "importance": "chance",
             "order": "snr_down",

@@ -32,7 +32,8 @@ def pivots():
     return np.asarray(0.4 * jax.random.normal(jax.random.key(5), (2, 8, 8, 3)))
 
 
-@pytest.mark.parametrize("mode, cfg_scale", [("S", 1.0), ("M", 2.5)])
+@pytest.mark.parametrize("mode", ["S", "M"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
 def test_a_closed_gate_is_the_tuning_free_cascade_bit_for_bit(mode, cfg_scale, pivots):
     """Points 6, 9, 10, 11: within one program, with and without guidance; open, it is not."""
     closed = tuned_run(mode=mode)
