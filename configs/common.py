@@ -115,7 +115,7 @@ def base_config(stage: str, **fields) -> ConfigDict:
         config.cascade = cascade()
     if stage in ("assess", "prune"):
         config.specialists = ""
-        config.prune = prune()
+        config.prune = prune(stage)
     if stage == "prune":
         config.optim = optimiser("adam", 1e-3, warmup_steps=20)
     for name, value in fields.items():
@@ -237,9 +237,22 @@ def cascade(tune: str = "neck") -> ConfigDict:
     )
 
 
-def prune() -> ConfigDict:
+def prune(stage: str = "assess") -> ConfigDict:
     """Step-adaptive training. The body of the paper was not to be had: all but the formula of the
-    budgets, the SNR in decibels and that there is a memory is reconstruction."""
+    budgets, the SNR in decibels and that there is a memory is reconstruction. stage=prune has the
+    fields of fine-tuning alone: what the set was assessed with stands in its manifest."""
+    fine_tuning = ConfigDict(
+        {
+            "group": 0,  # of stage=prune, counted from the cleanest
+            "overlap": 1,  # steps of that sampler trained on beyond the group, on either side
+            "distil": 0.0,  # weight of the base's estimate as the target
+            "start": "base",  # scratch: single-stage training, a control
+            "optimiser": "fresh",  # sliced: the base's moments, cut like its weights
+            "whole_rate": 1.0,  # factor of the rate of a group that keeps the whole network
+        }
+    )
+    if stage == "prune":
+        return fine_tuning
     return ConfigDict(
         {
             "groups": 5,
@@ -273,12 +286,7 @@ def prune() -> ConfigDict:
             "proxy_levels": 16,
             "llm_url": "",
             "llm_model": "",
-            "group": 0,  # of stage=prune, counted from the cleanest
-            "overlap": 1,  # steps of that sampler trained on beyond the group, on either side
-            "distil": 0.0,  # weight of the base's estimate as the target
-            "start": "base",  # scratch: single-stage training, a control
-            "optimiser": "fresh",  # sliced: the base's moments, cut like its weights
-            "whole_rate": 1.0,  # factor of the rate of a group that keeps the whole network
+            **fine_tuning,
         }
     )
 
@@ -311,7 +319,7 @@ def smoke(config: ConfigDict, base: int) -> ConfigDict:
         config.invert.per_shard = 16
     if "pretrain" in config:
         config.pretrain.preview_steps = 2
-    if "prune" in config:
+    if config.stage == "assess":
         config.prune.groups, config.prune.rounds, config.prune.per_round = 2, 1, 2
         config.prune.score_batches, config.prune.score_images = 2, 8
         config.prune.proxy_images, config.prune.proxy_levels = 16, 4
@@ -333,6 +341,7 @@ ARGUMENTS = {
     "unlabelled": False,  # ignore the labels
     "tune": "neck",  # of stage=cascade: what is trained beside the teacher
     "mobilenet": "",  # weight file of ImageNet MobileNetV2: the discriminator's feature network
+    "levels": 0,  # of the teacher's U-Net, from the top; 0: all of the preset's
     "smoke": False,
 }
 
@@ -396,7 +405,14 @@ def image_config(
             config.features = features(
                 ("mobilenet_v2",), paths={"mobilenet_v2": args.mobilenet}, input_size=128
             )
-    return smoke(config, base) if args.smoke else config
+    if args.smoke:
+        smoke(config, base)
+    if args.levels and "model" in config:
+        model = config.model
+        sides = [model.resolution >> level for level in range(args.levels)]
+        model.channel_mult = model.channel_mult[: args.levels]
+        model.attention = tuple(side for side in model.attention if side in sides)
+    return config
 
 
 def image_stages(arg: str | None, sizes: dict) -> list[str]:

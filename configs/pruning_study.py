@@ -103,7 +103,7 @@ def get_config(arg: str = ""):
 def smoke(config: ConfigDict) -> ConfigDict:
     """The same study on a teacher of three steps."""
     config.seeds = (0,)
-    config.images, config.images_arg = "scenes", "smoke"
+    config.images, config.images_arg = "scenes", "smoke,levels=1"
     config.groups, config.finetune_steps = 2, 24
     config.steps = 4
     config.prune = ConfigDict({

@@ -35,12 +35,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from cheapscale.training.loop import provenance
 from configs.models import preset
 from launch import bench_pruned, bench_statistics
-from launch.command import execute, write_record
+from launch.command import execute, start, write_record
 from launch.memory import keep_memory
 
 
@@ -309,4 +309,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 64, "features: images per call of the network.", lower_bound=1)
     flags.DEFINE_integer("rows", 50_000, "statistics: features in each set.", lower_bound=6)
     flags.mark_flags_as_required(["workdir"])
-    app.run(main)
+    start(main)

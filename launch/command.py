@@ -5,12 +5,13 @@ import json
 import logging as std_logging
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
 
 import cheapscale
 from cheapscale.data.files import whole_or_nothing
@@ -21,6 +22,32 @@ from launch.memory import keep_memory
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")  # any of them: an accelerator
 PACKAGES = tuple(f"{pathlib.Path(file).parent}{os.sep}" for file in (cheapscale.__file__, __file__))
 PREEMPTED = 143  # 128 + SIGTERM: what a shell reports of a terminated process
+
+
+def start(main: Callable[[list[str]], None]) -> None:
+    """Read the flags, then run a command's `main`; what cannot be read ends in one sentence."""
+    app.run(main, flags_parser=read_flags)
+
+
+def read_flags(argv: list[str]) -> list[str]:
+    """What is left of argv once every flag is read; exits with a sentence that names the flag."""
+    try:
+        left = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS.config, "stage", "")  # a file that is not there shows when used
+        return left
+    except (AttributeError, KeyError) as error:  # ml_collections names the field alone
+        named = [word.partition("=")[0] for word in argv if word.startswith("--config.")]
+        field = re.search(r"\w+", str(error))[0]
+        flag = next((word for word in named if field in word.split(".")), ", ".join(named))
+        sys.exit(
+            f"error: {flag}: the config has no field {field!r} at this stage: leave it out, or "
+            "name one of the config file"
+        )
+    except (flags.Error, OSError) as error:  # a config file's own words stand last
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        lines = [line for line in lines if not line.startswith("Pass --help")] or [str(error)]
+        sys.exit(f"error: {lines[-1].removeprefix('ValueError: ')}")
 
 
 def execute(name: str, workdir: str, body: Callable[[], dict], *, keep: bool = True) -> None:

@@ -20,7 +20,7 @@ import pathlib
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from cheapscale.evaluation.quality import Reference
@@ -34,7 +34,7 @@ from cheapscale.stages.specialists import read_manifest
 from cheapscale.training.checkpoint import Loaded, load_network
 from cheapscale.training.logging import image_grid, save_png
 from cheapscale.training.loop import provenance
-from launch.command import execute, write_record
+from launch.command import execute, start, write_record
 from launch.judge import distance, make_judge
 from launch.paired import difference
 from launch.pipeline import stage_configs
@@ -232,4 +232,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_real", 2000, "Real images to compare with.", lower_bound=8)
     flags.DEFINE_string("record", None, "Also write the figures to this file.")
     flags.mark_flags_as_required(["workdir"])
-    app.run(main)
+    start(main)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from cheapscale.data.sources import open_source
 from cheapscale.evaluation.corruptions import MUST, RISES, blurred, judge, noised, of_classes
@@ -40,7 +40,7 @@ from cheapscale.models.features import FeatureNetwork
 from cheapscale.stages.image_sets import chosen_images
 from cheapscale.training.logging import image_grid, save_png
 from cheapscale.training.loop import provenance
-from launch.command import execute, named_file, write_record
+from launch.command import execute, named_file, start, write_record
 from launch.evaluate import open_networks
 
 K = 3  # neighbours of precision, recall, density and coverage
@@ -430,4 +430,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/corruptions", "Where pictures and summary go.")
     flags.DEFINE_string("record", None, "Where the record goes instead of the work directory.")
     flags.mark_flags_as_required(["data_dir"])
-    app.run(main)
+    start(main)

@@ -12,7 +12,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from cheapscale.evaluation.cost import cost_of_call
 from cheapscale.models.generator import count, grow_params, trainable
@@ -21,7 +21,7 @@ from cheapscale.models.unet import plan, unet
 from cheapscale.training.loop import provenance
 from cheapscale.training.state import merge, split
 from configs.models import preset
-from launch.command import execute, write_record
+from launch.command import execute, start, write_record
 
 
 def shapes(net, resolution: int):
@@ -121,4 +121,4 @@ def main(argv) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/cost", "Where the summary goes.")
     flags.DEFINE_string("record", None, "Also write the figures to this file.")
-    app.run(main)
+    start(main)

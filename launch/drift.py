@@ -14,14 +14,14 @@ import pathlib
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from cheapscale.data.resize import area_mean
 from cheapscale.stages.run import run
 from cheapscale.stages.sampling import sample
 from cheapscale.training.checkpoint import load_network
 from cheapscale.training.loop import provenance
-from launch.command import execute, write_record
+from launch.command import execute, start, write_record
 from launch.pipeline import pipeline, stage_configs
 
 CONFIG = "configs/scenes.py"
@@ -126,4 +126,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/drift", "Where the runs go.")
     flags.DEFINE_integer("num_samples", 1000, "Samples per figure.")
     flags.DEFINE_string("record", None, "Also write the figures to this file.")
-    app.run(main)
+    start(main)

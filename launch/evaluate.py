@@ -18,7 +18,7 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from cheapscale.data import sources
 from cheapscale.data.digest import digest
@@ -47,7 +47,7 @@ from cheapscale.training.classifier import fit_classifier
 from cheapscale.training.logging import image_grid, save_png
 from cheapscale.training.loop import provenance
 from cheapscale.training.sharding import together
-from launch.command import execute, named_file
+from launch.command import execute, named_file, start
 
 DEFAULT_METRICS = ("fd", "kid", "prdc", "memorisation", "floor")
 COST = ("nfe", "parameters", "flops_per_image", "seconds_per_image", "peak_bytes",
@@ -369,4 +369,4 @@ def main(argv) -> None:
 if __name__ == "__main__":
     define_flags()
     flags.mark_flags_as_required(["workdir"])
-    app.run(main)
+    start(main)

@@ -13,7 +13,7 @@ directory trains it further. What its training has cost is not known, so the bil
 """
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from cheapscale.interop.pytorch import QKV_LAYOUTS
@@ -24,7 +24,7 @@ from cheapscale.stages.networks import fingerprint
 from cheapscale.stages.run import build
 from cheapscale.training import checkpoint, loop
 from cheapscale.training.sharding import make_mesh
-from launch.command import execute
+from launch.command import execute, start
 
 FORMATS = {"edm": from_edm, "guided_diffusion": from_guided_diffusion}
 
@@ -76,4 +76,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("sha256", None, "Refuse a file with another hash.")
     flags.mark_flags_as_required(["config", "workdir", "weights"])
-    app.run(main)
+    start(main)

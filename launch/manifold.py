@@ -12,12 +12,12 @@ import pathlib
 import time
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
 from cheapscale.training.loop import provenance
-from launch.command import execute, write_record
+from launch.command import execute, start, write_record
 from launch.manifold_experiment import experiment
 
 
@@ -130,4 +130,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Where the summary goes.")
     flags.DEFINE_string("record", "", "Where the record (.json) and picture (.png) go instead.")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    start(main)

@@ -12,13 +12,13 @@ import pathlib
 import time
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from cheapscale import report
 from cheapscale.models import features
 from cheapscale.stages.run import run
 from cheapscale.training.logging import duration
-from launch.command import execute, named_file, write_record
+from launch.command import execute, named_file, start, write_record
 
 
 def load_module(path: str):
@@ -105,4 +105,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("record", None, "Also write the figures to this file.")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    start(main)

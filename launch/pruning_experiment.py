@@ -31,6 +31,7 @@ import numpy as np
 from cheapscale.evaluation import quality
 from cheapscale.evaluation.cost import param_count
 from cheapscale.models.unet import unet
+from cheapscale.pruning.partition import owners
 from cheapscale.pruning.structure import prune
 from cheapscale.stages import data, specialists
 from cheapscale.stages.assess import OF_TRAINING
@@ -128,7 +129,7 @@ class Study:
         def configured(stage: str, group: int):
             config = self.stage(stage, training_seed if stage == "prune" else seed)
             config.teacher, config.specialists = self.teacher(seed).workdir, str(folder)
-            config.prune.update(settings)
+            config.prune.update({k: v for k, v in settings.items() if k in config.prune})
             if stage == "prune":
                 steps = self.config.finetune_steps // settings["groups"]
                 if not as_many:
@@ -203,7 +204,7 @@ class Study:
     @functools.cached_property
     def reference(self) -> quality.Reference:
         settings, num = self.stage("pretrain", 0).data, self.config.num_real
-        steps = 3 if self.config.images_arg == "smoke" else None
+        steps = 3 if self.config.images_arg.startswith("smoke") else None
         return make_judge(settings, settings.resolution, num_real=num, steps=steps)
 
     @functools.cached_property
@@ -309,7 +310,7 @@ def owned_losses(loaded: Loaded, held: Held, sigma: np.ndarray) -> np.ndarray:
     """The teacher's loss [n] at the levels sigma [n], each by the network that owns it."""
     diffusion, networks = loaded.meta["diffusion"], members(loaded)
     borders = diffusion.get("specialists", {"borders": []})["borders"]
-    owner = np.searchsorted(borders, sigma * (1 - 1e-6))
+    owner = owners(sigma, borders)
     out = np.zeros(len(sigma))
     for j in np.unique(owner):
         model, params = networks[j]

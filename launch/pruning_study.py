@@ -9,9 +9,10 @@ its own, may share a work directory as long as neither needs what the other is j
 a teacher (then one last run with a record collects the cells).
 """
 
-from absl import app, flags
+from absl import flags
 
 from launch import cells, pruning_experiment, pruning_findings
+from launch.command import start
 
 
 def main(argv) -> None:
@@ -22,4 +23,4 @@ def main(argv) -> None:
 if __name__ == "__main__":
     cells.define_flags()
     flags.adopt_module_key_flags(cells)
-    app.run(main)
+    start(main)

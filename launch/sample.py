@@ -21,7 +21,7 @@ import pathlib
 import time
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from cheapscale.data.files import whole_or_nothing
 from cheapscale.diffusion.pivot import KERNELS, named, resize
@@ -36,7 +36,7 @@ from cheapscale.stages.sampling import OF_TEACHERS, SPACINGS, sample
 from cheapscale.stages.tuned import load_tuned, tuned_cascade
 from cheapscale.training.checkpoint import Loaded
 from cheapscale.training.logging import image_grid, save_png
-from launch.command import execute
+from launch.command import execute, start
 
 flags.DEFINE_string(
     "model", None, "Work directory of a pretrain, distill or grow run, or a set of specialists."
@@ -244,4 +244,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["model"])
-    app.run(main)
+    start(main)

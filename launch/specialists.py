@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from cheapscale.stages import specialists
 from cheapscale.stages.run import run
-from launch.command import execute
+from launch.command import execute, start
 from launch.pipeline import load_module
 
 PARTS = ("prune", "optim", "ema")  # of the config, whose fields --set changes
@@ -42,6 +42,8 @@ def stage_config(
         if stage == "assess" and part != "prune":  # only the fine-tuning has it
             continue
         place = config[part] if part else config
+        if stage == "prune" and part == "prune" and field not in place:  # only the assessment has
+            continue
         if field not in place:
             known = ", ".join((*place, *OF_RUN))
             raise ValueError(f"--set={change}: config.{part} has no field {field!r}, only {known}")
@@ -101,7 +103,8 @@ def main(argv) -> None:
         )
 
     def body() -> dict:
-        configured("prune", 0)  # before hours of search: whatever --set names is there
+        for stage in ("assess", "prune"):  # before hours of search: whatever --set names is there
+            configured(stage, 0)
         groups = [parsed(f"--groups={group}", group, int) for group in options.groups]
         return make_set(configured, folder, groups)
 
@@ -121,4 +124,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_list("groups", [], "Fine-tune only these groups, counted from the cleanest.")
     flags.mark_flags_as_required(["config", "teacher", "workdir"])
-    app.run(main)
+    start(main)

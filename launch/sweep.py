@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cheapscale.stages.run import run
-from launch.command import execute
+from launch.command import execute, start
 from launch.pipeline import load_module
 
 
@@ -113,4 +113,4 @@ if __name__ == "__main__":
         lambda given: given["workdir"] or given["list"],
         message="--workdir: where do the runs go?",
     )
-    app.run(main)
+    start(main)

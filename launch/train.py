@@ -8,12 +8,12 @@ Running the same command again resumes. SIGTERM saves and leaves with "pre-empte
 The last line of stdout is one JSON object, also written to the work directory.
 """
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from cheapscale.stages.run import build, run
 from launch import plan
-from launch.command import execute
+from launch.command import execute, start
 
 config_flags.DEFINE_config_file("config", None, "Config file and its argument string.")
 flags.DEFINE_string("workdir", None, "Where checkpoints, logs and previews go.")
@@ -34,4 +34,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    start(main)

@@ -4,6 +4,7 @@ Arrays are NHWC. Parameters are float32 whatever the precision of the computatio
 in the dtype of its input. Norm statistics and softmax are always float32.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -16,11 +17,15 @@ from einops import rearrange
 Initialiser = Callable[..., jax.Array]
 
 
+@functools.cache
 def uniform(scale: float, mode: str = "fan_in") -> Initialiser:
     """Uniform initialiser of variance scale / fan; scale 0 gives zeros. mode: fan_in | fan_avg."""
     if scale == 0:
         return nn.initializers.zeros
 
+    # Flax checks every tensor's shape in every trace of a network by tracing its initialiser anew;
+    # under jit the trace is found again.
+    @functools.partial(jax.jit, static_argnums=1)
     def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         fan_in, fan_out = math.prod(shape[:-1]), math.prod(shape[:-2]) * shape[-1]
         fan = fan_in if mode == "fan_in" else (fan_in + fan_out) / 2

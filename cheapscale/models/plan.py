@@ -185,7 +185,8 @@ def plan(config: UNetConfig) -> tuple[Block, ...]:
     stream, emb, aux = 0, 0, config.in_channels
     pushed, blocks = {}, []
     for block in layout:
-        block = dataclasses.replace(block, **changes.get(block.name, {}))
+        if block.name in changes:
+            block = dataclasses.replace(block, **changes[block.name])
         if block.kind == "map":
             block = _chain_map(block, {b.name: b for b in blocks})
             if block.name == "map_layer1":

@@ -104,14 +104,15 @@ def from_anchors(anchors: np.ndarray, edges: np.ndarray, n: int) -> np.ndarray:
     return _whole([0, *inner, n], "clustering its anchors: use more of them")
 
 
-def step_owners(grid: np.ndarray, borders: Sequence[float]) -> np.ndarray:
-    """The group that owns each step of a grid (either direction), counted from the cleanest.
+def owners(sigmas: np.ndarray, borders: Sequence[float]) -> np.ndarray:
+    """The group that owns each level, counted from the cleanest; borders: sigmas between the
+    groups, ascending. A level on a border, to the precision of float32, is the cleaner group's."""
+    return np.searchsorted(np.asarray(borders, np.float64), np.asarray(sigmas) * (1 - 1e-6))
 
-    borders: sigmas between the groups, ascending; a step that begins on a border, seen from the
-    noisier end, belongs to the cleaner group.
-    """
-    noisier = np.maximum(grid[:-1], grid[1:])
-    return np.searchsorted(np.asarray(borders, np.float64), noisier * (1 - 1e-9))
+
+def step_owners(grid: np.ndarray, borders: Sequence[float]) -> np.ndarray:
+    """The group that owns each step of a grid, in either direction: its noisier end's."""
+    return owners(np.maximum(grid[:-1], grid[1:]), borders)
 
 
 def _check(n, groups):

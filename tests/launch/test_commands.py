@@ -26,7 +26,7 @@ from tests.launch.shell import command
 def pipeline(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs")
     lines, _, _ = command(
-        "launch.pipeline", "--config=configs/scenes.py", "--arg=smoke,jump",
+        "launch.pipeline", "--config=configs/scenes.py", "--arg=smoke,jump,levels=1",
         f"--workdir={workdir}", "--num_samples=24",
     )  # fmt: skip
     return workdir, lines
@@ -73,7 +73,7 @@ def planned(stage, folder, workdir, **paths):
     workdir.mkdir(exist_ok=True)
     before = every_file(folder)
     lines, _, _ = command(
-        "launch.train", f"--config=configs/scenes.py:smoke,stage={stage}", "--dry_run",
+        "launch.train", f"--config=configs/scenes.py:smoke,levels=1,stage={stage}", "--dry_run",
         f"--workdir={workdir}", *(f"--config.{name}={path}" for name, path in paths.items()),
         CHEAPSCALE_CACHE=str(folder / "cache"),
     )  # fmt: skip

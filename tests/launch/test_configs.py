@@ -40,6 +40,13 @@ def test_a_growth_stage_has_one_width_for_each_doubling(name):
     assert base * 2 ** len(jump.grow.widths) == top
 
 
+def test_levels_leaves_out_the_lowest_of_the_u_net_s():
+    model = module("imagenet").get_config("stage=pretrain,levels=2").model
+    assert (model.channel_mult, model.attention) == ((1, 2), (32,))
+    assert unet(**model.to_dict()).config.stride == 2
+    assert module("scenes").get_config("stage=pretrain,smoke,levels=1").model.channel_mult == (1,)
+
+
 def test_the_papers_values_bind_imagenet():
     """Spec sections 1.3, 3.3-3.5, 4.1, 4.4 and 12.13-12.16."""
     file = module("imagenet")

@@ -168,9 +168,11 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
         configs("prune", changes=["optim.mu=1"])
     with pytest.raises(ValueError, match="names a field of prune, optim, ema, not of data"):
         configs("assess", changes=["data.resolution=8"])
-    changed = configs("prune", changes=["optim.lr=3e-4", "edges=10,20"])
-    assert changed.optim.lr == 3e-4 and changed.prune.edges == (10, 20)
-    assert "optim" not in configs("assess", changes=["optim.lr=3e-4"])
+    changes = ["optim.lr=3e-4", "edges=10,20", "overlap=2"]
+    tuned, searched = configs("prune", changes=changes), configs("assess", changes=changes)
+    assert tuned.optim.lr == 3e-4 and tuned.prune.overlap == 2
+    assert searched.prune.edges == (10, 20) and "optim" not in searched
+    assert "edges" not in tuned.prune  # the set's own settings: no other can be asked for
     longer = configs("prune", changes=["total_steps=9"])
     assert longer.total_steps == longer.optim.decay_steps == 9
     assert configs("prune").optim.decay_steps == configs("prune").total_steps == 3

@@ -44,6 +44,6 @@ def save_teacher(workdir):
 def configured(stage, teacher, folder, **changes):
     config = scenes.get_config(f"stage={stage},smoke")
     config.teacher, config.specialists = teacher, str(folder)
-    with config.unlocked():
-        config.prune.update(changes)
-    return config
+    config.lock()  # no other fields than the stage has
+    config.prune.update(changes)
+    return config.unlock()
