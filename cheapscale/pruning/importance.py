@@ -26,28 +26,23 @@ PyTree = Any
 Scores = dict[str, np.ndarray]
 
 
-def taylor(gradients: Iterable[PyTree], params: PyTree, config: UNetConfig) -> Scores:
-    """Equation (1) over the batches' gradients: {variable: [width]}."""
+def taylor(
+    gradients: Iterable[PyTree], params: PyTree, config: UNetConfig, *, accumulated: bool = False
+) -> Scores:
+    """Equation (1) over the batches' gradients: {variable: [width]}.
+
+    accumulated: the changes are summed over the batches and squared once: a control that cancels
+    near an optimum.
+    """
     found, total, count = layout(config), {}, 0
+    inside, outside = (1, 2) if accumulated else (2, 1)
     for grads in gradients:
         for name, change in _changes(found, params, grads).items():
-            total[name] = total.get(name, 0.0) + change**2
+            total[name] = total.get(name, 0.0) + change**inside
         count += 1
     if not count:
         raise ValueError("no batches to score with: give at least one gradient")
-    return {name: value / count for name, value in total.items()}
-
-
-def accumulated(gradients: Iterable[PyTree], params: PyTree, config: UNetConfig) -> Scores:
-    """The changes summed over the batches, then squared: a control that cancels near an optimum."""
-    found, total, count = layout(config), {}, 0
-    for grads in gradients:
-        for name, change in _changes(found, params, grads).items():
-            total[name] = total.get(name, 0.0) + change
-        count += 1
-    if not count:
-        raise ValueError("no batches to score with: give at least one gradient")
-    return {name: (value / count) ** 2 for name, value in total.items()}
+    return {name: (value / count) ** outside for name, value in total.items()}
 
 
 def magnitude(params: PyTree, config: UNetConfig) -> Scores:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cheapscale.pruning.search import Entry, Task, Widths
+from cheapscale.pruning.search import Entry, Task, Widths, repair
 
 KEY_VARIABLE = "CHEAPSCALE_LLM_KEY"
 
@@ -108,7 +108,8 @@ def prompt(task: Task, memory: Sequence[Entry], proposed: Sequence[Widths] = ())
 
 
 def checked(task: Task, reply: str, known: Sequence[Widths] = ()) -> Widths:
-    """The widths of a reply; ValueError says what is wrong with it."""
+    """The widths of a reply, moved to the target's FLOPs as the search moves every candidate, so
+    that the memory shows the model what it chose; ValueError says what is wrong with it."""
     start, end = reply.find("{"), reply.rfind("}")
     try:
         widths: Any = json.loads(reply[start : end + 1])
@@ -129,6 +130,10 @@ def checked(task: Task, reply: str, known: Sequence[Widths] = ()) -> Widths:
             f"The FLOPs are {share:.4f} of the full network's, {share - task.target:+.4f} from "
             f"the target {task.target:.4f}."
         )
+    widths = repair(task, widths)
     if widths in known:
-        raise ValueError("These widths have been proposed already: choose others.")
-    return dict(widths)
+        raise ValueError(
+            "These widths, or the nearest ones at the target, have been proposed already: choose "
+            "others."
+        )
+    return widths

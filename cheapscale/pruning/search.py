@@ -16,12 +16,13 @@ trail, and a search that was interrupted goes on from it.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -51,8 +52,7 @@ class Task(NamedTuple):
 
     def share(self, widths: Mapping[str, int]) -> float:
         """F / F0; ValueError where the widths do not fit together."""
-        keep = {name: np.arange(width) for name, width in widths.items()}
-        return flops(pruned_config(self.config, keep)) / flops(self.config)
+        return _share(self.config, _key(widths))
 
     def fits(self, share: float) -> bool:
         return abs(share - self.target) <= self.band
@@ -322,5 +322,11 @@ def read_memory(path: str | os.PathLike, task: Task) -> tuple[list[Entry], int]:
     return entries, done
 
 
-def _key(widths: Mapping[str, int]) -> tuple[Any, ...]:
+def _key(widths: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(widths.items()))
+
+
+@functools.lru_cache(maxsize=2**14)  # candidates of a search are neighbours: most come again
+def _share(config: UNetConfig, widths: tuple[tuple[str, int], ...]) -> float:
+    keep = {name: np.arange(width) for name, width in widths}
+    return flops(pruned_config(config, keep)) / flops(config)

@@ -240,15 +240,24 @@ class Assessment:
             return importance.magnitude(params, config)
         if kind == "chance":
             return importance.chance(config, (self.seed, group))
-        whole = Groups(self.levels, np.array([0, len(self.levels)]))
-        if kind == "diff_pruning":
+        if kind in ("taylor", "accumulated"):
+            return self._taylor(self.groups, group, accumulated=kind == "accumulated")
+        return self.scores_of_all_levels
+
+    @functools.cached_property
+    def scores_of_all_levels(self) -> importance.Scores:
+        """The same for every group: over all levels, or those that Diff-Pruning listens to."""
+        count, early = len(self.levels), self.settings["importance"] == "diff_pruning"
+        if early:
             cut = importance.informative_levels(self.anchor_losses, self.settings["threshold"])
-            last = self.anchors[max(cut, 1) - 1] + 1
-            whole = Groups(self.levels, np.array([0, last, len(self.levels)]))
-        where = (self.groups, group) if kind in ("taylor", "accumulated") else (whole, 0)
-        grads = importance.gradients(self.grad, params, self.batches(*where))
-        summed = kind in ("accumulated", "diff_pruning")
-        return (importance.accumulated if summed else importance.taylor)(grads, params, config)
+            count = self.anchors[max(cut, 1) - 1] + 1
+        edges = np.unique([0, count, len(self.levels)])
+        return self._taylor(Groups(self.levels, edges), 0, accumulated=early)
+
+    def _taylor(self, groups: Groups, group: int, *, accumulated: bool) -> importance.Scores:
+        params = self.teacher.params
+        grads = importance.gradients(self.grad, params, self.batches(groups, group))
+        return importance.taylor(grads, params, self.net.config, accumulated=accumulated)
 
     def _mean_loss(self, params, x, label, sigma, key):
         return self.level_loss({"params": params}, x, label, sigma, key).mean()
@@ -335,8 +344,11 @@ class Assessment:
             difficulty = np.clip(self.groups.decibels(), -20, 20)
         else:
             losses, owner = np.log(self.anchor_losses), self.anchors
+            between = np.interp(np.arange(len(self.levels)), owner, losses)
             difficulty = np.array([
-                losses[(owner >= a) & (owner < b)].mean()
+                # a group narrower than the anchors' spacing may hold none
+                (losses[inside] if (inside := (owner >= a) & (owner < b)).any() else between[a:b])
+                .mean()
                 for a, b in zip(self.groups.edges, self.groups.edges[1:])
             ])  # fmt: skip
         return budget.by_difficulty(difficulty, mean or 0.8, weights)

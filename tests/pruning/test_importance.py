@@ -102,7 +102,7 @@ def test_squares_keep_what_cancels_in_a_sum():
     opposed = [grads, jax.tree.map(np.negative, grads)]
     squared = importance.taylor(opposed, params, config)
     once = importance.taylor([grads], params, config)
-    summed = importance.accumulated(opposed, params, config)
+    summed = importance.taylor(opposed, params, config, accumulated=True)
     for name in structure.layout(config).variables:
         np.testing.assert_allclose(squared[name], once[name])
         assert summed[name].max() < 1e-12

@@ -281,3 +281,15 @@ def test_replies_are_checked_name_by_name():
     assert checked(here, f"```json\n{json.dumps(good)}\n```") == good
     with pytest.raises(ValueError, match="have been proposed already"):
         checked(here, json.dumps(good), [good])
+
+
+def test_a_reply_beside_the_target_is_what_the_search_would_measure():
+    """Else the memory would show a model other widths than it chose, and take near copies of a
+    candidate for new ones."""
+    here, rng = task(), np.random.default_rng(0)
+    drawn = (search.swapped(here, search.uniform(here), rng, 2) for _ in range(100))
+    beside = next(w for w in drawn if here.fits(here.share(w)) and search.repair(here, w) != w)
+    moved = search.repair(here, beside)
+    assert checked(here, json.dumps(beside)) == moved
+    with pytest.raises(ValueError, match="or the nearest ones at the target"):
+        checked(here, json.dumps(beside), [moved])

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from cheapscale.pruning import importance, search
-from cheapscale.pruning.budget import mean_share
+from cheapscale.pruning.budget import by_difficulty, mean_share
 from cheapscale.stages.assessment import Assessment, Proxy
-from cheapscale.stages.groups import make_groups
+from cheapscale.stages.groups import Groups, make_groups
 from configs import common
 
 VP = {"process": "linear", "sigma_min": 0.02, "sigma_max": 80.0, "rho": 7.0, "sigma_data": 0.5}
@@ -61,9 +61,10 @@ def test_channels_are_scored_on_the_levels_of_their_group_or_on_all(monkeypatch,
     monkeypatch.setattr(
         importance, "gradients", lambda grad, params, batches: [seen.append(b[2]) for b in batches]
     )
-    monkeypatch.setattr(importance, "taylor", lambda grads, params, config: "scores")
+    monkeypatch.setattr(importance, "taylor", lambda grads, params, config, accumulated: "scores")
     found = bare(importance=kind)
     assert found.scores(1) == "scores" and len(seen) == 3
+    assert found.scores(1) == "scores" and len(seen) == (6 if inside else 3)  # shared: paid once
     low, high = found.levels[[200, 399]]
     sigma = np.concatenate(seen)
     assert np.all((sigma >= 0.999 * low) & (sigma <= 1.001 * high)) == inside
@@ -94,3 +95,14 @@ def test_a_mean_is_over_training_times_or_over_the_sampler_s_steps(weigh):
     assert means.pop(weigh) == pytest.approx(0.7, abs=1e-4)
     if weigh == "positions":
         assert targets[0] == 1.0 and np.all(np.diff(targets) <= 0)
+
+
+def test_a_group_between_two_anchors_is_as_hard_as_they_are():
+    found = bare(budget="loss", mean=0.8)
+    found.groups = Groups(found.levels, np.array([0, 501, 511, 1000]))
+    found.anchors = np.array([0, 200, 400, 600, 800, 999])
+    found.anchor_losses = np.exp(-found.anchors / 500.0)
+    difficulty = [-200 / 500, -505.5 / 500, -np.mean([600, 800, 999]) / 500]
+    np.testing.assert_allclose(
+        found._targets(), by_difficulty(np.array(difficulty), 0.8, np.array([501, 10, 489]))
+    )
