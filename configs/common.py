@@ -27,7 +27,12 @@ def parse_arg(arg: str | None, **defaults) -> ConfigDict:
         if kind is bool:
             parsed[name] = value in ("", "1", "true", "True")
         else:
-            parsed[name] = kind(value)
+            try:
+                parsed[name] = kind(value)
+            except ValueError as error:
+                raise ValueError(
+                    f"config argument {word!r}: {value!r} is no {kind.__name__}: give one"
+                ) from error
     if "stage" in parsed and parsed.stage not in STAGES:
         raise ValueError(f"stage {parsed.stage!r} is unknown: choose one of {', '.join(STAGES)}")
     return parsed

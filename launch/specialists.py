@@ -44,9 +44,13 @@ def stage_config(
         place = config[part] if part else config
         if stage == "prune" and part == "prune" and field not in place:  # only the assessment has
             continue
-        if field not in place:
-            known = ", ".join((*place, *OF_RUN))
-            raise ValueError(f"--set={change}: config.{part} has no field {field!r}, only {known}")
+        if field not in place or name == "group":  # --groups says which are trained
+            more = OF_RUN if part == "prune" else ()
+            known = ", ".join(other for other in (*place, *more) if other != "group")
+            raise ValueError(
+                f"--set={change}: config.{part} has no field {field!r} to set by NAME=VALUE, only "
+                f"{known}"
+            )
         place[field] = parsed(f"--set={change}", value, type(place[field]))
     if stage == "prune":
         anneal(config.optim, config.total_steps)

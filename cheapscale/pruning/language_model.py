@@ -65,7 +65,8 @@ class LanguageModel:
                 ]
         raise ValueError(
             f"the language model {self.model!r} gave no usable widths in {self.attempts} attempts; "
-            f"its last reply was {reply[:200]!r}: use another model, or prune.proposer='greedy'"
+            f"its last reply was {reply[:200]!r}: use another model, or prune.proposer='greedy' in "
+            "another set folder"
         )
 
     def _ask(self, messages: list[dict[str, str]]) -> str:
@@ -83,7 +84,7 @@ class LanguageModel:
         except (OSError, http.client.HTTPException, LookupError, TypeError, ValueError) as e:
             raise ValueError(
                 f"the language model at {self.url} did not answer as expected ({e}): check "
-                "prune.llm_url and the key, or use prune.proposer='greedy'"
+                "prune.llm_url and the key, or use prune.proposer='greedy' in another set folder"
             ) from e
 
 

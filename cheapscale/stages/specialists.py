@@ -70,10 +70,16 @@ def load_set(folder: str | pathlib.Path, *, ema: bool = True) -> Loaded:
     diffusion["specialists"]. Raises FileNotFoundError naming the first group that is not trained.
     """
     manifest = read_manifest(folder)
-    loaded = []
-    for group in range(len(manifest["edges"]) - 1):
+    loaded, count = [], len(manifest["edges"]) - 1
+    for group in range(count):
         place = group_folder(folder, group)
-        network = load_network(place, "net", ema=ema)
+        try:
+            network = load_network(place, "net", ema=ema)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{folder} has groups 0 ... {count - 1}, and group {group} is not trained yet: run "
+                f"stage=prune with prune.group={group} into {place}"
+            ) from error
         if network.meta["teacher"] != manifest["teacher"]:
             raise ValueError(
                 f"{place} was pruned from the teacher {network.meta['teacher']}, but the set's is "

@@ -33,6 +33,7 @@ def read(monkeypatch, *words):
         ),
         ((f"{SCENES}prune", "--config.optim.lr=low"), "could not convert string to float: 'low'"),
         ((f"{SCENES}shrink",), "stage 'shrink' is unknown: choose one of pretrain, invert"),
+        ((f"{SCENES}assess,levels=one",), "config argument 'levels=one': 'one' is no int: give"),
         (("--config=nowhere.py",), "No such file or directory: 'nowhere.py'"),
         (("--confg=3",), "Unknown command line flag 'confg'. Did you mean: config ?"),
     ],

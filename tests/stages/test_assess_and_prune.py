@@ -220,6 +220,8 @@ def test_a_set_that_is_not_whole_or_of_another_base_is_refused(teacher, tmp_path
         build(configured("prune", teacher, tmp_path, group=2))
     with pytest.raises(ValueError, match="picks a checkpoint of one run"):
         load_model(tmp_path, step=3)
+    with pytest.raises(FileNotFoundError, match="groups 0 ... 1, and group 0 is not trained yet"):
+        load_model(tmp_path)
 
 
 def test_a_group_s_weight_is_how_far_its_steps_move():

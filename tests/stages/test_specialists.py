@@ -164,7 +164,9 @@ def test_assess_prune_and_sample_as_a_user_does(teacher, tmp_path):
 
     with pytest.raises(ValueError, match="--set=kk=1: config.prune has no field 'kk'"):
         configs("assess", changes=["kk=1"])
-    with pytest.raises(ValueError, match="--set=optim.mu=1: config.optim has no field 'mu'"):
+    with pytest.raises(ValueError, match="--set=group=1: config.prune has no field 'group'"):
+        configs("assess", changes=["group=1"])  # --groups chooses which are trained
+    with pytest.raises(ValueError, match="config.optim has no field 'mu' .* only .*warmup_steps$"):
         configs("prune", changes=["optim.mu=1"])
     with pytest.raises(ValueError, match="names a field of prune, optim, ema, not of data"):
         configs("assess", changes=["data.resolution=8"])
