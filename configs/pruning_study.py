@@ -3,8 +3,8 @@
 Paper: arXiv 2312.13307 at toy scale: a teacher of scenes at 8 px with DDPM's linear schedule, five
 groups, DDIM on 50 uniform times. 60 % of the training is the base's, 40 % its specialists'. On a
 GPU: CIFAR-10 at 16 px (`:images=cifar10,data_dir=DIR`).
-Hardware: 2 CPU cores; the headline (E2 to E5, three seeds) about 2.5 hours, all of it 5; cell by
-cell; `smoke` proves nothing.
+Hardware: 2 CPU cores, a process on each; the headline (E2 to E5, three seeds) about 2.5 hours, all
+of it 7; cell by cell; `smoke` proves nothing.
 
     python -m launch.pruning_study --config=configs/pruning_study.py --workdir=runs/pruning \\
         --record=notebooks/results/pruning.json

@@ -10,6 +10,7 @@ from scipy import stats
 from launch.paired import difference
 
 CONTROLS = ("base longer", "one network")
+SCORES = ("all-time scores", "magnitudes", "summed scores", "random channels")
 
 
 def findings(config: dict, cells: dict) -> dict:
@@ -68,6 +69,16 @@ def of_seed(rows: dict, updates: int) -> dict:
         found["excess loss of an equal cut by group"] = {
             name: (np.array(over(row, full)) - 1).tolist() for name, row in narrow.items()
         }
+    same, scored = rows.get("uniform widths"), [name for name in SCORES if name in rows]
+    if same and scored:  # E7: at the same widths, for as many updates
+        found["other scores against the group's, at uniform widths"] = {
+            name: difference(rows[name], same)
+            | {
+                "losses": over(rows[name], same),
+                "losses before fine-tuning": over(rows[name], same, "before"),
+            }
+            for name in scored
+        }
     cut = {name: row["before"] for name, row in rows.items() if row.get("before")}
     if cut:  # E6, E7
         found["losses before fine-tuning by group"] = cut
@@ -107,9 +118,9 @@ def costs(row: dict) -> dict:
     } | ({"mean shares": row["mean_shares"]} if "mean_shares" in row else {})
 
 
-def over(row: dict, other: dict) -> list[float]:
+def over(row: dict, other: dict, losses: str = "losses") -> list[float]:
     """Ratio of two arms' losses by group."""
-    return [a / b for a, b in zip(row["losses"], other["losses"])]
+    return [a / b for a, b in zip(row[losses], other[losses])]
 
 
 def table(cells: dict) -> str:

@@ -68,6 +68,8 @@ def test_findings_hold_the_headline_with_its_interval_and_costs():
         "E2 seed 0: full size": row(2.2, 1.0, 1600, losses=(1.0, 3.0), before=[1.5, 2.5]),
         "E5 seed 0: flat": row(2.4, 0.8, 1600, losses=(3.0, 3.0)),
         "E1 seed 0: flat 60 %": row(2.6, 0.6, 1600, losses=(5.0, 3.0)),
+        "E6 seed 0: uniform widths": row(2.2, 0.8, 1600, losses=(2.0, 2.0), before=[2.0, 8.0]),
+        "E7 seed 0: magnitudes": row(2.9, 0.8, 1600, losses=(3.0, 2.0), before=[4.0, 8.0]),
         "E3 seed 1: specialists": row(1.0, 0.79, 1400, mean_shares={"positions": 0.785}),
         "E3 seed 1: base longer": row(0.9, 1.0, 1400),
         "E3 seconds": {"figures": {"over_base": 0.9}},
@@ -88,7 +90,11 @@ def test_findings_hold_the_headline_with_its_interval_and_costs():
     assert found["excess loss of an equal cut by group, seed 0"] == {
         "flat 60 %": [4.0, 0.0]
     }  # fmt: skip
-    assert found["losses before fine-tuning by group, seed 0"] == {"full size": [1.5, 2.5]}
+    before = found["losses before fine-tuning by group, seed 0"]
+    assert before["full size"] == [1.5, 2.5] and "flat" not in before
+    (scores,) = found["other scores against the group's, at uniform widths, seed 0"].values()
+    assert scores["fd"][0] == pytest.approx(0.7) and scores["losses"] == [1.5, 1.0]
+    assert scores["losses before fine-tuning"] == [2.0, 1.0]
     seeds = found["fd above the specialists' over seeds"]["base longer"]
     assert seeds["mean"] == pytest.approx(0.2) and seeds["least"] == pytest.approx(-0.1)
     assert seeds["seeds"] == 2 and found["seconds"]["over_base"] == 0.9
