@@ -345,12 +345,14 @@ class Assessment:
         else:
             losses, owner = np.log(self.anchor_losses), self.anchors
             between = np.interp(np.arange(len(self.levels)), owner, losses)
-            difficulty = np.array([
+
+            def of_group(first: int, end: int) -> float:
+                inside = (owner >= first) & (owner < end)
                 # a group narrower than the anchors' spacing may hold none
-                (losses[inside] if (inside := (owner >= a) & (owner < b)).any() else between[a:b])
-                .mean()
-                for a, b in zip(self.groups.edges, self.groups.edges[1:])
-            ])  # fmt: skip
+                return float((losses[inside] if inside.any() else between[first:end]).mean())
+
+            edges = self.groups.edges
+            difficulty = np.array([of_group(*ends) for ends in zip(edges, edges[1:])])
         return budget.by_difficulty(difficulty, mean or 0.8, weights)
 
     def grid(self) -> np.ndarray:

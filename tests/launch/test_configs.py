@@ -7,6 +7,8 @@ import pathlib
 import pytest
 
 from cheapscale.models.unet import unet
+from cheapscale.stages.assess import OF_TRAINING
+from configs import common
 
 FILES = ("scenes", "cifar10", "clothing", "emoji", "imagenet")
 
@@ -38,6 +40,10 @@ def test_a_growth_stage_has_one_width_for_each_doubling(name):
     top = file.get_config(grown[-1]).data.resolution
     jump = file.get_config(f"stage=grow,jump,resolution={top}")
     assert base * 2 ** len(jump.grow.widths) == top
+
+
+def test_stage_prune_has_the_fields_that_an_assessment_does_not_depend_on():
+    assert set(common.prune("prune")) == set(OF_TRAINING)
 
 
 def test_levels_leaves_out_the_lowest_of_the_u_net_s():

@@ -90,8 +90,9 @@ def test_findings_hold_the_headline_with_its_interval_and_costs():
     assert found["excess loss of an equal cut by group, seed 0"] == {
         "flat 60 %": [4.0, 0.0]
     }  # fmt: skip
-    before = found["losses before fine-tuning by group, seed 0"]
-    assert before["full size"] == [1.5, 2.5] and "flat" not in before
+    assert found["losses before fine-tuning by group, seed 0"] == {
+        "full size": [1.5, 2.5], "uniform widths": [2.0, 8.0], "magnitudes": [4.0, 8.0]
+    }  # fmt: skip
     (scores,) = found["other scores against the group's, at uniform widths, seed 0"].values()
     assert scores["fd"][0] == pytest.approx(0.7) and scores["losses"] == [1.5, 1.0]
     assert scores["losses before fine-tuning"] == [2.0, 1.0]
