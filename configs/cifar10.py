@@ -8,54 +8,33 @@ size=gpu about 5 minutes on one H100 or H200.
 """
 
 from configs import common
-from configs.models import preset
+from configs.data_sets import DATA_SETS
+from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
 SIZES = {
-    "cpu": {
-        "base": 16,
-        "top": 32,
+    "cpu": common.CPU
+    | {
+        "model": "tiny16",
         "split": "train[:3%]",
-        "model": preset("tiny16"),
-        "widths": {32: 32},
-        "pretrain": (1500, 2e-3, 64),
-        "distill": (500, 1e-3, 32),
-        "grow": (300, 1e-3, 16),
-        "cascade": (300, 1e-3, 16),
-        "prune": (200, 1e-3, 64),
-        "b2": 0.99,
-        "per_shard": 250,
-        "invert_batch": 125,
-        "discriminator_width": 16,
+        "grow": common.train(300, 1e-3, 16, common.SHORT_GAN),
     },
-    "gpu": {
-        "base": 16,
-        "top": 32,
-        "split": "train",
-        "model": preset("tiny16", channels=96, num_blocks=2),
-        "widths": {32: 96},
-        "pretrain": (20000, 5e-4, 256),
-        "distill": (6000, 1e-4, 128),
-        "grow": (4000, 1e-4, 128),
-        "cascade": (4000, 5e-4, 128),
-        "prune": (3000, 2e-4, 256),
-        "invert_batch": 2048,
-        "discriminator_width": 32,
+    "gpu": common.GPU
+    | {
+        "model": "wide16",
+        "pretrain": common.train(20000, 5e-4, 256),
+        "distill": common.train(6000, 1e-4, 128, {"discriminator.width": 32}),
+        "grow": common.train(4000, 1e-4, 128, {"discriminator.width": 32}),
+        "cascade": common.train(4000, 5e-4, 128),
+        "prune": common.train(3000, 2e-4, 256),
     },
 }
 
 
 def get_config(arg: str = ""):
-    return common.image_config(arg, SIZES, name="cifar10", num_classes=10)
+    """The config of one stage; words of `arg`: configs/common.py, ARGUMENTS, and any field."""
+    return common.image_config(arg, SIZES, DATA_SETS["cifar10"])
 
 
 def stages(arg: str = "") -> list[str]:
     """The pipeline's stages in order, as argument strings."""
-    return common.image_stages(arg, SIZES)
-
-
-def sweep(stage: str):
-    """L_rec from few pairs (section 3.3) and the two distances, three seeds."""
-    for seed in (0, 1, 2) if stage == "distill" else ():
-        for proportion in (1.0, 0.1, 0.01):
-            yield {"seed": seed, "distill.data_proportion": proportion}
-        yield {"seed": seed, "distill.distance": "pixel"}
+    return common.image_stages(arg, SIZES, DATA_SETS["cifar10"], get_config)

@@ -9,45 +9,20 @@ size=gpu about 10 minutes on one H100 or H200.
 """
 
 from configs import common
-from configs.models import preset
+from configs.data_sets import DATA_SETS
+from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
 SIZES = {
-    "cpu": {
-        "base": 16,
-        "top": 128,
-        "split": "train[:40%]",
-        "model": preset("tiny16"),
-        "widths": {32: 32, 64: 32, 128: 16},
-        "pretrain": (1500, 2e-3, 64),
-        "distill": (500, 1e-3, 32),
-        "grow": (150, 1e-3, 8),
-        "cascade": (300, 1e-3, 16),
-        "prune": (200, 1e-3, 64),
-        "b2": 0.99,
-        "per_shard": 250,
-        "invert_batch": 125,
-        "discriminator_width": 16,
-    },
-    "gpu": {
-        "base": 16,
-        "top": 128,
-        "model": preset("tiny16", channels=96, num_blocks=2),
-        "widths": {32: 96, 64: 96, 128: 48},
-        "pretrain": (15000, 5e-4, 256),
-        "distill": (5000, 1e-4, 64),
-        "grow": (3000, 1e-4, 64),
-        "cascade": (4000, 5e-4, 64),
-        "prune": (2500, 2e-4, 256),
-        "invert_batch": 2048,
-        "discriminator_width": 32,
-    },
+    "cpu": common.CPU | {"model": "tiny16", "split": "train[:40%]"},
+    "gpu": common.GPU | {"model": "wide16"},
 }
 
 
 def get_config(arg: str = ""):
-    return common.image_config(arg, SIZES, name="clothing", num_classes=10)
+    """The config of one stage; words of `arg`: configs/common.py, ARGUMENTS, and any field."""
+    return common.image_config(arg, SIZES, DATA_SETS["clothing"])
 
 
 def stages(arg: str = "") -> list[str]:
     """The pipeline's stages in order, as argument strings."""
-    return common.image_stages(arg, SIZES)
+    return common.image_stages(arg, SIZES, DATA_SETS["clothing"], get_config)

@@ -1,7 +1,8 @@
-"""PaGoDA on procedural scenes: the embedded default, no files needed.
+"""PaGoDA on procedural scenes, which need no files.
 
-Paper: Kim et al. 2024 (arXiv 2405.14822), the pipeline of Figure 2 at toy scale: base 8 px, grown
-to 16 and 32 (size=quick), or base 16 grown to 128 (size=small).
+Paper: Kim et al. 2024 (arXiv 2405.14822), the pipeline of Figure 2 at small scale: base 8 px, grown
+to 16 and 32 px (size=quick), or base 16 px grown to 128 px (size=small). size=cascade and
+size=experts train the teachers of the self-cascade and the step-adaptive experiments.
 Hardware: 2 CPU cores, about 13 minutes (quick).
 
     python -m launch.pipeline --config=configs/scenes.py --arg=size=quick --workdir=runs/quick
@@ -9,90 +10,60 @@ Hardware: 2 CPU cores, about 13 minutes (quick).
 """
 
 from configs import common
-from configs.models import preset
+from configs.data_sets import DATA_SETS
+from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
 SIZES = {
     "quick": {
-        "base": 8,
-        "top": 32,
+        "model": "tiny8",
         "options": {"size": 1500},
-        "model": preset("tiny8"),
-        "widths": {16: 32, 32: 32},
-        # steps, learning rate, batch
-        "pretrain": (1200, 2e-3, 64),
-        "distill": (500, 1e-3, 32),
-        "grow": (200, 1e-3, 12),
-        "cascade": (300, 1e-3, 16),
-        "prune": (200, 1e-3, 64),
-        "b2": 0.99,  # RAdam warms up for some 2 / (1 - b2) updates: 0.999 is for longer runs
-        "per_shard": 600,
-        "invert_batch": 200,
-        "discriminator_width": 16,
+        "pretrain": common.train(1200, 2e-3, 64),
+        "invert": {"batch_size": 200, "invert.per_shard": 600},
+        "distill": common.train(500, 1e-3, 32, common.SHORT_GAN),
+        "grow": common.train(200, 1e-3, 12, common.SHORT_GAN),
+        "cascade": common.train(300, 1e-3, 16),
+        "prune": common.train(200, 1e-3, 64),
     },
-    # the teacher of the self-cascade study: one object a picture, whose repetition is easily seen
+    # Each picture has one object, so that its repetition at larger sizes is easily seen.
     "cascade": {
-        "base": 16,
+        "model": "deep16",
         "top": 64,
         "options": {"size": 4000, "single": True},
-        "model": preset("tiny16", channel_mult=(1, 2, 2), attention=(4,)),
-        "widths": {32: 32, 64: 32},
-        "pretrain": (2000, 2e-3, 48),
-        "distill": (500, 1e-3, 32),
-        "grow": (300, 1e-3, 16),
-        "cascade": (400, 1e-3, 16),
-        "prune": (300, 1e-3, 48),
-        "b2": 0.99,
-        "per_shard": 1000,
-        "invert_batch": 200,
-        "discriminator_width": 16,
+        "pretrain": common.train(2000, 2e-3, 48),
+        "invert": {"batch_size": 200, "invert.per_shard": 1000},
+        "distill": common.train(500, 1e-3, 32, common.SHORT_GAN),
+        "grow": common.train(300, 1e-3, 16, common.SHORT_GAN),
+        "cascade": common.train(400, 1e-3, 16),
+        "prune": common.train(300, 1e-3, 48),
     },
-    # the teacher of the step-adaptive study
-    "specialists": {
-        "base": 8,
+    "experts": {
+        "model": "tiny8",
         "top": 8,
         "options": {"size": 4000},
-        "model": preset("tiny8"),
-        "widths": {},
-        "pretrain": (2400, 2e-3, 64),
-        "distill": (500, 1e-3, 32),
-        "prune": (320, 1e-3, 64),
-        "b2": 0.99,
-        "invert_batch": 200,
-        "discriminator_width": 16,
+        "pretrain": common.train(2400, 2e-3, 64),
+        "invert": {"batch_size": 200},
+        "distill": common.train(500, 1e-3, 32, common.SHORT_GAN),
+        "prune": common.train(320, 1e-3, 64),
     },
     "small": {
-        "base": 16,
+        "model": "small16",
         "top": 128,
         "options": {"size": 20000},
-        "model": preset("small"),
-        "widths": {32: 64, 64: 64, 128: 32},
-        "pretrain": (40000, 5e-4, 128),
-        "distill": (20000, 1e-4, 64),
-        "grow": (10000, 1e-4, 64),
-        "cascade": (4000, 1e-4, 64),
-        "prune": (5000, 2e-4, 128),
-        "invert_batch": 512,
-        "discriminator_width": 32,
+        "pretrain": common.train(40000, 5e-4, 128),
+        "invert": {"batch_size": 512},
+        "distill": common.train(20000, 1e-4, 64, {"discriminator.width": 32}),
+        "grow": common.train(10000, 1e-4, 64, {"discriminator.width": 32}),
+        "cascade": common.train(4000, 1e-4, 64),
+        "prune": common.train(5000, 2e-4, 128),
     },
 }
 
 
 def get_config(arg: str = ""):
-    return common.image_config(arg, SIZES, name="scenes", num_classes=8)
+    """The config of one stage; words of `arg`: configs/common.py, ARGUMENTS, and any field."""
+    return common.image_config(arg, SIZES, DATA_SETS["scenes"])
 
 
 def stages(arg: str = "") -> list[str]:
     """The pipeline's stages in order, as argument strings."""
-    return common.image_stages(arg, SIZES)
-
-
-def sweep(stage: str):
-    """Three seeds: drift, grown with and without L_rec; a specialist's targets and start."""
-    for seed in (0, 1, 2):
-        if stage == "grow":
-            for weight in (1.0, 0.0):
-                yield {"seed": seed, "grow.reconstruction_weight": weight}
-        if stage == "prune":
-            yield {"seed": seed}
-            yield {"seed": seed, "prune.distil": 0.5}
-            yield {"seed": seed, "prune.start": "scratch"}
+    return common.image_stages(arg, SIZES, DATA_SETS["scenes"], get_config)

@@ -1,30 +1,34 @@
-"""The plan of a stage before it runs: parameters, FLOPs, memory, disk.
+"""The cost of a stage before it runs: parameters, FLOPs, memory and disk space.
 
-Nothing is compiled, trained or written: every figure comes from shapes and from tracing the step.
-Compiling it would give the backend's own figure of memory, but takes minutes at the sizes for which
-one asks; the figure here counts the values alive at once in the order of the program.
+Nothing is trained or written. FLOPs come from the lowered step, and sizes of arrays from their
+shapes, which takes seconds for networks of any size. The temporary memory of a step is only known
+after compilation (`compiled`), on the backend that will run it.
 """
 
 import pathlib
 import shutil
 
 import jax
+from ml_collections import ConfigDict
 
-from cheapscale.evaluation.cost import param_count
-from cheapscale.training import loop, sharding
-from cheapscale.training.footprint import traced_bytes, traced_flops, tree_bytes
+from cheapscale.training import loop
+from cheapscale.training import mesh as sharding
+from cheapscale.training.cost import param_count, traced_flops, tree_bytes
 from cheapscale.training.stage import Job, Stage
 from cheapscale.training.state import split, stream_key
 
 
-def describe(config, stage: Stage | Job, workdir: str) -> dict:
-    """The plan as a dict; raises OSError where the disk has no room for what the run will write."""
+def describe(config: ConfigDict, stage: Stage | Job, workdir: str, *, compiled: bool) -> dict:
+    """The plan as a dict; raises OSError if the disk has too little space for the run's files."""
     plan = {"stage": config.stage, "devices": jax.device_count()}
     if isinstance(stage, Job):
         done = sum(map(stage.done, range(stage.num_shards)))
         plan |= {"shards": stage.num_shards, "shards_done": done} | stage.describe()
     else:
-        plan |= describe_training(config, stage, pathlib.Path(workdir))
+        plan |= training_cost(config, stage, compiled)
+        plan |= checkpoint_disk(config, plan["checkpoint_bytes"], pathlib.Path(workdir))
+        plan["flops_total"] = plan["flops_per_step"] * plan["steps"]
+        plan["flops_left"] = plan["flops_per_step"] * max(plan["steps"] - plan["steps_done"], 0)
     plan["disk_free_bytes"] = free = free_bytes(plan.get("disk", workdir))
     if plan.get("disk_bytes", 0) > free:
         raise OSError(
@@ -34,25 +38,17 @@ def describe(config, stage: Stage | Job, workdir: str) -> dict:
     return plan
 
 
-def free_bytes(folder: str) -> int:
-    """Free bytes of the disk that holds a folder, or would hold it."""
-    place = pathlib.Path(folder).resolve()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def training_cost(config: ConfigDict, stage: Stage, compiled: bool) -> dict:
+    """Parameters, FLOPs of a step, and bytes on one device.
 
-
-def describe_training(config, stage: Stage, workdir: pathlib.Path) -> dict:
-    """The plan of a training stage.
-
-    memory: bytes on one device of the run's state (weights, their average, optimiser moments), the
-    frozen networks, one batch, and the values alive at once inside a step; previews are left out.
-    disk_bytes: of the checkpoints still to come that lie there at the same time; logs are left out.
+    memory: the run's state (weights, EMA, optimiser moments), the frozen networks and one batch;
+    with `compiled` also the temporary memory of the compiled step. Previews are not counted.
     """
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     sharding.check_batch(stage.batch_size, mesh)
     state = loop.abstract_state(stage, mesh, config.seed)
     frozen = sharding.placed(stage.frozen_shapes(), mesh)
+    # The shapes of the global batch, from the first batch of this process.
     batch = jax.tree.map(
         lambda rows: jax.ShapeDtypeStruct(
             (len(rows) * jax.process_count(), *rows.shape[1:]),
@@ -62,43 +58,48 @@ def describe_training(config, stage: Stage, workdir: pathlib.Path) -> dict:
         next(stage.batches(0)),
     )
     arguments = (state, frozen, batch, stream_key(0, "step", 0))
+    memory = {"state": tree_bytes(state), "frozen": tree_bytes(frozen), "batch": tree_bytes(batch)}
     with jax.set_mesh(mesh):
         flops = traced_flops(stage.step, *arguments)
-        values = traced_bytes(
-            stage.step,
-            *arguments,
-            donated=len(jax.tree.leaves(state)),
-            batch_size=stage.batch_size,
-            ways=mesh.shape["data"] * mesh.shape["fsdp"],
-        )
-    memory = {"state": tree_bytes(state), "frozen": tree_bytes(frozen), "batch": tree_bytes(batch)}
-    memory["values"] = values
+        if compiled:
+            program = jax.jit(stage.step, donate_argnums=0).lower(*arguments).compile()
+            memory["step"] = program.memory_analysis().temp_size_in_bytes
     networks = {}
     for net, optimiser in stage.optimisers.items():
         trainable, _ = split(state.params[net], optimiser.trainable)
         counts = {"parameters": param_count(state.params[net]), "trainable": param_count(trainable)}
         networks[net] = counts
-    saved = saved_steps(workdir)
-    done, steps = max(saved, default=0), config.total_steps
-    checkpoint = tree_bytes(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), state))
-    ahead = range(done + 1, steps + 1)
-    coming = sum(loop.due(step, config.save_every) or step == steps for step in ahead)
+    # Without shardings: a checkpoint on disk holds the complete arrays once.
+    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     return {
         "networks": networks,
         "fits_first": stage.fits,
-        "steps": steps,
-        "steps_done": done,
         "flops_per_step": flops,
-        "flops_total": flops * steps,
-        "flops_left": flops * max(steps - done, 0),
         "memory": {"bytes_per_device": sum(memory.values())} | memory,
-        "disk": str(workdir),
-        "checkpoint_bytes": checkpoint,
-        # an old checkpoint is deleted only after a new one is whole
-        "disk_bytes": checkpoint * min(coming, max(config.keep + 1 - len(saved), 1)),
+        "checkpoint_bytes": tree_bytes(whole),
     }
 
 
-def saved_steps(workdir: pathlib.Path) -> list[int]:
-    """The steps of a work directory's checkpoints."""
-    return [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+def checkpoint_disk(config: ConfigDict, checkpoint_bytes: int, workdir: pathlib.Path) -> dict:
+    """{steps, steps_done, disk, disk_bytes}: the disk space in `workdir` that the remaining
+    checkpoints need at the same time, without logs."""
+    saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+    done, steps = max(saved, default=0), config.total_steps
+    ahead = range(done + 1, steps + 1)
+    coming = sum(loop.due(step, config.save_every) or step == steps for step in ahead)
+    # An old checkpoint is deleted only after the new one is complete, so keep + 1 exist for a time.
+    at_once = min(coming, max(config.keep + 1 - len(saved), 1))
+    return {
+        "steps": steps,
+        "steps_done": done,
+        "disk": str(workdir),
+        "disk_bytes": checkpoint_bytes * at_once,
+    }
+
+
+def free_bytes(folder: str) -> int:
+    """The free bytes on the disk of a folder, which need not exist yet."""
+    place = pathlib.Path(folder).resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

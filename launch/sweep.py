@@ -1,116 +1,114 @@
-"""The runs of a config's sweep, one after the other, or one of them.
+"""Run all runs of a study in turn, or one of them.
 
-    python -m launch.sweep --config=configs/cifar10.py:stage=distill,data_dir=DIR \\
-        --config.teacher=runs/teacher --config.latents=runs/latents --workdir=runs/sweep
-    python -m launch.sweep ... --list        # their numbers and changes; runs and writes nothing
+    python -m launch.sweep --config=configs/scenes.py --sweep=pairs \\
+        --arg=size=quick,teacher=runs/teacher,latents=runs/latents --workdir=runs/pairs
+    python -m launch.sweep ... --list        # the runs as commands; nothing runs
     python -m launch.sweep ... --index=3     # one of them: a task of an array job
 
-`sweep(stage)` stands beside `get_config` in the config file and yields flat changes, such as
-{"seed": 1, "distill.distance": "pixel"}. Each run has a folder of its own in the work directory;
-running the same command again resumes. The summary lists every run's changes and what it said.
+`sweep(name)` stands beside `get_config` in the config file and returns argument strings, such as
+"stage=distill,distill.data_proportion=0.1,seed=2" (configs/sweeps.py). A run whose string has a
+stage runs that stage; any other runs a whole pipeline. Each run has its own folder in the work
+directory, which launch.evaluate can measure; running the same command again resumes.
 """
 
 import pathlib
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
 
-from cheapscale.stages.run import run
 from launch.command import execute, start
-from launch.pipeline import load_module
+from launch.pipeline import load_module, pipeline
+from launch.train import run
 
 
-def planned(path: str, config: ConfigDict) -> list[tuple[str, dict[str, Any], ConfigDict]]:
-    """[(folder, changes, config)] of the sweep of `config.stage` in the config file `path`.
-
-    ValueError where there is none, or a change names a field that the config lacks.
-    """
+def planned(path: str, name: str, arg: str) -> list[tuple[str, str]]:
+    """[(folder, argument string)] of the study `name` in the config file `path`."""
     module = load_module(path)
-    changes = list(module.sweep(config.stage)) if hasattr(module, "sweep") else []
-    if not changes:
-        raise ValueError(
-            f"sweep(stage) of {path} names no run of stage {config.stage}: add some, or choose "
-            "another stage"
-        )
+    if not hasattr(module, "sweep"):
+        raise ValueError(f"{path} has no sweep(name): see configs/sweeps.py")
+    words = module.sweep(name)
     return [
-        (folder(number, change), change, changed(config, change))
-        for number, change in enumerate(changes)
+        (folder(number, one), ",".join(filter(None, (arg, one))))
+        for number, one in enumerate(words)
     ]
 
 
-def folder(number: int, change: dict[str, Any]) -> str:
-    """ "02-seed=1,distance=pixel"."""
-    words = (f"{name.rpartition('.')[2]}={value}" for name, value in change.items())
-    return f"{number:02d}-" + re.sub(r"[^\w=.,-]+", "_", ",".join(words))
+def folder(number: int, words: str) -> str:
+    """The folder of a run, such as "02-stage=distill,distance=pixel,seed=1"."""
+    # Field names lose their section, and characters outside [\w=.,-] become "_".
+    short = (word.partition("=")[0].rpartition(".")[0] for word in words.split(","))
+    kept = (w.removeprefix(f"{section}.") for section, w in zip(short, words.split(",")))
+    return f"{number:02d}-" + re.sub(r"[^\w=.,-]+", "_", ",".join(kept))
 
 
-def changed(config: ConfigDict, change: dict[str, Any]) -> ConfigDict:
-    """A copy of the config with those fields changed."""
-    copy = ConfigDict(config.to_dict())
-    for name, value in change.items():
-        *groups, field = name.split(".")
-        node = copy
-        for group in groups:
-            node = node.get(group) or ConfigDict()
-        if field not in node:
-            raise ValueError(
-                f"the sweep changes {name}, which a config of this stage does not have"
-            )
-        node[field] = value
-    return copy
+def is_stage(arg: str) -> bool:
+    """Whether an argument string has a stage."""
+    return any(word.startswith("stage=") for word in arg.split(","))
 
 
-def sweep(path: str, config: ConfigDict, workdir: str, only: Sequence[int] = ()) -> list[dict]:
-    """Run them all, or the numbers `only`; returns [{"folder", "changes", **summary}]."""
-    runs, rows = planned(path, config), []
+def sweep(runs: list[tuple[str, str]], path: str, workdir: str, only: Sequence[int] = ()) -> list:
+    """[{"folder", "arg", **summary}] after all runs, or those with the numbers `only`."""
     unknown = sorted(set(only) - set(range(len(runs))))
     if unknown:
         raise ValueError(f"--index={unknown[0]}: the sweep's runs are 0 ... {len(runs) - 1}")
+    rows = []
     for number in only or range(len(runs)):
-        name, changes, one = runs[number]
+        name, arg = runs[number]
+        place = pathlib.Path(workdir) / name
         logging.info("run %d of %d: %s", number, len(runs), name)
-        summary = run(one, pathlib.Path(workdir) / name)
-        rows.append({"folder": name, "changes": changes} | summary)
+        if is_stage(arg):
+            summary = run(load_module(path).get_config(arg), place)
+        else:
+            summary = pipeline(path, arg, str(place), num_samples=1000)
+        rows.append({"folder": name, "arg": arg} | summary)
         jax.clear_caches()
     return rows
 
 
-def main(argv) -> None:
-    del argv
-    given = flags.FLAGS
-    path, _, _ = config_flags.get_config_filename(given["config"]).partition(":")
-
-    if given.list:
-        try:
-            for name, changes, _ in planned(path, given.config):
-                print(name, changes)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-        return
-
-    def body() -> dict:
-        only = [] if given.index is None else [given.index]
-        return {"runs": sweep(path, given.config, given.workdir, only)}
-
-    name = "sweep" if given.index is None else f"sweep-{given.index}"
-    execute(name, given.workdir, body)
-
-
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file and its argument string.")
-    flags.DEFINE_string("workdir", None, "Where every run's folder goes.")
-    flags.DEFINE_integer("index", None, "Run this one alone, counted from 0.", lower_bound=0)
-    flags.DEFINE_bool("list", False, "Say what the runs are and stop.")
+def define() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("config", None, "Config file with get_config and sweep.")
+    flags.DEFINE_string("sweep", None, "Name of the study (configs/sweeps.py).")
+    flags.DEFINE_string("arg", "", "Argument string that all runs share, e.g. size=quick.")
+    flags.DEFINE_string("workdir", None, "Folder for the folders of all runs.")
+    flags.DEFINE_integer("index", None, "Run only this one, counted from 0.", lower_bound=0)
+    flags.DEFINE_bool("list", False, "Print the runs as commands and stop.")
     flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
-    flags.mark_flag_as_required("config")
+    flags.mark_flags_as_required(["config", "sweep"])
     flags.register_multi_flags_validator(
         ["workdir", "list"],
         lambda given: given["workdir"] or given["list"],
-        message="--workdir: where do the runs go?",
+        message="give --workdir=DIR for the folders of the runs, or --list to print them",
     )
-    start(main)
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    """Run the study that the flags name; returns {"runs": their summaries}."""
+
+    def body(given) -> dict | None:
+        try:
+            runs = planned(given.config, given.sweep, given.arg)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
+        if given.list:
+            for name, arg in runs:
+                config = f"{given.config}:{arg}" if is_stage(arg) else f"{given.config} --arg={arg}"
+                command = "train" if is_stage(arg) else "pipeline"
+                place = pathlib.Path(given.workdir or f"runs/{given.sweep}") / name
+                print(f"python -m launch.{command} --config={config} --workdir={place}")
+            return None
+        only = [] if given.index is None else [given.index]
+        name = "sweep" if given.index is None else f"sweep-{given.index}"
+        return execute(
+            name, given.workdir,
+            lambda: {"runs": sweep(runs, given.config, given.workdir, only)},
+        )  # fmt: skip
+
+    return start(define, body, argv)
+
+
+if __name__ == "__main__":
+    main()

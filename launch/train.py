@@ -1,37 +1,104 @@
-"""Run one stage: whatever `config.stage` names, training or mapping.
+"""Run the stage that `config.stage` names: a training run or a job.
 
     python -m launch.train --config=configs/scenes.py:stage=pretrain --workdir=runs/teacher
     python -m launch.train --config=configs/scenes.py:stage=invert --workdir=runs/invert \\
         --config.teacher=runs/teacher --config.latents=runs/latents
+    python -m launch.train --config=configs/scenes.py:stage=distill --describe
 
-Running the same command again resumes. SIGTERM saves and leaves with "pre-empted at step N".
-The last line of stdout is one JSON object, also written to the work directory.
+Running the same command again resumes. After SIGTERM the command saves its state, prints
+"pre-empted at step N" and ends with status 143. The last line of stdout is one JSON object, which
+is also written to the work directory.
 """
 
+import pathlib
+
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from cheapscale.stages.run import build, run
+from cheapscale.cascade import tune
+from cheapscale.experts import assess, prune
+from cheapscale.pagoda import distill, grow, invert
+from cheapscale.teacher import pretrain
+from cheapscale.training import jobs, loop
+from cheapscale.training.stage import Job, Stage
+from configs import fields
 from launch import plan
-from launch.command import execute, start
+from launch.command import config_flag, execute, start
 
-config_flags.DEFINE_config_file("config", None, "Config file and its argument string.")
-flags.DEFINE_string("workdir", None, "Where checkpoints, logs and previews go.")
-flags.DEFINE_bool("dry_run", False, "Print the plan (parameters, FLOPs, memory, disk) and stop.")
-flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first (pods, Slurm).")
-FLAGS = flags.FLAGS
+STAGES = {
+    "pretrain": pretrain.build,
+    "invert": invert.build,
+    "distill": distill.build,
+    "grow": grow.build,
+    "cascade": tune.build,
+    "assess": assess.build,
+    "prune": prune.build,
+}
 
 
-def main(argv) -> None:
-    del argv
-    config, workdir = FLAGS.config, FLAGS.workdir
-    if FLAGS.dry_run:
-        config.data.cache_latents = False  # a plan reads one batch of the store, not all of it
-        execute("plan", workdir, lambda: plan.describe(config, build(config), workdir), keep=False)
+def build(config: ConfigDict) -> Stage | Job:
+    """The Stage or Job that `config.stage` names; ValueError if the config is not valid."""
+    fields.check(config)
+    return STAGES[config.stage](config)
+
+
+def run(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
+    """The summary of a stage, after running it to its end in `workdir`."""
+    stage = build(config)
+    common = {"name": config.stage, "mesh": config.mesh.to_dict()}
+    if isinstance(stage, Job):
+        summary = jobs.run(stage, workdir, config.to_dict(), **common)
     else:
-        execute(config.stage, workdir, lambda: run(config, workdir))
+        summary = loop.train(
+            stage,
+            workdir,
+            config.to_dict(),
+            seed=config.seed,
+            total_steps=config.total_steps,
+            log_every=config.log_every,
+            save_every=config.save_every,
+            keep=config.keep,
+            resume=config.resume,
+            **common,
+        )
+    return summary | {"provenance": loop.provenance()}
+
+
+def define() -> None:
+    """The command's flags."""
+    config_flag()
+    flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and previews.")
+    flags.DEFINE_bool("describe", False, "Only print every field of the config.")
+    flags.DEFINE_bool("dry_run", False, "Only print the cost: parameters, FLOPs, memory, disk.")
+    flags.DEFINE_bool("compile", False, "With --dry_run: also compile the step, for its memory.")
+    flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
+    flags.mark_flag_as_required("config")
+    flags.register_multi_flags_validator(
+        ["workdir", "describe"],
+        lambda given: given["workdir"] or given["describe"],
+        message="--workdir is missing: give --workdir=DIR, the folder of the run",
+    )
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    """Run the stage that the flags name; returns its summary."""
+
+    def body(given) -> dict | None:
+        config, workdir = given.config, given.workdir
+        if given.describe:
+            print(fields.describe(config))
+            return None
+        if given.dry_run:
+            compiled = given.compile
+            return execute(
+                "plan", workdir,
+                lambda: plan.describe(config, build(config), workdir, compiled=compiled),
+                keep=compiled,
+            )  # fmt: skip
+        return execute(config.stage, workdir, lambda: run(config, workdir))
+
+    return start(define, body, argv)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    start(main)
+    main()

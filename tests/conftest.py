@@ -1,10 +1,14 @@
-"""Test machine: 8 simulated CPU devices, cheap compilation, and a persistent compile cache.
+"""Settings and fixtures of all tests: cheap compilation, a persistent compile cache, one of 8
+simulated CPU devices, and one finished pipeline that many tests read.
 
 The environment must be set before jax is imported anywhere. Rank promotion raises, so that a
 [4, 1] array silently broadcast against [8] is an error rather than a wrong number.
 """
 
+import contextlib
+import fcntl
 import importlib
+import io
 import os
 import pathlib
 
@@ -27,10 +31,56 @@ import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+# The folder that the commands use too, so that both test processes and subprocesses share it.
+jax.config.update("jax_compilation_cache_dir", f"{os.environ['CHEAPSCALE_CACHE']}/jax")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which pytest never parses
+
+COUNTED = ("devices", "local_devices", "device_count", "local_device_count")
+ALL_DEVICES = {name: getattr(jax, name) for name in COUNTED}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def first_device():
+    """Show tests only the first device: a program for eight takes far longer to compile."""
+    one = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in COUNTED:
+            found = len(one) if name.endswith("count") else one
+            patch.setattr(jax, name, lambda *args, found=found, **options: found)
+        yield
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+    """All simulated devices, for tests of what is split over them."""
+    for name, function in ALL_DEVICES.items():
+        monkeypatch.setattr(jax, name, function)
+    return jax.devices()
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory):
+    """(work directory, lines of stdout) of PaGoDA's pipeline from 8 px to 16 on 24 tiny scenes.
+
+    It runs once for all test processes, whose folders lie side by side; tests only read it.
+    """
+    from launch import pipeline as command
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    workdir, printed = folder / "pipeline", folder / "pipeline.txt"
+    with open(folder / "pipeline.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                command.main([
+                    f"--config={ROOT / 'configs' / 'scenes.py'}", "--arg=smoke,levels=1,top=16",
+                    f"--workdir={workdir}", "--num_samples=24",
+                ])  # fmt: skip
+            printed.write_text(out.getvalue())
+    return workdir, printed.read_text().splitlines()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""One short hash for whatever is known by plain values: a source, a statistic, a set of images."""
+"""Short hashes of JSON values, which identify sources, statistics and sets of images."""
 
 import hashlib
 import json
@@ -6,5 +6,5 @@ from typing import Any
 
 
 def digest(value: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a JSON value, keys in order."""
+    """The first 16 hexadecimal digits of the SHA-256 of a JSON value with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,74 +1,107 @@
 """Batches as a pure function of the step: shuffle, split over processes, transform, prefetch.
 
-The source, reshuffled each epoch and repeated without end, is one infinite sequence of elements,
-fixed by the seed. Step k takes elements k B to (k + 1) B - 1 of it. Process p of P gets the p-th
-of P consecutive parts of these, so that the rows of all processes in turn are the batch of a single
-one, and a run that starts at `start_step` sees what the uninterrupted run would: no iterator state
-is ever saved.
-A transform draws from a generator that depends on the seed and the element's position alone.
+The source is shuffled anew in each epoch and repeated endlessly: the seed determines one infinite
+sequence of items. With batch size B, step k uses the items k B ... (k + 1) B - 1, and process p of
+P reads the p-th of P equal consecutive parts of them. So all processes together read the batch that
+a single process would read, and a run that starts at `start_step` sees the same batches as an
+uninterrupted run, without any saved iterator state. The random numbers of a transform depend only
+on the seed and on the item's position in the sequence.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
+from cheapscale.data.augment import random_flip
+
 Item = dict[str, Any]
+Batch = dict[str, np.ndarray]
 Transform = Callable[[Item, np.random.Generator], Item]
+PREFETCH = 2  # batches prepared ahead; Grain's default would keep 500 of them in memory
 
 
 def batches(
     source: Sequence[Item],
+    start_step: int = 0,
     *,
     batch_size: int,
     seed: int,
-    start_step: int = 0,
-    shuffle: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    process: tuple[int, int] = (0, 1),
     transform: Transform | None = None,
     num_threads: int = 1,
-    prefetch: int = 2,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches {name: [batch_size / process_count, ...]} from step `start_step` on.
+) -> Iterator[Batch]:
+    """Endless batches {name: [batch_size / process count, ...]} from `start_step` on.
 
-    source: random access to dicts of arrays and numbers of equal shapes. batch_size: global.
-    num_threads, prefetch: batches made at the same time and ahead of use; results do not depend on
-    them. 0 threads makes each batch when asked.
+    source: items with the same names and shapes, by index. batch_size: global, summed over the
+    processes. process: (index, count) of the calling process. num_threads: number of batches
+    prepared in parallel; 0 prepares each batch on demand. It does not change the batches.
     """
-    if len(source) == 0:
-        raise ValueError("the source is empty: there is nothing to batch")
-    if batch_size < 1 or batch_size > len(source):
+    index, count = process
+    if not 1 <= batch_size <= len(source):
         raise ValueError(
             f"batch_size {batch_size} must lie between 1 and the {len(source)} items of the "
-            "source: lower it or use more data"
+            "source: use more data, or lower it (batch_size=8 among the words of --arg, say)"
         )
-    if batch_size % process_count:
+    if batch_size % count:
         raise ValueError(
-            f"batch_size {batch_size} is not divisible by {process_count} processes: "
-            f"use a multiple of {process_count}"
+            f"batch_size {batch_size} is not divisible by {count} processes: use a multiple of "
+            f"{count}"
         )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is outside 0..{process_count - 1}")
-    if start_step < 0:
-        raise ValueError(f"start_step must not be negative, got {start_step}")
-    elements = grain.MapDataset.source(source).seed(seed)
-    if shuffle:
-        elements = elements.shuffle()
-    elements = elements.repeat()
+    items = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if transform is not None:
-        elements = elements.random_map(transform)
-    parts = elements.batch(batch_size // process_count, drop_remainder=True)
-    steps = parts[process_index::process_count][start_step:]
-    # Elements are whole batches here: grain's default buffer would hold 500 of them.
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+        items = items.random_map(transform)
+    # Cut the sequence into per-process batches: number k * count + index is step k of process
+    # `index`. Slicing is lazy, so a late `start_step` costs nothing.
+    parts = items.batch(batch_size // count, drop_remainder=True)
+    steps = parts[index::count][start_step:]
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=PREFETCH)
     return iter(steps.to_iter_dataset(options))
 
 
-def gather(source: Sequence[Item], ids: Iterable[int]) -> dict[str, np.ndarray]:
-    """The items with these indices as one batch {name: [n, ...]}; for jobs and evaluation."""
-    items = [source[int(i)] for i in ids]
-    if not items:
-        raise ValueError("cannot gather a batch of no items")
-    return {name: np.stack([item[name] for item in items]) for name in items[0]}
+def training_batches(source: Sequence[Item], start_step: int, **options) -> Iterator[Batch]:
+    """`batches` without the ids and flips of the items, which are not inputs of a network."""
+    # A generator expression evaluates `batches(...)` immediately, so its errors are raised here
+    # and not at the first `next`.
+    return (
+        {name: rows for name, rows in batch.items() if name not in ("id", "flip")}
+        for batch in batches(source, start_step, **options)
+    )
+
+
+def stream(
+    config, source: Sequence[Item], transform: Transform | None = None, *, process: tuple[int, int]
+) -> Callable[[int], Iterator[Batch]]:
+    """The function batches(start_step) of a stage that trains on images, from its config."""
+    return functools.partial(
+        training_batches,
+        source,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process=process,
+        transform=transform,
+        num_threads=config.data.num_threads,
+    )
+
+
+def pair_and_real_batches(
+    source: Sequence[Item],
+    pairs: Sequence[Item],
+    start_step: int,
+    *,
+    seed: int,
+    flips: bool,
+    **options,
+) -> Iterator[dict[str, Batch]]:
+    """{"pair": {image, z, label}, "real": {image, label}}: PaGoDA's two independent batches.
+
+    pairs: `InvertedPairs` or `SampledPairs`, for L_rec. source: all images, also those without a
+    pair, for the discriminator. options: batch_size, process and num_threads of `batches`.
+    """
+    transform = random_flip if flips else None
+    pair = training_batches(pairs, start_step, seed=seed, **options)
+    # Another seed makes the real images independent of the images in the pairs.
+    real = training_batches(source, start_step, seed=seed + 1, transform=transform, **options)
+    return ({"pair": p, "real": r} for p, r in zip(pair, real))

@@ -1,17 +1,17 @@
-"""The one downsampling operator: teacher, inversion, growth pairs and super-resolution share it.
+"""The one downsampling operator, which all modules use to make a smaller image.
 
-PaGoDA pairs an image with the latent of its downsampled self, so whatever operator is chosen has
-to be the same wherever a smaller image is made (Kim et al. 2024, section 1 of their code base;
-rule: x_lo and x_hi come from the same original file). For an image of short side s and a target R:
+PaGoDA pairs an image at high resolution with the latent of its downsampled version (arXiv
+2405.14822, section 3), so both must be made from one file by one operator. For an image of short
+side s and a target R:
 
-    s = k R, k a whole number   centre crop to s x s, then the mean of every k x k block, in float
-    otherwise                   halve with PIL's BOX while the short side is >= 2 R, then PIL's
-                                BICUBIC until it is R, then centre crop R x R
+    s = k R, k an integer   centre crop to s x s, then the mean of every k x k block, in float
+    otherwise               halve with PIL's BOX while the short side is >= 2 R, then resize with
+                            PIL's BICUBIC to short side R, then centre crop to R x R
 
-The block mean composes: downsample(downsample(x, 4R), R) = downsample(x, R). The chain runs in
-float, and for 8-bit input is rounded once, at its end, to the 8-bit grid; block means are not.
-(PIL on bytes rounds up at each halving, which makes images half a level brighter each time.)
-EXIF orientation is not applied, as in the reference pipelines.
+Block means compose: downsample(downsample(x, 4R), R) = downsample(x, R). The second case computes
+in float and rounds 8-bit input once, at its end: PIL on bytes rounds half levels up at each
+halving, which makes images brighter each time. EXIF orientation is ignored, as in the code of ADM
+and EDM.
 """
 
 from typing import Any
@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Array = Any  # NumPy or jax: area_mean uses methods that both have
+Array = Any  # NumPy or JAX: area_mean uses methods that both have
 
-# Names the operator in fingerprints and latent manifests: change it whenever a pixel can change.
+# This name of the operator is part of fingerprints and manifests: change it with any pixel.
 RESIZE_ID = "area-mean|box-bicubic-crop/1"
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
-    """Any PIL image, or a uint8 array [h, w], [h, w, 1 | 3 | 4] -> uint8 [h, w, 3].
+    """uint8 [h, w, 3] from any PIL image, or from a uint8 array [h, w] or [h, w, 1 | 3 | 4].
 
-    Transparency is composited on white; 16-bit grey is scaled to 8 bits.
+    Transparent images are composed over white; 16-bit grey is scaled to 8 bits.
     """
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
@@ -40,7 +40,7 @@ def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
             )
         image = Image.fromarray(pixels)
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-        deep = np.asarray(image).astype(np.float64) / 257.0
+        deep = np.asarray(image).astype(np.float64) / 257.0  # 65535 = 257 * 255
         image = Image.fromarray(np.clip(np.rint(deep), 0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -50,7 +50,7 @@ def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def area_mean(x: Array, resolution: int) -> Array:
-    """Mean over square blocks: [..., k R, k R, c] float -> [..., R, R, c]; NumPy or jax arrays."""
+    """Block means of [..., k R, k R, c] float, as [..., R, R, c]; takes NumPy or JAX arrays."""
     *lead, height, width, channels = x.shape
     if height != width or height % resolution:
         raise ValueError(
@@ -61,24 +61,23 @@ def area_mean(x: Array, resolution: int) -> Array:
     if k == 1:
         return x
     blocks = x.reshape(*lead, resolution, k, resolution, k, channels)
-    if isinstance(x, np.ndarray):  # float32 running sums of large blocks lose 1e-5
+    if isinstance(x, np.ndarray):  # NumPy's float32 sums over large blocks err by 1e-5
         return blocks.mean(axis=(-4, -2), dtype=np.float64).astype(x.dtype)
     return blocks.mean(axis=(-4, -2))
 
 
 def downsample(image: np.ndarray, resolution: int, *, allow_upscale: bool = False) -> np.ndarray:
-    """One image [h, w, c], uint8 or float in [-1, 1] -> float32 [R, R, c] in [-1, 1].
+    """float32 [R, R, c] in [-1, 1] from one image [h, w, c], uint8 or float in [-1, 1].
 
-    Refuses an image whose short side is below `resolution` unless `allow_upscale` (bicubic).
+    Raises ValueError if the short side is below R, unless `allow_upscale` permits bicubic
+    enlargement.
     """
-    if resolution < 1:
-        raise ValueError(f"resolution must be at least 1, got {resolution}")
     height, width, _ = image.shape
     short = min(height, width)
     if short < resolution and not allow_upscale:
         raise ValueError(
             f"an image of {height}x{width} is smaller than resolution {resolution}: "
-            "lower the resolution or set allow_upscale=True"
+            "lower data.resolution or set data.options.allow_upscale=True"
         )
     eight_bit = image.dtype == np.uint8
     if short % resolution:
@@ -89,7 +88,7 @@ def downsample(image: np.ndarray, resolution: int, *, allow_upscale: bool = Fals
     square = _centre_crop(image, short)
     if not eight_bit:
         return area_mean(square.astype(np.float32, copy=False), resolution)
-    # Block sums of bytes are whole numbers, so the mean is exact up to one float32 rounding.
+    # Block sums of bytes are exact integers, so the mean is rounded to float32 only once.
     k = short // resolution
     blocks = square.reshape(resolution, k, resolution, k, -1)
     sums = blocks.sum(axis=(1, 3), dtype=np.uint32) if k > 1 else square
@@ -97,12 +96,13 @@ def downsample(image: np.ndarray, resolution: int, *, allow_upscale: bool = Fals
 
 
 def _centre_crop(image: np.ndarray, side: int) -> np.ndarray:
+    """The central side x side part of an image [h, w, c]."""
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
     return image[top : top + side, left : left + side]
 
 
 def _chain(image: np.ndarray, resolution: int) -> np.ndarray:
-    """BOX halvings, then BICUBIC, then the centre crop; float32 planes, so nothing rounds."""
+    """BOX halvings, BICUBIC and the centre crop; on float32 planes, which PIL does not round."""
     height, width, channels = image.shape
     planes = [Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(channels)]
     while min(width, height) >= 2 * resolution:

@@ -1,23 +1,23 @@
-"""Procedural captioned pictures with exact ground truth: the data set that is always at hand.
+"""Procedural captioned pictures with exact ground truth: a data set that needs no download.
 
-A scene is a plain ground and one to three objects that do not overlap. The first object is the
-main one: it is larger than the others and its shape is the label. Each object has a shape, a
-colour, a texture, perhaps an outline, a position, a size and a tilt, all independent of each
-other: nothing but the shape itself gives the label away.
+A scene is a plain ground and one to three objects that do not overlap. The first is the main
+object: it is larger than the others, and its shape is the label. Each object has a shape, a
+colour, a texture, a position, a size, a tilt and sometimes an outline. These attributes are
+independent, so that only the shape itself reveals the label.
 
-`scene(seed, split, index)` is a pure function; the splits draw from disjoint random streams. It
-uses uniform doubles only, whose stream NumPy keeps stable over its versions.
+`scene(seed, split, index)` is a pure function. It draws uniform doubles only, because NumPy keeps
+their stream stable over its versions.
 
-Detail lives at chosen scales. Silhouettes are readable from 8 px; textures have periods of 1/22
-to 1/15 of the side, so that they average out at 8 and 16 px and resolve from about 64 px; outlines
-are 1/64 of the side wide. Growing a base of 8 or 16 px by 4 to 8 has something to add. A small
-convolutional classifier (8,000 images, 900 steps) named the shape of 85 % of test images at 8 px
-and 92 % at 16 px.
+The scales of detail are chosen so that growing a base of 8 or 16 px by 4 to 8 times adds visible
+content. Silhouettes are readable from 8 px. Textures have periods of 1/22 to 1/15 of the side: they
+average out at 8 and 16 px and resolve from about 64 px. Outlines are 1/64 of the side wide. A small
+convolutional classifier (8,000 images, 900 steps) recognised the shape in 85 % of the test images
+at 8 px and in 92 % at 16 px.
 
-Drawing is exact area sampling on one lattice of 512 x 512 points: every point belongs to exactly
-one material (ground, body, accent, ink) and a pixel is the mean of its points. As coverages are
-counted in whole numbers, the picture at R is the block mean of the picture at any multiple of R up
-to float32 rounding. Objects do not overlap, so a picture is linear in the coverages:
+At every resolution R a picture is sampled on the same lattice of 512 x 512 points. Each point has
+exactly one material (ground, body, accent, ink), and a pixel is the mean of its points. Coverages
+are integer counts, so the picture at R is the block mean of the picture at any multiple of R, up to
+float32 rounding. Objects do not overlap, so a picture is linear in the coverages:
 
     image = ground + sum over objects and materials of coverage * (colour of material - ground)
 """
@@ -34,7 +34,7 @@ SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "ba
 TEXTURES = ("plain", "striped", "checked", "dotted")
 SPLITS = {"train": 0, "test": 1}  # name -> random stream
 
-# name -> (body, accent), 8-bit RGB; the accent is a tint of the body, so that hue survives blur.
+# name -> (body, accent), 8-bit RGB. The accent is a tint of the body, so that blur keeps the hue.
 COLOURS = {
     "red": ((212, 42, 46), (255, 188, 178)),
     "orange": ((241, 134, 22), (255, 226, 178)),
@@ -57,13 +57,13 @@ MAIN_SIZE = (0.48, 0.66)  # diameters of the circumscribed circle, in sides of t
 SMALL_SIZE = (0.18, 0.27)
 TEXTURE_PERIOD = (1 / 22, 1 / 15)
 OUTLINE = 1 / 64
-TILT = math.pi / 10  # shapes lean at most this far either way, so "bar" or "square" stay readable
-BORDER = 0.02  # objects keep this distance from the edge, and half of it from each other
+TILT = math.pi / 10  # largest tilt in radians; beyond it a square looks like another shape
+BORDER = 0.02  # least distance of objects from the edge; half of it separates objects
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneObject:
-    """One object. Unit coordinates: x to the right, y downwards, the image is [0, 1] x [0, 1]."""
+    """One object. Coordinates: x points right, y down, and the image is [0, 1] x [0, 1]."""
 
     shape: str
     colour: str
@@ -76,18 +76,10 @@ class SceneObject:
     texture_angle: float  # radians
     texture_period: float  # fraction of the side
 
-    def body_point(self) -> tuple[float, float]:
-        """A point well inside the object: its centre, or its band where the centre is hollow."""
-        offset = {"ring": (-0.76, 0.0), "crescent": (-0.68, 0.0)}.get(self.shape, (0.0, 0.0))
-        c, s, r = math.cos(self.angle), math.sin(self.angle), self.size / 2
-        return self.x + r * (c * offset[0] - s * offset[1]), self.y + r * (
-            s * offset[0] + c * offset[1]
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A ground and its objects, the main one first."""
+    """A ground and its objects, the main object first."""
 
     ground: str
     objects: tuple[SceneObject, ...]
@@ -127,7 +119,7 @@ def scene(seed: int, split: str, index: int) -> Scene:
 
 
 def _place(objects: list[SceneObject], size: float, between) -> tuple[float, float]:
-    """A centre whose circle touches no other: the first of 16 tries, else the freest corner."""
+    """A centre for a circle that touches no other: the first of 16 random ones, else a corner."""
     low = BORDER + size / 2
     tries = [(between(low, 1 - low), between(low, 1 - low)) for _ in range(16)]
 
@@ -140,20 +132,20 @@ def _place(objects: list[SceneObject], size: float, between) -> tuple[float, flo
     for point in tries:
         if clearance(point) >= BORDER / 2:
             return point
-    # The sizes leave one corner free whatever the main and the second object do.
+    # The ranges of sizes ensure that a corner is free for any position of the earlier objects.
     return max(((a, b) for a in (low, 1 - low) for b in (low, 1 - low)), key=clearance)
 
 
 def label(picture: Scene) -> int:
-    """The class: which of SHAPES the main object is."""
+    """The class: the main object's index in SHAPES."""
     return SHAPES.index(picture.objects[0].shape)
 
 
 def caption(picture: Scene) -> str:
-    """For example "a red striped disc left of a small blue square and above a small pink bar".
+    """A text such as "a red striped disc left of a small blue square and above a small pink bar".
 
-    Relations are those of the main object to each of the others, along the longer axis of their
-    distance.
+    It gives the position of the main object relative to each other one, along the axis on which
+    their centres are further apart.
     """
     main, *others = picture.objects
     text = _noun_phrase(main)
@@ -163,7 +155,7 @@ def caption(picture: Scene) -> str:
 
 
 def relation(a: SceneObject, b: SceneObject) -> str:
-    """Where a is as seen from b: "left of", "right of", "above" or "below"."""
+    """The position of a relative to b: "left of", "right of", "above" or "below"."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -178,16 +170,16 @@ def _noun_phrase(o: SceneObject, *size: str) -> str:
 
 
 def check_resolution(resolution: int) -> None:
-    """Refuses a resolution that does not divide the lattice."""
+    """Raise ValueError for a resolution that does not divide the lattice."""
     if resolution < 1 or LATTICE % resolution:
         raise ValueError(
-            f"scenes are drawn at resolutions that divide {LATTICE}, not at {resolution}: "
-            f"choose a power of two up to {LATTICE}"
+            f"scenes are drawn at resolutions that divide {LATTICE}, not at {resolution}: set "
+            f"data.resolution to a power of two up to {LATTICE}"
         )
 
 
 def draw(picture: Scene, resolution: int) -> np.ndarray:
-    """float32 [R, R, 3] in [-1, 1]; R has to divide 512."""
+    """The picture of a scene, float32 [R, R, 3] in [-1, 1]; R has to divide 512."""
     check_resolution(resolution)
     k = LATTICE // resolution
     ground, ink = (_unit(rgb) for rgb in GROUNDS[picture.ground])
@@ -195,7 +187,7 @@ def draw(picture: Scene, resolution: int) -> np.ndarray:
     image[:] = ground
     for o in picture.objects:
         body, accent = (_unit(rgb) for rgb in COLOURS[o.colour])
-        # Lattice points of the bounding box: the same ones at every resolution, bit for bit.
+        # The bounding box is in lattice points, so it is the same at every resolution.
         columns, rows = (_points(centre, o.size / 2) for centre in (o.x, o.y))
         dx = ((np.arange(*columns, dtype=np.float32) + 0.5) / LATTICE - o.x)[None, :]
         dy = ((np.arange(*rows, dtype=np.float32) + 0.5) / LATTICE - o.y)[:, None]
@@ -208,6 +200,7 @@ def draw(picture: Scene, resolution: int) -> np.ndarray:
         if o.texture != "plain":
             pattern = inside & _pattern(o, dx, dy)
             parts.append((pattern & ~rim if o.outlined else pattern, accent - body))
+        # The pixels that the box touches; -(-a // b) is a / b rounded up.
         window = image[rows[0] // k : -(-rows[1] // k), columns[0] // k : -(-columns[1] // k)]
         for mask, difference in parts:
             window += _coverage(mask, rows[0] % k, columns[0] % k, k)[..., None] * difference
@@ -215,18 +208,21 @@ def draw(picture: Scene, resolution: int) -> np.ndarray:
 
 
 def _unit(rgb: tuple[int, int, int]) -> np.ndarray:
+    """An 8-bit colour as float32 in [-1, 1]."""
     return np.asarray(rgb, np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
 def _points(centre: float, radius: float) -> tuple[int, int]:
-    """First and one past the last lattice point of an interval."""
+    """(first, last + 1): the lattice points of an interval."""
     first, last = math.floor((centre - radius) * LATTICE), math.ceil((centre + radius) * LATTICE)
     return max(first, 0), min(last, LATTICE)
 
 
 def _coverage(mask: np.ndarray, top: int, left: int, k: int) -> np.ndarray:
-    """Share of each pixel's k x k lattice points in the mask, which starts at (top, left) within
-    its first pixel. The counts are whole numbers: exact."""
+    """The share of each pixel's k x k lattice points in the mask, by counting them exactly.
+
+    The mask starts at (top, left) within its first pixel.
+    """
     if k == 1:
         return mask.astype(np.float32)
     height, width = mask.shape
@@ -239,7 +235,7 @@ def _coverage(mask: np.ndarray, top: int, left: int, k: int) -> np.ndarray:
 
 
 def _depth(o: SceneObject, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Distance to the object's edge in sides of the image, positive inside."""
+    """The distance to the object's edge in sides of the image, positive inside."""
     r = np.float32(o.size / 2)
     c, s = np.float32(math.cos(o.angle)), np.float32(math.sin(o.angle))
     u, v = (c * dx + s * dy) / r, (c * dy - s * dx) / r
@@ -247,7 +243,7 @@ def _depth(o: SceneObject, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
 
 
 def _pattern(o: SceneObject, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Where the accent colour goes, as far as the texture is concerned."""
+    """The points where the texture has the accent colour; it extends beyond the object."""
     c, s = np.float32(math.cos(o.texture_angle)), np.float32(math.sin(o.texture_angle))
     period = np.float32(o.texture_period)
     u = (c * dx + s * dy) / period
@@ -288,8 +284,9 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.float32(ny) - (u * np.float32(nx) + v * np.float32(ny))
 
 
-# Depth below the edge for shapes inscribed in the unit circle; u right, v down. A bound of the
-# Euclidean distance inside, exact away from corners, which is what an outline needs.
+# Signed depth below the edge, for shapes inscribed in the unit circle; u points right, v down.
+# Inside, it is at most the Euclidean distance to the edge, and equal to it away from corners,
+# which is accurate enough for drawing an outline.
 SHAPE_DEPTH = {
     "disc": lambda u, v: 1 - np.hypot(u, v),
     "ring": lambda u, v: np.float32(0.24) - np.abs(np.hypot(u, v) - np.float32(0.76)),

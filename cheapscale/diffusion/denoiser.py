@@ -1,235 +1,299 @@
-"""From a raw network F to a denoiser D, the loss that trains it, and the one-step generator.
+"""From a raw network F to a denoiser D(x; sigma): two noise processes, and the loss that trains D.
 
-    F(x_in, noise, **cond)    raw network: x_in [b, h, w, c] scaled to order one, noise [b] feature
-    D(x, sigma, **cond)       denoiser: x = x0 + sigma eps at EDM's scale, sigma scalar or [b];
-                              returns the estimate of x0, in x's shape and dtype
+    F(x_in, c_noise, **cond)   raw network: x_in [b, h, w, c] of about unit scale, c_noise [b]
+    D(x, sigma, **cond)        denoiser: x = x0 + sigma eps at EDM's scale, sigma scalar or [b];
+                               returns its estimate of x0 in x's shape and dtype
 
-EDM preconditioning (Karras et al. 2022, Table 1; s = sigma, sd = sigma_data):
-
-    (1)  D(x; s) = c_skip x + c_out F(c_in x, noise(s))
-    (2)  c_skip = sd^2 / (s^2 + sd^2),  c_out = s sd c_in,  c_in = 1 / sqrt(s^2 + sd^2)
-    (3)  L = E[ (s^2 + sd^2) / (s sd)^2  mean_pixels (D(x0 + s eps; s) - x0)^2 ],
-         ln s ~ N(P_mean, P_std^2)
-
-Networks of the variance-preserving family see x_vp = alpha x with alpha = 1 / sqrt(1 + s^2) and
-predict eps, x0 or v = alpha eps - sqrt(1 - alpha^2) x0 (Salimans & Ho 2022):
-
-    (4)  eps:  D = x - s F        x0:  D = F        v:  D = alpha^2 x - alpha s F
-
-PaGoDA's one-step generator (Kim et al. 2024, stage 2) is the raw network at the top of the range,
-
-    (5)  G(z) = F(z / sqrt(smax^2 + sd^2), noise(smax)),
-
-with neither c_skip nor c_out: a freshly copied teacher is about twice its denoised mean, because
-c_out(80) = 0.49999 for sd = 0.5.
+`EDM` and `VP` hold plain numbers, so they can be compared, hashed and stored in a checkpoint. Both
+offer the same methods, so other code does not need to know which of the two it has.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.special import ndtr
 
-from cheapscale.diffusion import process
+from cheapscale.diffusion.noise import (
+    SPACINGS,
+    VPSchedule,
+    karras_grid,
+    noise_feature,
+    over_pixels,
+    vp_schedule,
+)
 
 Denoiser = Callable[..., jax.Array]
 Network = Callable[..., jax.Array]
 
+EDM_NODES = 40  # PaGoDA inverts on 40 nodes (arXiv 2405.14822, section 5.1)
+
 
 class Preconditioning(NamedTuple):
-    c_skip: jax.Array
-    c_out: jax.Array
-    c_in: jax.Array
+    c_skip: Any
+    c_out: Any
+    c_in: Any
 
 
 def preconditioning(sigma: Any, sigma_data: float) -> Preconditioning:
-    """Equation (2) at `sigma`, elementwise."""
+    """EDM's coefficients at `sigma`, elementwise (Karras et al. 2022, Table 1)."""
     total = sigma**2 + sigma_data**2
     return Preconditioning(
         c_skip=sigma_data**2 / total, c_out=sigma * sigma_data / total**0.5, c_in=1 / total**0.5
     )
 
 
-def edm(
-    F: Network,
-    sigma_data: float = 0.5,
-    feature: str = "edm",
-    dtype: Any = None,
-    noise_shift: float = 1.0,
-) -> Denoiser:
-    """EDM-preconditioned denoiser, equation (1).
+class _OneStepAndGrids:
+    """Methods that both processes share: PaGoDA's one-step generator and its inversion grid."""
 
-    Args:
-        feature: kind of noise feature F was built for, see `process.noise_feature`.
-        dtype: precision F is called in; by default x's. The state outside keeps its own, so that a
-            float64 (or float32) ODE can be solved with a float32 (or bfloat16) network.
-        noise_shift: F is told sigma / noise_shift, while c_skip, c_out and c_in follow sigma: how a
-            larger canvas keeps a base model's schedule in block means (MegaFusion, 2408.11001).
-    """
-    _check_feature(feature)
+    sigma_min: float
+    sigma_max: float
+    rho: float
+    inputs: Callable[..., tuple[jax.Array, jax.Array]]
 
-    def denoise(x: jax.Array, sigma: Any, **cond: Any) -> jax.Array:
+    def one_step(self, F: Network, z: jax.Array, *, feature: str = "", **cond: Any) -> jax.Array:
+        """PaGoDA's generator G(z) = F(c_in z, c_noise(sigma_max)): images of z [b, ...] at scale
+        sigma_max (Kim et al. 2024, arXiv 2405.14822, section 3.2).
+
+        G is the raw network F at the highest noise level; the published code applies neither c_skip
+        nor c_out. Since c_out(80) = 0.49999 for sigma_data = 0.5, a freshly copied teacher returns
+        about twice its denoised mean.
+        """
+        return F(*self.inputs(z, self.sigma_max, feature), **cond)
+
+    def inversion_grid(self, nodes: int) -> np.ndarray:
+        """float64 [nodes]: Karras levels, ascending from sigma_min, where inversion starts."""
+        return karras_grid(nodes, self.sigma_min, self.sigma_max, self.rho)[::-1].copy()
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM(_OneStepAndGrids):
+    """EDM's noise process (Karras et al. 2022, arXiv 2206.00364) with PaGoDA's range of sigma."""
+
+    process: str = "edm"
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    sigma_data: float = 0.5
+    P_mean: float = -1.2
+    P_std: float = 1.2
+
+    def denoise(
+        self,
+        F: Network,
+        x: jax.Array,
+        sigma: Any,
+        *,
+        feature: str = "edm",
+        noise_shift: float = 1.0,
+        **cond: Any,
+    ) -> jax.Array:
+        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (Karras et al. 2022, Eq. 7).
+
+        Args:
+            x: [b, ...] at EDM's scale. sigma: scalar or [b].
+            feature: the kind of c_noise that F was built for, see `noise.noise_feature`.
+            noise_shift: F is conditioned on sigma / noise_shift, while c_skip, c_out and c_in
+                follow sigma. Larger canvases use it to shift the schedule (MegaFusion, arXiv
+                2408.11001).
+        """
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
-        c_skip, c_out, _ = preconditioning(sigma, sigma_data)
-        x_in, noise = edm_inputs(x, sigma, sigma_data, feature, noise_shift)
-        F_x = _call(F, x_in, noise, dtype, cond)
-        return process.over_pixels(c_skip, x) * x + process.over_pixels(c_out, x) * F_x
+        # c_in gives F an input, and c_out a target, of unit variance at every sigma.
+        c_skip, c_out, c_in = (over_pixels(c, x) for c in preconditioning(sigma, self.sigma_data))
+        c_noise = noise_feature(feature, sigma / noise_shift)
+        return c_skip * x + c_out * F(c_in * x, c_noise, **cond)
 
-    return denoise
-
-
-def edm_inputs(
-    x: jax.Array, sigma: Any, sigma_data: float, feature: str, noise_shift: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
-    """What F is given for x [b, ...] at sigma (scalar or [b]): (c_in x, noise feature [b])."""
-    sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
-    c_in = preconditioning(sigma, sigma_data).c_in
-    return process.over_pixels(c_in, x) * x, process.noise_feature(feature, sigma / noise_shift)
-
-
-def vp_inputs(
-    x: jax.Array, sigma: Any, schedule: process.VPSchedule, noise_shift: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
-    """The same of a variance-preserving network: (alpha x, fractional time [b])."""
-    sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
-    time = schedule.time_of_sigma(sigma / noise_shift).astype(x.dtype)
-    return process.to_vp(x, sigma), time
-
-
-def check_prediction(prediction: str) -> None:
-    """Refuse what no network of a VP process returns."""
-    if prediction not in ("eps", "x0", "v"):
-        raise ValueError(f"unknown prediction {prediction!r}: choose 'eps', 'x0' or 'v'")
-
-
-def vp_denoiser(
-    F: Network,
-    schedule: process.VPSchedule,
-    prediction: str = "eps",
-    feature: str = "time",
-    dtype: Any = None,
-    noise_shift: float = 1.0,
-) -> Denoiser:
-    """A variance-preserving network behind the same D(x; sigma), equation (4).
-
-    Args:
-        prediction: what F returns: "eps", "x0" or "v".
-        feature: "time" feeds the (fractional) table index of sigma, as networks trained on a
-            discrete schedule expect; or a kind of `process.noise_feature`.
-        dtype, noise_shift: as in `edm`.
-    """
-    check_prediction(prediction)
-    if feature != "time":
-        _check_feature(feature)
-
-    def denoise(x: jax.Array, sigma: Any, **cond: Any) -> jax.Array:
+    def inputs(self, x: jax.Array, sigma: Any, feature: str) -> tuple[jax.Array, jax.Array]:
+        """(c_in x, c_noise [b]): the inputs of F inside `denoise`."""
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
-        x_in, noise = vp_inputs(x, sigma, schedule, noise_shift)
-        if feature != "time":
-            noise = process.noise_feature(feature, sigma / noise_shift)
-        F_x = _call(F, x_in, noise, dtype, cond)
-        if prediction == "x0":
+        c_in = preconditioning(sigma, self.sigma_data).c_in
+        return over_pixels(c_in, x) * x, noise_feature(feature, sigma)
+
+    def weight(self, sigma: Any) -> Any:
+        """The weight of the squared error at `sigma`: 1 / c_out^2 (Karras et al. 2022, Table 1)."""
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+    def draw_sigma(
+        self,
+        key: jax.Array,
+        n: int,
+        low: float = 0.0,
+        high: float = np.inf,
+        antithetic: bool = False,
+    ) -> jax.Array:
+        """[n] training levels: ln sigma ~ N(P_mean, P_std^2), restricted to low < sigma <= high.
+
+        antithetic: the second half of the draws mirrors the first, at opposite quantiles.
+        """
+        check_interval(low, high)
+        with np.errstate(divide="ignore"):  # low = 0 gives the quantile's end a = -inf
+            a, b = (np.log([low, high]) - self.P_mean) / self.P_std
+        # Invert the distribution function from the nearer tail: near 1 float32 has too few values.
+        side = -1.0 if -a < b else 1.0
+        a, b = ndtr(np.sort([side * a, side * b]))
+        quantile = a + (b - a) * _uniform(key, n, antithetic)
+        return jnp.exp(self.P_mean + side * self.P_std * jax.scipy.special.ndtri(quantile))
+
+    def grid(self, steps: int, spacing: str = "karras") -> np.ndarray:
+        """float64 [steps + 1]: `steps` Karras levels, descending, and a final 0."""
+        if spacing != "karras":
+            raise ValueError(
+                f"{spacing!r} names times of a VP schedule, but this model's process is edm: use "
+                "the spacing 'karras'"
+            )
+        return np.append(karras_grid(steps, self.sigma_min, self.sigma_max, self.rho), 0.0)
+
+    def levels(self) -> np.ndarray:
+        """float64 [40], ascending: the levels that step-adaptive training divides into groups."""
+        return self.inversion_grid(EDM_NODES)
+
+
+@dataclasses.dataclass(frozen=True)
+class VP(_OneStepAndGrids):
+    """A variance-preserving process: the network reads x_vp = alpha x and a time, D as in EDM."""
+
+    process: str = "linear"
+    prediction: str = "eps"
+    sigma_min: float = 0.02
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    sigma_data: float = 0.5
+    num_steps: int = 1000
+
+    def __post_init__(self):
+        if self.prediction not in ("eps", "x0", "v"):
+            raise ValueError(f"unknown prediction {self.prediction!r}: choose 'eps', 'x0' or 'v'")
+        table = self.schedule.sigmas
+        if not table[0] <= self.sigma_min < self.sigma_max <= table[-1]:
+            raise ValueError(
+                f"diffusion.sigma_min {self.sigma_min} and sigma_max {self.sigma_max} leave the "
+                f"{self.process} schedule, whose sigmas run from {table[0]:.7g} to "
+                f"{table[-1]:.7g}: set them inside it, as 0.02 and 80"
+            )
+
+    @property
+    def schedule(self) -> VPSchedule:
+        """The process's table."""
+        return vp_schedule(self.process, self.num_steps)
+
+    def denoise(
+        self,
+        F: Network,
+        x: jax.Array,
+        sigma: Any,
+        *,
+        feature: str = "time",
+        noise_shift: float = 1.0,
+        **cond: Any,
+    ) -> jax.Array:
+        """D(x; sigma) of a network that predicts eps, x0 or v (Salimans & Ho 2022).
+
+        F receives the (fractional) time of sigma / noise_shift. `feature` has no effect; it keeps
+        the signature equal to that of `EDM.denoise`.
+        """
+        del feature
+        sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
+        alpha = 1 / jnp.sqrt(1 + sigma**2)  # sqrt(alpha_bar) of the level
+        time = self.schedule.time_of_sigma(sigma / noise_shift).astype(x.dtype)
+        F_x = F(over_pixels(alpha, x) * x, time, **cond)
+        # x0, eps and v are linear in one another given x_vp, so D needs no further network call.
+        if self.prediction == "x0":
             return F_x
-        if prediction == "eps":
-            return x - process.over_pixels(sigma, x) * F_x
+        if self.prediction == "eps":  # x = x0 + sigma eps
+            return x - over_pixels(sigma, x) * F_x
+        # v = alpha eps - sqrt(1 - alpha^2) x0, in terms of x = x_vp / alpha
+        return over_pixels(alpha**2, x) * x - over_pixels(alpha * sigma, x) * F_x
+
+    def inputs(self, x: jax.Array, sigma: Any, feature: str) -> tuple[jax.Array, jax.Array]:
+        """(alpha x, time [b]): the inputs of F inside `denoise`."""
+        del feature
+        sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
         alpha = 1 / jnp.sqrt(1 + sigma**2)
-        return process.over_pixels(alpha**2, x) * x - process.over_pixels(alpha * sigma, x) * F_x
+        return over_pixels(alpha, x) * x, self.schedule.time_of_sigma(sigma).astype(x.dtype)
 
-    return denoise
+    def weight(self, sigma: Any) -> Any:
+        """1 / sigma^2, which makes the loss DDPM's mean (eps_hat - eps)^2 (Ho et al., Eq. 14)."""
+        return 1 / sigma**2
+
+    def draw_sigma(
+        self,
+        key: jax.Array,
+        n: int,
+        low: float = 0.0,
+        high: float = np.inf,
+        antithetic: bool = False,
+    ) -> jax.Array:
+        """[n] training levels: times uniform over the table's entries with low < sigma <= high.
+
+        antithetic: the second half of the draws mirrors the first, t' = first + last - t.
+        """
+        check_interval(low, high)
+        table = self.schedule.sigmas
+        # The tolerance keeps an interval end that is itself a table entry on the right side.
+        inside = np.flatnonzero((table > low * (1 + 1e-9)) & (table <= high * (1 + 1e-9)))
+        if not len(inside):
+            raise ValueError(f"no sigma of the {self.process} schedule lies in ({low}, {high}]")
+        t = inside[0] + jnp.floor(_uniform(key, n, antithetic) * len(inside)).astype(jnp.int32)
+        return jnp.asarray(table, jnp.float32)[jnp.minimum(t, inside[-1])]
+
+    def grid(self, steps: int, spacing: str = "karras") -> np.ndarray:
+        """float64, descending, ending in 0: Karras levels from sigma_max, or times of the schedule,
+        which start near the end of its table and ignore sigma_max (`VPSchedule.grid`)."""
+        if spacing == "karras":
+            return np.append(karras_grid(steps, self.sigma_min, self.sigma_max, self.rho), 0.0)
+        if spacing not in SPACINGS:
+            raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
+        return self.schedule.grid(steps, spacing=spacing)
+
+    def levels(self) -> np.ndarray:
+        """float64 [T], ascending: the sigmas of the table."""
+        return self.schedule.sigmas
 
 
-def one_step(
-    F: Network,
-    z: jax.Array,
-    sigma_max: float = 80.0,
-    sigma_data: float = 0.5,
-    feature: str = "edm",
-    dtype: Any = None,
-    **cond: Any,
+Process = EDM | VP
+
+
+def process_from(fields: dict) -> Process:
+    """The noise process of a config's or checkpoint's `diffusion` fields.
+
+    Raises ValueError on an unknown process or prediction, or a range that the schedule lacks.
+    """
+    kind = EDM if fields["process"] == "edm" else VP
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in fields.items() if name in known})
+
+
+def denoising_loss(
+    D: Denoiser, process: Process, x: jax.Array, sigma: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """One-step generator, equation (5). z: [b, h, w, c] at scale sigma_max. Returns F's image."""
-    sigma = jnp.full(z.shape[:1], sigma_max, z.dtype)
-    x_in = z / (sigma_max**2 + sigma_data**2) ** 0.5
-    return _call(F, x_in, process.noise_feature(feature, sigma), dtype, cond)
+    """[b]: weight(sigma) * mean_pixels (D(x + sigma eps; sigma) - x)^2, eps ~ N(0, I).
+
+    Karras et al. 2022, Eq. 8, with EDM's weight; Ho et al. 2020, Eq. 14, with VP's. x: clean images
+    [b, h, w, c] in [-1, 1]. sigma: [b]. D has its conditions bound.
+    """
+    eps = jax.random.normal(key, x.shape, x.dtype)
+    error = D(x + over_pixels(sigma, x) * eps, sigma) - x
+    return process.weight(sigma) * jnp.mean(jnp.square(error), axis=tuple(range(1, x.ndim)))
 
 
-def clipped(denoise: Denoiser) -> Denoiser:
+def clipped(D: Denoiser) -> Denoiser:
     """The same denoiser with its estimate of x0 clamped to [-1, 1]."""
-
-    def denoise_clipped(x: jax.Array, sigma: Any, **cond: Any) -> jax.Array:
-        return jnp.clip(denoise(x, sigma, **cond), -1.0, 1.0)
-
-    return denoise_clipped
+    return lambda x, sigma, **cond: jnp.clip(D(x, sigma, **cond), -1.0, 1.0)
 
 
-def edm_loss(
-    D: Denoiser,
-    x: jax.Array,
-    key: jax.Array,
-    P_mean: float = -1.2,
-    P_std: float = 1.2,
-    sigma_data: float = 0.5,
-    sigma_range: tuple[float, float] | None = None,
-    **cond: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Denoising loss of equation (3), one noise level per sample.
-
-    Args:
-        D: denoiser preconditioned with the same sigma_data.
-        x: clean images [b, h, w, c] in [-1, 1].
-        sigma_range: restricts the draw, see `process.draw_sigma`.
-
-    Returns:
-        loss [b] (average it), and the sigma [b] it was taken at.
-    """
-    key_sigma, key_eps = jax.random.split(key)
-    sigma = process.draw_sigma(key_sigma, x.shape[:1], P_mean, P_std, sigma_range)
-    return edm_weight(sigma, sigma_data) * squared_error(D, x, sigma, key_eps, cond), sigma
+def check_interval(low: float, high: float) -> None:
+    """Refuse an interval of noise levels that is empty."""
+    if not 0 <= low < high:
+        raise ValueError(f"noise levels from {low} to {high}: the interval needs 0 <= low < high")
 
 
-def edm_weight(sigma: Any, sigma_data: float) -> Any:
-    """The weight of equation (3)."""
-    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-
-
-def vp_loss(
-    D: Denoiser,
-    x: jax.Array,
-    key: jax.Array,
-    schedule: process.VPSchedule,
-    steps: int | None = None,
-    **cond: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """DDPM's simple loss, mean_pixels (eps_hat - eps)^2 = mean_pixels (D - x0)^2 / sigma^2.
-
-    The time is uniform over the first `steps` of the table (default: all). Returns as `edm_loss`.
-    """
-    steps = schedule.num_steps if steps is None else steps
-    if not 1 <= steps <= schedule.num_steps:
-        raise ValueError(f"steps must be in 1 .. {schedule.num_steps}, got {steps}")
-    key_time, key_eps = jax.random.split(key)
-    t = jax.random.randint(key_time, x.shape[:1], 0, steps)
-    sigma = jnp.asarray(schedule.sigmas, x.dtype)[t]
-    return squared_error(D, x, sigma, key_eps, cond) / sigma**2, sigma
-
-
-def squared_error(
-    D: Denoiser, x: jax.Array, sigma: jax.Array, key: jax.Array, cond: dict[str, Any]
-) -> jax.Array:
-    """mean_pixels (D(x + sigma eps; sigma) - x)^2, [b]; sigma [b], cond: D's conditions."""
-    noise = process.over_pixels(sigma, x) * jax.random.normal(key, x.shape, x.dtype)
-    error = D(x + noise, sigma, **cond) - x
-    return jnp.mean(jnp.square(error), axis=tuple(range(1, x.ndim)))
-
-
-def _call(F, x_in, noise, dtype, cond):
-    # the network may compute in its own precision; what comes back joins the state's
-    inner = x_in.dtype if dtype is None else dtype
-    return F(x_in.astype(inner), noise.astype(inner), **cond).astype(x_in.dtype)
-
-
-def _check_feature(feature):
-    if feature not in process.NOISE_FEATURES:
-        raise ValueError(
-            f"unknown noise feature {feature!r}: choose one of {process.NOISE_FEATURES}"
-        )
+def _uniform(key: jax.Array, n: int, antithetic: bool) -> jax.Array:
+    """[n] in (0, 1); antithetic: u and 1 - u in two halves."""
+    # minval excludes 0, the quantile of an infinite ln sigma.
+    if not antithetic:
+        return jax.random.uniform(key, (n,), minval=1e-7)
+    u = jax.random.uniform(key, ((n + 1) // 2,), minval=1e-7)
+    return jnp.concatenate([u, 1 - u])[:n]

@@ -1,9 +1,9 @@
-"""Classifier-free guidance (Ho & Salimans 2022) on denoised estimates.
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) on denoised estimates.
 
-    (1)  D_w = D_u + w (D_c - D_u)
+    D_w = D_u + w (D_c - D_u)
 
-w = `cfg_scale`: 1 is the conditional model itself, 0 the unconditional one, above 1 sharpens. The
-score of (1) is that of p(x|c)^w p(x)^(1-w).
+w = `cfg_scale`: 1 gives the conditional model, 0 the unconditional one, more than 1 sharpens (the
+paper's w is ours minus 1). The score of D_w is that of p(x|c)^w p(x)^(1-w) at each noise level.
 """
 
 from typing import Any
@@ -12,22 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from cheapscale.diffusion.denoiser import Denoiser
-from cheapscale.diffusion.process import over_pixels
+from cheapscale.diffusion.noise import over_pixels
 
 
-def guided(denoise: Denoiser, cfg_scale: Any, null: dict[str, Any]) -> Denoiser:
-    """Denoiser of equation (1).
+def guided(D: Denoiser, cfg_scale: Any, null: dict[str, Any]) -> Denoiser:
+    """D_w(x, sigma, **cond), the guided denoiser; every condition has a leading axis b.
 
     Args:
-        denoise: conditional denoiser D(x, sigma, **cond), trained with dropped conditions.
+        D: conditional denoiser D(x, sigma, **cond), trained with dropped conditions.
         cfg_scale: number, or an array [] or [b]. The plain numbers 1 and 0 call the network once
             (and give exactly the conditional and the unconditional estimate); otherwise both
             estimates come from one call with twice the batch.
-        null: name of a condition -> the value that means "none", broadcast to the condition's
-            shape, e.g. {"label": num_classes}. Other conditions are kept in both halves.
-
-    Returns:
-        D_w(x, sigma, **cond); every condition is an array (or tree) with leading axis b.
+        null: {condition: the value that means "none"}, broadcast to the condition's shape, for
+            example {"label": num_classes}. Other conditions are kept in both halves.
     """
     if not null:
         raise ValueError("guidance needs a null value, e.g. null={'label': num_classes}, got none")
@@ -41,23 +38,21 @@ def guided(denoise: Denoiser, cfg_scale: Any, null: dict[str, Any]) -> Denoiser:
             for name, value in null.items()
         }
 
-    def denoise_guided(x: jax.Array, sigma: Any, **cond: Any) -> jax.Array:
+    def D_w(x: jax.Array, sigma: Any, **cond: Any) -> jax.Array:
         dropped = unconditional(cond)
         if isinstance(cfg_scale, (int, float)) and cfg_scale in (0, 1):
-            return denoise(x, sigma, **(cond if cfg_scale == 1 else dropped))
+            return D(x, sigma, **(cond if cfg_scale == 1 else dropped))
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
+        # One call with twice the batch keeps one copy of the network in the compiled program.
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, dropped)
-        D_c, D_u = jnp.split(
-            denoise(jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma]), **both), 2
-        )
+        D_c, D_u = jnp.split(D(jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma]), **both), 2)
         return D_u + over_pixels(cfg_scale, x) * (D_c - D_u)
 
-    return denoise_guided
+    return D_w
 
 
-def dropped(key: jax.Array, label: jax.Array, probability: float, null: int) -> jax.Array:
-    """label [b] with each replaced by `null` at random: what guidance needs the network to see in
-    training. Probability 0 draws nothing."""
+def drop_labels(key: jax.Array, label: jax.Array, probability: float, null: int) -> jax.Array:
+    """label [b], each replaced by `null` with this probability, to train a network for guidance."""
     if not probability:
         return label
     return jnp.where(jax.random.bernoulli(key, probability, label.shape), null, label)

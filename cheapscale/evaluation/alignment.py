@@ -1,4 +1,5 @@
-"""How well images fit their captions: the CLIP score, 100 max(cos, 0) (Hessel et al. 2021)."""
+"""Alignment of images with their captions by the CLIP score (Hessel et al. 2021, arXiv 2104.08718),
+in the scale that is usually reported: 100 max(cos(image, text), 0)."""
 
 import numpy as np
 
@@ -6,7 +7,10 @@ from cheapscale.evaluation.fid import check_features
 
 
 def clip_scores(image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray:
-    """The score of each image [n, d] with its own caption [n, d]: float64 [n] in 0..100."""
+    """The CLIP score of each image, float64 [n] in 0..100.
+
+    image_features, text_features: [n, d], row i of the texts for row i of the images.
+    """
     images = np.asarray(image_features, np.float64)
     texts = np.asarray(text_features, np.float64)
     if images.shape != texts.shape:

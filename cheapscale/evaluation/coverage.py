@@ -1,16 +1,17 @@
 """Neighbourhoods in a feature space: precision, recall, density, coverage, nearest neighbours.
 
-The manifold of a set is the union of balls around its members, each reaching to the member's k-th
-nearest neighbour within the set. With B_k(r) the ball of a real, n reals and m samples:
+The manifold of a set is estimated by the union of balls around its members. The radius of a ball
+is the distance to the member's k-th nearest neighbour within the set. With the balls B_k(r) of the
+real images r and the balls B_k(s) of the generated images s:
 
-    precision   share of samples inside some B_k(r)                    Kynkaanniemi et al. 2019
-    recall      share of reals inside the ball of some sample          "
-    density     mean over samples of the number of B_k(r) around them, over k     Naeem et al. 2020
-    coverage    share of reals with a sample inside B_k(r)                        "
+    precision   share of s inside any B_k(r)             Kynkaanniemi et al. 2019, arXiv 1904.06991
+    recall      share of r inside any B_k(s)             "
+    density     mean over s of |{r: s in B_k(r)}| / k    Naeem et al. 2020, arXiv 2002.09797
+    coverage    share of r whose B_k(r) contains an s    "
 
-A point on the rim of a ball counts as inside for the first two (so a set lies in its own
-manifold) and as outside for the last two, as in the papers' implementations. Distances come in
-tiles, computed in float64 about a common centre: 50,000 x 50,000 never exist at once.
+A point on the surface of a ball counts as inside for precision and recall (so a set lies in its own
+manifold) and as outside for density and coverage, as in the papers' implementations. Distances are
+computed in tiles, in float64 and about a common centre: a 50,000 x 50,000 matrix is never stored.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,7 @@ import numpy as np
 
 from cheapscale.evaluation.fid import check_features
 
-KS = (3, 5)  # neighbours
-
-
-class PrecisionRecall(NamedTuple):
-    precision: float
-    recall: float
+KS = (3, 5)  # k of the k-th nearest neighbour
 
 
 class Coverage(NamedTuple):
@@ -38,18 +34,16 @@ class Coverage(NamedTuple):
 def prdc(
     real: np.ndarray, fake: np.ndarray, *, ks: Sequence[int] = KS, tile: int = 2048
 ) -> dict[int, Coverage]:
-    """{k: Coverage} of `fake` [m, d] against `real` [n, d] features.
+    """{k: Coverage} of the features `fake` [m, d] against `real` [n, d].
 
-    Every distance is computed once for all k: real-real and fake-fake half, real-fake whole.
+    Every distance is computed once for all k; within a set, only the upper triangle is computed.
     """
-    _check(real, fake)
     check_features(real, "real features")
     check_features(fake, "generated features")
-    ks = tuple(ks)
-    if not ks or min(ks) < 1 or min(len(real), len(fake)) <= max(ks):
+    if min(len(real), len(fake)) <= max(ks):
         raise ValueError(
-            f"k={ks} neighbours need k > 0 and more than k vectors, got {len(real)} real, "
-            f"{len(fake)} fake"
+            f"{max(ks)} neighbours need more than {max(ks)} images, but there are {len(real)} real "
+            f"and {len(fake)} generated: give more"
         )
     real_radii, fake_radii = radii(real, ks, tile), radii(fake, ks, tile)
     inside_real = np.zeros((len(ks), len(fake)), bool)
@@ -74,17 +68,10 @@ def prdc(
     }
 
 
-def precision_recall(
-    real: np.ndarray, fake: np.ndarray, *, k: int = 3, tile: int = 2048
-) -> PrecisionRecall:
-    """Precision and recall of `fake` [m, d] against `real` [n, d] features."""
-    return PrecisionRecall(*prdc(real, fake, ks=(k,), tile=tile)[k][:2])
-
-
 def radii(points: np.ndarray, ks: Sequence[int], tile: int = 2048) -> np.ndarray:
-    """Squared distance [len(ks), n] of each point [n, d] to its k-th nearest other point."""
+    """The squared distance [len(ks), n] of each point [n, d] to its k-th nearest other point."""
     most = max(ks)
-    # of each point the distances to itself, which is 0, and to its `most` nearest others so far
+    # The smallest most + 1 distances so far: the point itself at 0, and its nearest neighbours.
     best = np.full((len(points), most + 1), np.inf)
     for squared, rows, columns in _tiles(points, points, tile, half=True):
         best[rows] = _smallest(best[rows], squared)
@@ -97,32 +84,28 @@ def radii(points: np.ndarray, ks: Sequence[int], tile: int = 2048) -> np.ndarray
 def nearest(
     queries: np.ndarray, references: np.ndarray, *, tile: int = 2048
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each query [m, d] the distance to, and the index of, its nearest reference [n, d].
+    """(distance, index) of the nearest reference [n, d] of each query [m, d].
 
-    References may be uint8 (and many): they are widened a tile at a time.
+    References may be a large uint8 array: each tile is converted to float64 separately.
     """
-    _check(queries, references)
     best = np.full(len(queries), np.inf)
     index = np.zeros(len(queries), np.int64)
     for squared, rows, columns in _tiles(references, queries, tile):
+        # "<" keeps the first of equally near references, so the result does not depend on tiles.
         here, previous = squared.min(axis=0), best[columns]
         index[columns] = np.where(here < previous, rows.start + squared.argmin(0), index[columns])
         best[columns] = np.minimum(here, previous)
     return np.sqrt(best), index
 
 
-def _check(a, b):
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features must be [n, d] and [m, d], got {a.shape} and {b.shape}")
-
-
 def _tiles(
     a: np.ndarray, b: np.ndarray, tile: int, half: bool = False
 ) -> Iterator[tuple[np.ndarray, slice, slice]]:
-    """Squared distances of a tile of a's rows to a tile of b's, and which rows of each they are.
+    """Yields (squared distances of a tile, its rows of a, its rows of b).
 
-    Computed about b's mean: far from the origin the expanded square would lose its digits.
-    `half`: of a set with itself only tiles on and above the diagonal.
+    |x - y|^2 = |x|^2 - 2 x.y + |y|^2 is expanded about the mean of b, since far from the origin the
+    difference of large squares would cancel most digits.
+    half: a and b are the same set, and only the tiles on and above the diagonal are computed.
     """
     centre = b.mean(axis=0, keepdims=True, dtype=np.float64)
     for rows in _slices(len(a), tile):
@@ -136,15 +119,16 @@ def _tiles(
             squared *= -2
             squared += left_norm
             squared += np.einsum("nd,nd->n", right, right)[None]
-            yield np.maximum(squared, 0, out=squared), rows, columns
+            yield np.maximum(squared, 0, out=squared), rows, columns  # rounding may go below 0
 
 
 def _slices(length, tile):
+    """Consecutive slices of at most `tile` rows."""
     return [slice(start, min(start + tile, length)) for start in range(0, length, tile)]
 
 
 def _smallest(known, more):
-    """The smallest of each row of both, as many as are known, in any order."""
+    """For each row, the smallest values of `known` and `more`: as many as in `known`, unsorted."""
     count = known.shape[1]
     if more.shape[1] > count:
         more = np.partition(more, count - 1, axis=1)[:, :count]

@@ -4,27 +4,29 @@
     (2)  KD = MMD^2 with k(x, y) = (gamma x.y + 1)^3, gamma = 1/d, unbiased    Binkowski et al. 2018
     (3)  score = exp E_x KL(p(y|x) || p(y))                                 Salimans et al. 2016
 
-m, S: mean and covariance (divided by n - 1) of features of dimension d. They are FID, KID and IS
-only on the Inception network of those papers; elsewhere they are named after their network
-(`naming`). KD is not biased, and is the one to use on small sets. FD is biased upwards: with l_i
-the eigenvalues of S, n samples of a distribution are to first order in 1/n at a distance of
+m, S: mean and covariance (divided by n - 1) of features of dimension d. The distances are called
+FID, KID and IS only for the Inception network of those papers; for other networks their names carry
+the network (`naming`). KD is unbiased, so prefer it for small sets. FD is biased upwards: with l_i
+the eigenvalues of S, the expected distance of n samples from their own distribution is, to first
+order in 1/n,
 
     (4)  tr S / n + (sum_ij l_i l_j / (l_i + l_j) + tr S / 2) / (2 n)
 
-from it (the mean's error, and the covariance's, from the second-order expansion of (1) and the
-Wishart variances l_i l_j / n), so sets of equal size are compared and a real-against-real floor is
-printed beside it. Below n = d, where it matters most, (4) is a rough guide.
+The first term is due to the sample mean, the second to the sample covariance; it follows from the
+second-order expansion of (1) and the Wishart variances l_i l_j / n. So compare sets of equal size,
+and report FD together with its floor (real images against real images). For n < d, (4) is only a
+rough estimate.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-CHUNK = 4096  # rows widened to float64 at a time
+CHUNK = 4096  # rows that are converted to float64 at a time
 
 
 class Moments(NamedTuple):
-    """n, mean [d] and scatter [d, d] = sum (f - mean)(f - mean)^T, all float64."""
+    """n, mean [d] and scatter [d, d] = sum (f - mean)(f - mean)^T of n features; arrays float64."""
 
     n: int
     mean: np.ndarray
@@ -38,7 +40,7 @@ class Moments(NamedTuple):
 
 
 class Gaussian(NamedTuple):
-    """mean [d] and covariance [d, d] as published files hold them: n is None, unknown."""
+    """mean [d] and covariance [d, d] of a published file, whose number of images is unknown."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -46,7 +48,7 @@ class Gaussian(NamedTuple):
 
 
 class Frechet(NamedTuple):
-    """A distance, its expected bias (4) over the sets of known size, and "" or a warning."""
+    """A distance, its expected bias (4) summed over the sets of known size, and a warning or ""."""
 
     distance: float
     bias: float
@@ -54,14 +56,14 @@ class Frechet(NamedTuple):
 
 
 class MeanStd(NamedTuple):
-    """Mean and standard deviation (divided by the number) over subsets or splits."""
+    """Mean and standard deviation (without Bessel's correction) over subsets or splits."""
 
     mean: float
     std: float
 
 
 def check_features(features: np.ndarray, name: str = "features") -> None:
-    """Refuses what is not [n, d] or holds a NaN or an infinity; names the first such row."""
+    """Raise ValueError for features that are not [n, d] or not finite, with the first bad row."""
     if features.ndim != 2 or not len(features):
         raise ValueError(f"{name} must be [n, d] with n > 0, got shape {features.shape}")
     for start in range(0, len(features), CHUNK):
@@ -74,7 +76,7 @@ def check_features(features: np.ndarray, name: str = "features") -> None:
 
 
 def moments(features: np.ndarray) -> Moments:
-    """Moments of features [n, d], widened to float64 a chunk at a time."""
+    """Moments of features [n, d], computed in float64 one chunk at a time."""
     features = np.asarray(features)
     check_features(features)
     total = None
@@ -88,10 +90,8 @@ def moments(features: np.ndarray) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the union: sets of any size can be streamed batch by batch, shard by shard.
-
-    Only differences of means enter, so a large common mean costs no digits.
-    """
+    """Moments of the union of two disjoint sets (Chan et al. 1979), for streamed features."""
+    # Only the difference of the means is used, so a large common mean causes no cancellation.
     n, shift = a.n + b.n, b.mean - a.mean
     return Moments(
         n,
@@ -100,28 +100,25 @@ def merge(a: Moments, b: Moments) -> Moments:
     )
 
 
-def frechet_distance(
-    a: Moments | Gaussian | np.ndarray, b: Moments | Gaussian | np.ndarray
-) -> float:
-    """Equation (1) between two sets, given as moments or as features [n, d]."""
-    return frechet(a, b).distance
-
-
 def frechet(a: Moments | Gaussian | np.ndarray, b: Moments | Gaussian | np.ndarray) -> Frechet:
-    """Equation (1) with its bias, and a warning where a set has no more samples than dimensions.
+    """Equation (1), its expected bias, and a warning if a set has no more samples than dimensions.
 
-    Refuses sets of fewer than 2 samples, of different dimension, or with a NaN.
+    a, b: moments, or features [n, d]. Raises ValueError for sets with fewer than 2 samples, with
+    different dimensions, or with a NaN.
     """
     a, b = (m if isinstance(m, Moments | Gaussian) else moments(m) for m in (a, b))
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features differ in dimension: {a.mean.shape} against {b.mean.shape}")
     values, roots = zip(*(_root(m) for m in (a, b)))
-    # tr (S_a S_b)^(1/2) is the sum of the singular values of A^T B for any A A^T = S_a, B B^T =
-    # S_b: no square root of a product that is neither symmetric nor, for few samples, of full rank
+    # For any A A^T = S_a and B B^T = S_b, tr (S_a S_b)^(1/2) is the sum of the singular values of
+    # A^T B. This avoids the matrix square root of S_a S_b, which is not symmetric and, for few
+    # samples, not of full rank.
     cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
     shift = a.mean - b.mean
+    # (1): |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)
     distance = float(shift @ shift + values[0].sum() + values[1].sum() - 2 * cross)
-    # the spectrum of the larger set is the truer one; a file's set counts as infinitely large
+    # The larger set estimates the spectrum better. A published file counts as infinitely large, so
+    # its own bias is taken as 0.
     sizes = [np.inf if m.n is None else m.n for m in (a, b)]
     spectrum = values[int(np.argmax(sizes))]
     bias = sum(expected_bias(spectrum, n) for n in sizes)
@@ -136,16 +133,19 @@ def frechet(a: Moments | Gaussian | np.ndarray, b: Moments | Gaussian | np.ndarr
 
 
 def expected_bias(eigenvalues: np.ndarray, n: float) -> float:
-    """Equation (4): of a covariance's eigenvalues [d] and the number of samples."""
+    """Equation (4) for a covariance with these eigenvalues [d] and n samples."""
     trace = eigenvalues.sum()
+    # l_i l_j / (l_i + l_j), and 0 where both eigenvalues are 0
     pairs = eigenvalues[:, None] + eigenvalues[None]
     harmonic = np.outer(eigenvalues, eigenvalues) / np.where(pairs > 0, pairs, 1)
     return float((trace + harmonic.sum() / 2 + trace / 4) / n)
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Equation (2) over all pairs of features [n, d] and [m, d]; can be negative, zero in
-    expectation."""
+    """Equation (2) over all pairs of the features x [n, d] and y [m, d].
+
+    It may be negative: for equal distributions its expectation is 0.
+    """
     x, y = _checked_pair(x, y)
     return _unbiased_mmd(x, y)
 
@@ -159,10 +159,10 @@ def kernel_subsets(
     gamma: float | None = None,
     seed: int = 2020,
 ) -> MeanStd:
-    """Equation (2) as KID is published: mean and deviation over random subsets.
+    """Equation (2) as KID is reported: mean and standard deviation over random subsets.
 
-    The defaults and the draws are torch-fidelity's, so that with generated features x [n, d] and
-    real ones y [m, d] in the same order the same subsets are compared. gamma: 1/d by default.
+    The defaults and the random draws are those of torch-fidelity: for generated features x [n, d]
+    and real features y [m, d] in the same order, both compare the same subsets. gamma: default 1/d.
     """
     x, y = _checked_pair(x, y)
     if min(len(x), len(y)) < subset_size or subset_size < 2:
@@ -180,19 +180,20 @@ def kernel_subsets(
 
 
 def classifier_score(logits: np.ndarray) -> float:
-    """Equation (3) of logits [n, classes]: between 1 and the number of classes."""
+    """Equation (3) for logits [n, classes]: between 1 and the number of classes."""
     logits = np.asarray(logits, np.float64)
     check_features(logits, "logits")
     logits = logits - logits.max(axis=1, keepdims=True)
+    # (3): exp E_x KL(p(y|x) || p(y)), with p(y) the mean of p(y|x)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     log_marginal = np.log(np.exp(log_p).mean(axis=0, keepdims=True))
     return float(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_marginal), axis=1))))
 
 
 def classifier_splits(logits: np.ndarray, *, splits: int = 10, seed: int = 2020) -> MeanStd:
-    """Equation (3) as IS is published: mean and deviation over splits of the shuffled logits.
+    """Equation (3) as IS is reported: mean and deviation over splits of the shuffled logits.
 
-    The defaults, the shuffle and the borders of the splits are torch-fidelity's.
+    The defaults, the shuffle and the boundaries of the splits are those of torch-fidelity.
     """
     if not 1 <= splits <= len(logits):
         raise ValueError(f"{splits} splits of {len(logits)} logits: choose 1 to {len(logits)}")
@@ -203,7 +204,7 @@ def classifier_splits(logits: np.ndarray, *, splits: int = 10, seed: int = 2020)
 
 
 def _root(m):
-    """Eigenvalues of a covariance, clipped at 0, and a root A with A A^T = S."""
+    """(eigenvalues of a covariance S clipped at 0, a matrix A with A A^T = S)."""
     covariance = m.covariance
     if not (np.isfinite(m.mean).all() and np.isfinite(covariance).all()):
         raise ValueError("moments hold a NaN or an infinity: compute them again from the features")
@@ -213,6 +214,7 @@ def _root(m):
 
 
 def _checked_pair(x, y):
+    """Both feature arrays, after checks of their shapes and values."""
     x, y = np.asarray(x), np.asarray(y)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"features must be [n, d] and [m, d], got {x.shape} and {y.shape}")
@@ -224,7 +226,9 @@ def _checked_pair(x, y):
 
 
 def _unbiased_mmd(x, y, gamma=None):
+    """Equation (2), the unbiased estimate of the squared MMD."""
     gamma = 1 / x.shape[1] if gamma is None else gamma
+    # The estimate is unbiased because means within a set leave out pairs of a vector with itself.
     n, m = len(x), len(y)
     within_x = (_kernel_sum(x, x, gamma) - _self_kernels(x, gamma)) / (n * (n - 1))
     within_y = (_kernel_sum(y, y, gamma) - _self_kernels(y, gamma)) / (m * (m - 1))
@@ -232,12 +236,14 @@ def _unbiased_mmd(x, y, gamma=None):
 
 
 def _self_kernels(x, gamma):
+    """The sum of k(x_i, x_i)."""
     chunks = (x[i : i + CHUNK].astype(np.float64) for i in range(0, len(x), CHUNK))
     return sum(float(np.sum((gamma * np.einsum("nd,nd->n", c, c) + 1) ** 3)) for c in chunks)
 
 
 def _kernel_sum(x, y, gamma, tile=2048):
-    # tiles keep 50,000 x 50,000 kernels, and float64 copies of all features, out of memory
+    """The sum of k(x_i, y_j) over all i and j."""
+    # Tiles avoid a 50,000 x 50,000 matrix and float64 copies of all features in memory.
     total = 0.0
     for i in range(0, len(x), tile):
         rows = gamma * x[i : i + tile].astype(np.float64)

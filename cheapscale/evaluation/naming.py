@@ -1,16 +1,16 @@
-"""What a number may be called: FID, KID and IS are earned by one network and one weight file.
+"""Names of metrics: fid, kid and is are reserved for one network and one weight file.
 
     inception_v3 with the published weights     fid, kid, is
-    any other network, or unknown weights       fd_<network>, kid_<network>, score_<network>
+    any other network, or other weights         fd_<network>, kid_<network>, score_<network>
 
-Everything else carries its network always: precision_mobilenetv2, recall_dinov2 ... Variants of
-the distances come before and after: pfid (patches), fid_b (at the base resolution). A mark in
-brackets behind a network's name, as "(rotation)" or "(used in the loss)", stays; images that were
-resized in another way than the network's own have theirs, "(clean)" or "(tf1)".
+All other metrics carry the name of their network: precision_mobilenetv2, recall_dinov2 ... The
+prefix p means crops (pfid), the suffix _b images reduced to the base resolution (fid_b). A mark in
+brackets behind the network's name, such as "(rotation)" or "(used in the loss)", moves to the end
+of the metric's name. "(clean)" and "(tf1)" mark images that evaluation.resize resized.
 """
 
-# pt_inception-2015-12-05-6726825d.pth: TensorFlow's weights as pytorch-fid, clean-fid and
-# torch-fidelity ship them
+# pt_inception-2015-12-05-6726825d.pth: TensorFlow's weights, as distributed with pytorch-fid,
+# clean-fid and torch-fidelity
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 PUBLISHED = {"fd": "fid", "kid": "kid", "score": "is"}
 SHORT = {
@@ -18,19 +18,17 @@ SHORT = {
     "inception_v3": "inceptionv3",
     "deit_base_distilled": "deit",
     "efficientnet_lite0": "efficientnet",
-    "dinov2_vitl14": "dinov2",  # the one of Stein et al. 2023; the smaller ones say their size
+    "dinov2_vitl14": "dinov2",  # the size that Stein et al. 2023 use; others keep their full name
 }
 VARIANTS = ("", "patch", "base")
 
 
 def metric_name(kind: str, network: str, sha256: str = "", *, variant: str = "") -> str:
-    """The name of a number.
+    """The name of a metric.
 
-    Args:
-        kind: "fd", "kid", "score", or any other metric ("precision", "recall" ...).
-        network: name of the feature network, perhaps with a mark in brackets (quality.checked_name
-            adds one); sha256: of its weights.
-        variant: "patch" for random crops, "base" for images reduced to the base resolution.
+    kind: "fd", "kid", "score", or another metric ("precision", "recall" ...). network: name of the
+    feature network, optionally with a mark in brackets (see measure.checked_name). sha256: hash of
+    its weights. variant: "patch" for crops, "base" for images at the base resolution.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: choose one of {VARIANTS}")
@@ -43,11 +41,11 @@ def metric_name(kind: str, network: str, sha256: str = "", *, variant: str = "")
 
 
 def suffixed(name: str, suffix: str) -> str:
-    """A name with a suffix ahead of its mark in brackets: fd_blocks_floor(used in the loss)."""
+    """The name with `suffix` inserted before a mark: fd_blocks_floor(used in the loss)."""
     head, bracket, mark = name.partition("(")
     return head + suffix + bracket + mark
 
 
 def is_published(network: str, sha256: str) -> bool:
-    """Whether these are the network and the weights that FID, KID and IS are defined by."""
+    """Whether the network and its weights are those that define FID, KID and IS."""
     return network == "inception_v3" and sha256.lower() == INCEPTION_SHA256

@@ -1,28 +1,28 @@
-"""Images as patch metrics and base-resolution metrics see them.
+"""Inputs of the patch metrics and of the base-resolution metrics.
 
-pFID and pKID (Chai et al. 2022; Guo et al. 2024, self-cascade, section 5) compare random crops at
-full resolution, where resizing to a feature network's input would hide the detail. FID_b and KID_b
-compare images reduced to the base resolution with the base model's own samples: did growing keep
-what the base could do? A model that starts from those samples has an advantage there, which
-whoever quotes the number should say.
+pFID and pKID (Chai et al. 2022; self-cascade, Guo et al. 2024, arXiv 2402.10491, section 5) compare
+random crops at full resolution, because resizing to a feature network's input would hide detail.
+FID_b and KID_b compare images reduced to the base resolution, which shows whether a larger model
+keeps the quality of the base model. A model that starts from the base's samples has an advantage
+there.
 
-Where image i is cropped is a function of (seed, i, crop) alone: not of the batch, and the same in
-real and generated images of one size.
+The crops of image i depend only on (seed, i), not on the batch, so real and generated images of the
+same size are cropped at the same places.
 """
 
 import numpy as np
 
+from cheapscale.data.pixels import from_uint8, to_uint8
 from cheapscale.data.resize import area_mean
-from cheapscale.evaluation.pixels import from_uint8, to_uint8
 
-CROPS = 3  # of each image, as in self-cascade's code
-STREAM = 0x70617463  # tells these random numbers from others with the same seed
+CROPS = 3  # per image, as in self-cascade's code
+STREAM = 0x70617463  # separates these random numbers from others with the same seed
 
 
 def crop_corners(
     ids: np.ndarray, resolution: int, size: int, *, crops: int = CROPS, seed: int = 0
 ) -> np.ndarray:
-    """Top-left corners (row, column), int [n, crops, 2], of crops of images numbered `ids` [n]."""
+    """The top-left corners (row, column), int [n, crops, 2], of the crops of images `ids` [n]."""
     if not 1 <= size <= resolution:
         raise ValueError(
             f"crops of {size} pixels do not fit images of {resolution}: choose 1 to {resolution}"
@@ -36,7 +36,10 @@ def crop_corners(
 def random_crops(
     images: np.ndarray, ids: np.ndarray, size: int, *, crops: int = CROPS, seed: int = 0
 ) -> np.ndarray:
-    """[n, R, R, c] -> [n crops, size, size, c], the crops of one image next to each other."""
+    """Crops [n crops, size, size, c] of images [n, R, R, c], grouped by image.
+
+    ids: [n] numbers of the images.
+    """
     if len(ids) != len(images) or images.shape[1] != images.shape[2]:
         raise ValueError(
             f"random_crops takes square images and one id for each, got {images.shape} and "
@@ -51,5 +54,5 @@ def random_crops(
 
 
 def base_images(images: np.ndarray, base_resolution: int) -> np.ndarray:
-    """uint8 [n, R, R, c] -> uint8 [n, base, base, c]: block means, stored as samples are."""
+    """Block means, uint8 [n, base, base, c], of uint8 images [n, R, R, c]."""
     return to_uint8(area_mean(from_uint8(images), base_resolution))

@@ -1,6 +1,6 @@
-"""How near reconstructions are to their images, pair by pair: PSNR, SSIM and LPIPS.
+"""Distances between reconstructions and their targets, for each pair: PSNR, SSIM and LPIPS.
 
-LPIPS is Zhang et al. 2018 (arXiv 1801.03924); the other two need no network (see pixels.py).
+LPIPS (Zhang et al. 2018, arXiv 1801.03924) needs a network; the others are in data.pixels.
 """
 
 import functools
@@ -8,23 +8,23 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cheapscale.evaluation.pixels import WINDOW, check_images, psnr, ssim
-from cheapscale.models.distances import lpips_distance
-from cheapscale.models.features.network import FeatureNetwork
-from cheapscale.training.sharding import in_batches
+from cheapscale.data.pixels import WINDOW, check_images, psnr, ssim
+from cheapscale.features.distances import lpips_distance
+from cheapscale.features.network import FeatureNetwork
+from cheapscale.training.mesh import in_batches
 
-LPIPS_SIDE = 16  # VGG16 halves images four times
+LPIPS_SIDE = 16  # smallest side in pixels: VGG16 halves its input four times
 
 
 def reconstruction(network: FeatureNetwork | None = None, *, batch_size: int = 64) -> Callable:
     """measure(images, targets) -> {"psnr", "ssim", "lpips"} of each pair, float64 [n].
 
-    images, targets: float32 [n, h, w, 3] in [-1, 1]. network: one loaded as "vgg16_lpips", with
-    input_size=0 for the published LPIPS, which looks at images as large as they are; LPIPS is left
-    out without it. Images below 16 px have no LPIPS, and below SSIM's window of 11 no SSIM. Many
-    calls of one `measure` compile once.
+    images, targets: float32 [n, h, w, 3] in [-1, 1]. network: "vgg16_lpips", or None to leave LPIPS
+    out; load it with input_size=0 for the published LPIPS, which does not resize. Images below
+    16 px have no "lpips", and images below SSIM's window of 11 px have no "ssim". Create `measure`
+    once for many calls: then its network is compiled once.
     """
-    # LPIPS draws nothing, so it needs no key
+    # LPIPS has no random augmentation, so it needs no key.
     lpips = functools.partial(lpips_distance(network).apply, key=None) if network else None
 
     def by_pixels(images: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,17 +1,18 @@
-"""Resizing ahead of a feature network, in the two ways that published numbers were made with.
+"""The two resizing operators before a feature network that published FIDs were computed with.
 
-    clean   Pillow's bicubic on float planes: smoothed ahead of shrinking, not rounded to levels,
-            clipped to 0..255 (Parmar et al. 2022, clean-fid)
-    tf1     TensorFlow 1's bilinear: pixel i at i * in / out, nothing smoothed (the original FID)
+    clean   Pillow's bicubic on float planes: antialiased, not rounded to integers, clipped to
+            0..255 (Parmar et al. 2022, clean-fid, arXiv 2104.11222)
+    tf1     TensorFlow 1's bilinear: output pixel i samples the input at i * in / out, without
+            antialiasing (the original FID)
 
-The two differ by several FID on the same images, so the choice is part of a statistic's identity.
-The data's own downsampling is another matter: `data.resize`.
+They differ by several FID on the same images, so statistics record which one was used. Training
+images are resized by another operator: `data.resize`.
 """
 
 import numpy as np
 from PIL import Image
 
-from cheapscale.models.features.resampling import bilinear_tf1
+from cheapscale.features.resampling import bilinear_tf1
 
 
 def clean(images: np.ndarray, size: int) -> np.ndarray:
@@ -35,7 +36,7 @@ MODES = {"clean": clean, "tf1": tf1}
 
 
 def resize(images: np.ndarray, size: int, mode: str) -> np.ndarray:
-    """`clean` or `tf1` by name."""
+    """The images resized by the operator `mode`, "clean" or "tf1"; see there for the shapes."""
     if mode not in MODES:
         raise ValueError(f"unknown resizing {mode!r}: choose one of {tuple(MODES)}")
     return MODES[mode](images, size)

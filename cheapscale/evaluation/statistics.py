@@ -1,37 +1,37 @@
-"""Reference statistics: what real images look like to a network, computed once and kept.
+"""Reference statistics: moments and features of real images, computed once and cached.
 
-A statistic is known by its `Identity`: data set, split, resolution, number of images, network,
-hash of its weights, resizing. It is kept in $CHEAPSCALE_CACHE/statistics (default
-~/.cache/cheapscale) under a hash of that, as one .npz that holds the identity as well; a file that
-says it is something else is refused.
+`Identity` lists everything that statistics depend on: data set, split, resolution, number of
+images, network, hash of its weights, and resizing. The cache is $CHEAPSCALE_CACHE/statistics
+(default ~/.cache/cheapscale). The name of an .npz contains a hash of the identity, and the file
+contains the identity itself; loading a file with another identity raises ValueError.
 
-Published files load too: ADM's (mu, sigma, mu_s, sigma_s and the images arr_0) and EDM's (mu,
-sigma). Both hold features of the original Inception network, and say so nowhere.
+Published files can be loaded too: ADM's (mu, sigma, mu_s, sigma_s and the images arr_0) and EDM's
+(mu, sigma). They do not record it, but both use the features of the original Inception network.
 """
 
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cheapscale.data.digest import digest
-from cheapscale.data.files import whole_or_nothing
+from cheapscale.data.files import atomic_write
 from cheapscale.evaluation.fid import Gaussian, Moments, check_features, moments
 
-VERSION = 1  # of the file and of everything that changes the numbers but not the identity
-FOREIGN_NETWORK = "inception_v3"
+VERSION = 1  # change it with the format of the file, or with code that changes the numbers
+FOREIGN_NETWORK = "inception_v3"  # the network of published files
 
 
 class Identity(NamedTuple):
-    """What a statistic is of.
+    """Everything that statistics depend on.
 
-    data: the source's fingerprint (which images, in which order). num: how many of them.
-    network, sha256: name and hash of the feature network. resize: how images were brought to its
-    input ("network": by the network itself, or a mode of evaluation.resize). variant: "" or what
-    was done to the images, for example "patch 64 x 3 seed 0" or "base 16".
+    data: the source's fingerprint (images and their order). num: number of images. network, sha256:
+    name and hash of the feature network. resize: how images were resized to its input size
+    (measure.resize_name). variant: "" for whole images, or their transformation, for example
+    "patch 64 x 3 seed 0" or "base 16".
     """
 
     data: str
@@ -49,8 +49,11 @@ class Identity(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Moments of one set, and its features [n, d] float32 where they were kept (kernel distance,
-    precision and recall need them). identity: None for a published file. path: where it lies."""
+    """Statistics of real images.
+
+    features: [n, d] float32, needed for kernel distance, precision and recall. features and
+    identity are None for a published file. path: the file.
+    """
 
     moments: Moments | Gaussian
     features: np.ndarray | None
@@ -73,7 +76,7 @@ def reference_statistics(
 
 
 def cache_path(identity: Identity, cache_dir: str | pathlib.Path | None = None) -> pathlib.Path:
-    """Where the statistics `identity` are kept."""
+    """The path of the statistics `identity` in the cache."""
     if cache_dir is None:
         cache_dir = os.environ.get("CHEAPSCALE_CACHE", "~/.cache/cheapscale")
     name = f"{identity.network}-{identity.resolution}px-{identity.digest()}.npz"
@@ -81,7 +84,7 @@ def cache_path(identity: Identity, cache_dir: str | pathlib.Path | None = None) 
 
 
 def save_statistics(path: str | pathlib.Path, features: np.ndarray, identity: Identity) -> None:
-    """Write moments and features [n, d]; the file appears whole or not at all."""
+    """Write moments and features [n, d] atomically."""
     path = pathlib.Path(path)
     check_features(features)
     if len(features) != identity.num:
@@ -89,7 +92,7 @@ def save_statistics(path: str | pathlib.Path, features: np.ndarray, identity: Id
             f"{len(features)} features were computed for statistics of {identity.num} images"
         )
     found = moments(features)
-    with whole_or_nothing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             identity=json.dumps([VERSION, identity._asdict()]),
@@ -99,27 +102,14 @@ def save_statistics(path: str | pathlib.Path, features: np.ndarray, identity: Id
         )
 
 
-def load_statistics(
-    path: str | pathlib.Path,
-    *,
-    identity: Identity | None = None,
-    network: str | None = None,
-    sha256: str | None = None,
-    dimension: int | None = None,
-    variant: str | None = None,
-) -> Statistics:
-    """Read our own statistics, or a published .npz.
+def load_statistics(path: str | pathlib.Path, *, identity: Identity | None = None) -> Statistics:
+    """The statistics in an .npz, cached or published.
 
-    Args:
-        identity: refuse any other.
-        network, sha256, dimension, variant: of the features it will be compared with; see
-            `check_match`.
+    Raises ValueError if `identity` is given and the file has another one.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"no reference statistics at {path}: give a .npz file that exists")
-    if path.suffix != ".npz":
-        raise ValueError(f"{path} is not a .npz file: give one of ours, or ADM's or EDM's")
+    if not path.is_file() or path.suffix != ".npz":
+        raise ValueError(f"no reference statistics at {path}: give an .npz of ours, ADM's or EDM's")
     with np.load(path) as stored:
         if "identity" in stored:
             found = _own(path, stored)
@@ -131,71 +121,43 @@ def load_statistics(
                 f"{path} holds {', '.join(stored.files)} but no mu and sigma: it is not a file of "
                 "reference statistics"
             )
+    size = len(found.moments.mean)
+    if found.moments.covariance.shape != (size, size):
+        raise ValueError(f"mean and covariance of {path} do not fit each other: get the file again")
     if identity is not None and found.identity != identity:
-        raise ValueError(f"{path} is of {found.identity}, not of {identity}: delete it")
-    check_match(found, network=network, sha256=sha256, dimension=dimension, variant=variant)
+        raise ValueError(f"{path} holds {found.identity}, not {identity}: delete it")
     return found
 
 
-def check_match(
-    statistics: Statistics,
-    *,
-    network: str | None = None,
-    sha256: str | None = None,
-    dimension: int | None = None,
-    variant: str | None = None,
-    resolution: int | None = None,
-    resize: str | None = None,
-) -> None:
-    """Refuses statistics of another network, other weights, another dimension, of patches where
-    whole images are compared, or of images of another size or resized in another way, by name.
+def check_match(statistics: Statistics, **asked: Any) -> None:
+    """Raise ValueError unless the statistics match the features that are compared with them.
 
-    variant: the first word of the identity's, "" for whole images. A published file says nothing
-    of images and weights: there the network and its dimension are all that can be checked.
+    asked: any of network, sha256, dimension, resolution, resize (as in `Identity`) and variant (the
+    first word of the identity's variant, "" for whole images). A published file does not record its
+    images and weights: it is taken to hold whole images that inception_v3 itself resized.
     """
-    own = statistics.identity
-    name = own.network if own else FOREIGN_NETWORK
-    size = len(statistics.moments.mean)
-    if statistics.moments.covariance.shape != (size, size):
-        raise ValueError(
-            f"{statistics.path}: mean {(size,)} and covariance "
-            f"{statistics.moments.covariance.shape} do not fit each other: it is damaged"
+    identity = statistics.identity
+    recorded = {
+        "network": FOREIGN_NETWORK,
+        "variant": "",
+        "dimension": len(statistics.moments.mean),
+    }
+    if identity is not None:
+        recorded |= identity._asdict() | {"variant": identity.variant.partition(" ")[0]}
+    elif "resize" in asked:
+        recorded["resize"] = (
+            "network" if not asked["resize"].startswith("network") else asked["resize"]
         )
-    if network is not None and network != name:
-        raise ValueError(
-            f"{statistics.path} holds statistics of {name} but the features are {network}'s: give "
-            f"a reference of {network}, or measure with {name}"
-        )
-    if own and sha256 is not None and sha256 != own.sha256:
-        raise ValueError(
-            f"{statistics.path} was made with {name} weights of SHA-256 {own.sha256 or 'unknown'}, "
-            f"not {sha256 or 'unknown'}: compute the reference again"
-        )
-    if dimension is not None and dimension != size:
-        raise ValueError(
-            f"{statistics.path} holds {name} statistics of {size} dimensions but the features "
-            f"have {dimension}: they are of another layer or network"
-        )
-    kind = own.variant.partition(" ")[0] if own else ""
-    if variant is not None and variant != kind:
-        raise ValueError(
-            f"{statistics.path} holds statistics of {kind or 'whole'} images but the features are "
-            f"of {variant or 'whole'} ones: compute a reference of the same"
-        )
-    if own is None and resize is not None and not resize.startswith("network"):
-        raise ValueError(
-            f"{statistics.path} is a published file, of images that the network itself resized, "
-            f"but the images are resized by {resize.split()[0]!r}: use --resize=network"
-        )
-    for what, asked in (("resolution", resolution), ("resize", resize)):
-        if own and asked is not None and asked != getattr(own, what):
+    for field, value in asked.items():
+        if field in recorded and recorded[field] != value:
             raise ValueError(
-                f"{statistics.path} is of {what} {getattr(own, what)!r} but the images are of "
-                f"{asked!r}: compute a reference of the same"
+                f"{statistics.path} holds statistics of {field} {recorded[field]!r}, but the "
+                f"features are of {value!r}: give or compute a reference with the same {field}"
             )
 
 
-def _own(path, stored):
+def _own(path: pathlib.Path, stored: Any) -> Statistics:
+    """The statistics in a file that `save_statistics` wrote."""
     version, fields = json.loads(str(stored["identity"]))
     if version != VERSION:
         raise ValueError(

@@ -1,8 +1,8 @@
 """From PyTorch state dicts to nested parameters: transposition, and strict book-keeping.
 
-A correspondence is a list of `Entry(path, name, kind)`: our leaf, their tensor, and how one becomes
-the other. Every leaf and every tensor must be used exactly once; what is left over on either side
-is an error that lists it, because a network with a few random layers looks almost right.
+A correspondence is a list of `Entry(path, name, kind)`: a leaf of our parameters, a tensor of the
+state dict, and the conversion between them. Every leaf and every tensor must be used exactly once;
+an error lists the rest, because a network with a few random layers would look almost right.
 
 Layouts: convolution kernels OIHW -> HWIO; 1x1 convolutions and linear maps [out, in, ...] ->
 [in, out]; attention's joint query-key-value channels to (three, head, dim).
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 PyTree = Any
 
@@ -59,20 +60,16 @@ def convert(
             f"the checkpoint does not fit the model config: missing {missing or 'nothing'}, "
             f"unused {unused or 'nothing'}; check widths, blocks, attention and growth"
         )
-    params: dict = {}
-    for entry in entries:
-        array = np.asarray(state[entry.name], np.float32)
-        *folders, leaf = entry.path.split("/")
-        node = params
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = _convert_array(array, entry, qkv_layout)
-    return params
+    arrays = {
+        entry.path: _convert_array(np.asarray(state[entry.name], np.float32), entry, qkv_layout)
+        for entry in entries
+    }
+    return unflatten_dict(arrays, sep="/")
 
 
 def check_shapes(params: PyTree, expected: PyTree) -> None:
     """Raises ValueError naming the leaves whose names or shapes differ from `expected`."""
-    ours, theirs = dict(leaves(expected)), dict(leaves(params))
+    ours, theirs = flatten_dict(expected, sep="/"), flatten_dict(params, sep="/")
     problems = [
         f"{path} has {theirs[path].shape if path in theirs else 'nothing'} "
         f"for {ours[path].shape if path in ours else 'nothing'}"
@@ -84,15 +81,6 @@ def check_shapes(params: PyTree, expected: PyTree) -> None:
             f"the checkpoint does not fit the model config: {'; '.join(problems)}; "
             "check the model's widths"
         )
-
-
-def leaves(tree: PyTree, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """('/'-joined path, leaf) of a nested dict."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _convert_array(array: np.ndarray, entry: Entry, qkv_layout: str) -> np.ndarray:

@@ -1,8 +1,9 @@
 """U-Net weights under EDM's names or guided-diffusion's (ADM, consistency models, PaGoDA).
 
-Both name the same blocks, walked here in the order of the plan. guided-diffusion numbers them
-instead: `input_blocks.i`, `middle_block`, `output_blocks.i`, where a level's up-block is the last
-module of the output block before it, and grown blocks count as output blocks.
+Both have the same blocks, which are visited in the order of the plan. EDM names them by side and
+number; guided-diffusion numbers them: `input_blocks.i`, `middle_block`, `output_blocks.i`. There, a
+level's up-block is the last module of the output block before it, and grown blocks count as output
+blocks.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -80,7 +81,7 @@ def _pair(path: str, name: str, kind: str, heads: int = 0) -> list[Entry]:
 
 
 def _res(block: Block, name: Callable[[str], str]) -> Iterator[Entry]:
-    """A residual block; `name` gives their name of our layer."""
+    """Entries of a residual block; `name` maps our name of a layer to the state dict's."""
     kinds = {"norm0": "plain", "conv0": "conv", "affine": "dense"}
     kinds |= {"norm1": "plain", "conv1": "conv"}
     if block.shortcut:
@@ -152,7 +153,7 @@ def _guided_diffusion(config: UNetConfig) -> Iterator[Entry]:
                 module = 0 if block.name.endswith("_in0") else 2
                 place = "middle_block"
             elif block.resample and not block.name.startswith("grow"):
-                place = f"output_blocks.{decoder}"  # behind what that block already holds
+                place = f"output_blocks.{decoder}"  # after the modules of that block
             else:
                 decoder, module = decoder + 1, 0
                 place = f"output_blocks.{decoder}"

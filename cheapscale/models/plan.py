@@ -1,13 +1,14 @@
-"""The declaration of a U-Net: `UNetConfig`, and the ordered blocks `plan(config)` makes of it.
+"""A U-Net as plain values: `UNetConfig`, and the ordered blocks that `plan(config)` derives.
 
-The linen module (unet.py) walks the plan, and so does whatever slices channels later, so that the
-two cannot diverge. ADM, DDPM++ and NCSN++ (Dhariwal & Nichol 2021; Song et al. 2021, in the form of
-Karras et al. 2022) differ in the constants of `FAMILIES` only.
+Both the linen module (unet.py) and the pruner, which slices channels, read the plan, so that they
+cannot diverge. ADM, DDPM++ and NCSN++ (Dhariwal & Nichol 2021; Song et al. 2021, in the form of
+Karras et al. 2022, arXiv 2206.00364, Table 7) differ only in the constants of `FAMILIES`.
 
-Growth (PaGoDA, spec 4.1) appends to the decoder, for every doubling, an up-block and two blocks
-without attention, encoder skip or residual scaling, to which the embedding is added.
+Growth (PaGoDA, arXiv 2405.14822, section 3.3) appends an up-block and two blocks to the decoder for
+every doubling. They have no attention, encoder skip or residual scaling, and the embedding is added
+to them. The up-block comes first, as in the published code.
 
-Blocks are named after the side in pixels of their output at the native resolution: "enc_16_conv",
+A block's name contains the side in pixels of its output at the native resolution: "enc_16_conv",
 "enc_16_block0", "enc_8_down", "dec_8_in0", "dec_16_up", "grow_32_up", "head". These names are the
 top level of the parameters; the network itself runs at every multiple of its stride.
 """
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 class Family(NamedTuple):
     embedding: str  # cos_sin | sin_cos (swapped halves, frequencies with endpoint) | fourier
-    noise_feature: str  # what the embedding is fed unless the config says otherwise
+    noise_feature: str  # default of UNetConfig.noise_feature
     noise_width: int  # width of the embedding's input / channels
     label_late: bool  # label joins after the mapping layers, without bias (ADM), or before
     eps: float
@@ -45,14 +46,13 @@ FAMILIES = {
         (1.0, "fan_avg"),
     ),
 }  # fmt: skip
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """Plain values that determine a U-Net and the names and shapes of its parameters.
 
-    resolution: native side in pixels; the generator's is that of its latent (before growth).
+    resolution: native side in pixels; a grown generator's is the side of its latent.
     channels, channel_mult, num_blocks: width of the first level, multiples, blocks per level.
     attention: native sides at which blocks attend. head_dim: channels of a head, 0 for one head.
     num_classes: 0 = no label (a label passed is then ignored).
@@ -60,15 +60,15 @@ class UNetConfig:
     extra_conditions: number of scalar conditions. caption_dim: width of a caption embedding.
     groups, group_size: a norm of c channels has min(groups, c // group_size) groups.
     growth: width of every doubling appended to the decoder; () is the plain U-Net.
-    overrides: (block, field of Block, value) entries that replace a number of the plan. Numbers of
-      groups and heads and the presence of shortcuts always follow the widths before overrides.
-    noise_feature: travels with the network, see diffusion.process.noise_feature; "" = family's.
+    overrides: (block, field of Block, value) entries that replace a number of the plan. Groups,
+      heads and shortcuts are derived from the widths before the overrides.
+    noise_feature: how sigma becomes the network's noise input, "edm" or "openai"; "" = family's.
     dtype: precision of the computation; parameters are float32.
     remat: prefixes of the names of blocks recomputed in the backward pass; ("",) means all.
-    dilation, dilated: spread the taps of the 3x3 convolutions of the residual blocks whose names
-      start with one of `dilated`. steady_entropy: sharpen attention over more positions than the
-      native ones by sqrt(log N / log N_native). Both change what weights do on a larger canvas,
-      not the weights (self-cascade's baselines).
+    dilation, dilated: spacing of the taps of the 3x3 convolutions in the residual blocks whose
+      names start with one of `dilated`. entropy_scaling: scale the queries of attention over more
+      positions than the native ones by sqrt(log N / log N_native). Both change what the same
+      weights compute on a larger canvas (baselines of the self-cascade).
     """
 
     resolution: int
@@ -96,22 +96,11 @@ class UNetConfig:
     remat: tuple[str, ...] = ()
     dilation: int = 1
     dilated: tuple[str, ...] = ()
-    steady_entropy: bool = False
+    entropy_scaling: bool = False
 
     def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise ValueError(
-                f"model.family {self.family!r} is unknown: choose one of {', '.join(FAMILIES)}"
-            )
         if not self.noise_feature:
             object.__setattr__(self, "noise_feature", FAMILIES[self.family].noise_feature)
-        features = sorted({family.noise_feature for family in FAMILIES.values()})
-        for field, known in (("noise_feature", features), ("dtype", DTYPES)):
-            if getattr(self, field) not in known:
-                raise ValueError(
-                    f"model.{field} {getattr(self, field)!r} is unknown: choose one of "
-                    f"{', '.join(known)}"
-                )
         if self.resolution % self.stride:
             raise ValueError(
                 f"model.resolution {self.resolution} is not a multiple of the stride {self.stride} "
@@ -140,9 +129,9 @@ class Block:
     """One entry of the plan. Fields that a kind does not use are 0, "" or False.
 
     kind: map (embedding), conv_in, res, aux (NCSN++'s image branch), head.
-    resolution: native side of the output. in_channels includes what `pop` concatenates.
-    pop: the block whose pushed output is concatenated after the stream. push: output is kept.
-    inner: width between the two convolutions. emb: width of the embedding it reads.
+    resolution: native side of the output. in_channels counts the channels from `pop` too.
+    pop: the block whose kept output is concatenated to the stream. push: the output is kept for
+      the decoder. inner: width between the two convolutions. emb: width of the embedding it reads.
     heads: 0 = no attention; qk, v: summed widths of the heads' queries (= keys) and of the values.
     groups0, groups1, groups2: norms before conv0, before conv1, before qkv.
     shortcut: the identity path has a 1x1 convolution.
@@ -183,25 +172,24 @@ def plan(config: UNetConfig) -> tuple[Block, ...]:
     layout = _layout(config)
     changes = _changes(config, {block.name for block in layout})
     stream, emb, aux = 0, 0, config.in_channels
-    pushed, blocks = {}, []
+    kept, blocks = {"": 0}, []  # widths of what the decoder concatenates
     for block in layout:
-        if block.name in changes:
-            block = dataclasses.replace(block, **changes[block.name])
+        block = dataclasses.replace(block, **changes.get(block.name, {}))
         if block.kind == "map":
             block = _chain_map(block, {b.name: b for b in blocks})
-            if block.name == "map_layer1":
-                emb = block.out_channels
-        elif block.kind == "aux":
+            emb = block.out_channels if block.name == "map_layer1" else emb
+            blocks.append(block)
+            continue
+        if block.kind == "aux":
             block = dataclasses.replace(block, in_channels=aux, out_channels=stream)
             aux = stream
         elif block.kind in ("res", "head"):
-            width = stream + (pushed[block.pop] if block.pop else 0)
+            width = stream + kept[block.pop]
             block = dataclasses.replace(block, in_channels=width, emb=emb if block.emb else 0)
             _check_widths(block)
-        if block.kind != "map":
-            stream = block.out_channels
+        stream = block.out_channels
         if block.push:
-            pushed[block.name] = stream
+            kept[block.name] = stream
         blocks.append(block)
     return tuple(blocks)
 
@@ -280,7 +268,7 @@ def _layout(config: UNetConfig) -> list[Block]:
 
 
 def _maps(config: UNetConfig, family: Family, emb: int) -> list[Block]:
-    """The blocks of equation (4): each condition that the config declares has its own map."""
+    """The blocks of the embedding, equation (4) of unet.py: one or two maps for each condition."""
     noise = config.channels * family.noise_width
     maps = []
     if family.embedding == "fourier":
@@ -301,7 +289,7 @@ def _maps(config: UNetConfig, family: Family, emb: int) -> list[Block]:
 
 
 def _chain_map(block: Block, done: dict[str, Block]) -> Block:
-    # widths of the embedding follow the two mapping layers, the only maps that can be overridden
+    """The map with the input and output widths that follow from overrides of the mapping layers."""
     layer0, layer1 = done.get("map_layer0"), done.get("map_layer1")
     if block.name == "map_layer1":
         return dataclasses.replace(block, in_channels=layer0.out_channels)
@@ -312,10 +300,14 @@ def _chain_map(block: Block, done: dict[str, Block]) -> Block:
 
 
 def _changes(config: UNetConfig, names: set[str]) -> dict[str, dict[str, int]]:
+    """The overrides by block: {name: {field: value}}."""
     changes: dict[str, dict[str, int]] = {}
     for name, field, value in config.overrides:
         if name not in names:
-            raise ValueError(f"model.overrides names the block {name!r}, which the plan lacks")
+            raise ValueError(
+                f"model.overrides names the block {name!r}, which the plan lacks: name one of "
+                f"{', '.join(sorted(names))}"
+            )
         allowed = ("out_channels",) if name.startswith("map_") else OVERRIDABLE
         fixed = name == "head" and field == "out_channels"
         if field not in allowed or fixed or value < 1:
@@ -328,6 +320,8 @@ def _changes(config: UNetConfig, names: set[str]) -> dict[str, dict[str, int]]:
 
 
 def _check_widths(block: Block) -> None:
+    """Refuse a block if its groups or heads do not divide its widths, or if its two paths differ
+    in width and it has no shortcut."""
     pairs = [("groups0", block.in_channels)]
     if block.kind == "res":
         pairs.append(("groups1", block.inner))

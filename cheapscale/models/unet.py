@@ -1,4 +1,4 @@
-"""The U-Net of ADM, DDPM++ and NCSN++, and PaGoDA's grown generator: one module walks the plan.
+"""The U-Net of ADM, DDPM++ and NCSN++, and PaGoDA's grown generator: one module runs the plan.
 
     h     = conv1(drop(silu(norm1(conv0(resample(silu(norm0(x))))  o  affine(emb)))))          (1)
     x'    = residual_scale * (shortcut(resample(x)) + h)                                       (2)
@@ -6,11 +6,15 @@
     o:      ADM  norm1(h) * (1 + scale) + shift;  others, and grown blocks:  norm1(h + shift)
     emb   = silu(map_layer1(silu(map_layer0(features(noise)))) + conditions)                   (4)
 
-conv1, proj and the head's convolution start at zero, so that every block starts as its identity
-path, and a grown part as nearest-neighbour enlargement of the features (spec 4.1).
+Dhariwal & Nichol 2021 (arXiv 2105.05233), Song et al. 2021 (2011.13456), in the form of Karras et
+al. 2022 (2206.00364, Table 7). conv1, proj and the head's convolution start at zero, so every block
+starts as its identity path, and grown blocks start as nearest-neighbour enlargement of features.
+
+Arrays are NHWC.
 """
 
 import dataclasses
+import difflib
 import functools
 import math
 from typing import Any
@@ -24,6 +28,9 @@ from cheapscale.models.plan import FAMILIES, Block, UNetConfig, plan
 
 __all__ = ["Block", "ResBlock", "UNet", "UNetConfig", "plan", "unet"]
 
+RESAMPLE = {"": lambda x, taps: x, "up": layers.upsample, "down": layers.downsample}
+zeros = nn.initializers.zeros
+
 
 class ResBlock(nn.Module):
     """Equations (1) to (3) for one entry of the plan."""
@@ -31,21 +38,22 @@ class ResBlock(nn.Module):
     block: Block
     kernel_init: tuple[float, str]
     dropout: float
-    dilation: int = 1  # of conv0 and conv1
-    steady_entropy: bool = False
+    dilation: int = 1  # spacing of the taps of conv0 and conv1
+    entropy_scaling: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, train: bool) -> jax.Array:
         """x [b, h, w, in_channels], emb [b, emb] -> [b, h', w', out_channels]."""
         block, init = self.block, layers.uniform(*self.kernel_init)
-        zero = layers.uniform(0)
-        resample = {"": lambda a, taps: a, "up": layers.upsample, "down": layers.downsample}
-        resize = functools.partial(resample[block.resample], taps=block.taps)
+        dense = functools.partial(layers.Dense, kernel_init=init)
+        conv = functools.partial(layers.Conv, kernel_dilation=self.dilation)
+        resize = functools.partial(RESAMPLE[block.resample], taps=block.taps)
 
+        # (1) the residual branch
         h = nn.silu(layers.GroupNorm(block.groups0, block.eps, name="norm0")(x))
-        h = layers.Conv(block.inner, init, dilation=self.dilation, name="conv0")(resize(h))
+        h = conv(block.inner, kernel_init=init, name="conv0")(resize(h))
         norm1 = layers.GroupNorm(block.groups1, block.eps, name="norm1")
-        affine = layers.Dense(block.inner * (1 + block.scale_shift), init, name="affine")
+        affine = dense(block.inner * (1 + block.scale_shift), name="affine")
         condition = affine(emb)[:, None, None, :]
         if block.scale_shift:
             scale, shift = jnp.split(condition, 2, axis=-1)
@@ -53,27 +61,32 @@ class ResBlock(nn.Module):
         else:
             h = nn.silu(norm1(h + condition))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = layers.Conv(block.out_channels, zero, dilation=self.dilation, name="conv1")(h)
+        h = conv(block.out_channels, kernel_init=zeros, name="conv1")(h)
 
+        # (2) the identity path
         x = resize(x)
         if block.shortcut:
-            x = layers.Dense(block.out_channels, init, name="skip")(x)
+            x = dense(block.out_channels, name="skip")(x)
         x = (x + h) * block.residual_scale
-        if block.heads:
+        if block.heads:  # (3)
             x = (x + self.attend(x)) * block.residual_scale
         return x
 
     def attend(self, x: jax.Array) -> jax.Array:
+        """proj(attention(qkv(norm2(x)))) over all positions: [b, h, w, c] -> the same shape."""
         block = self.block
         b, height, width, c = x.shape
-        init, zero = layers.uniform(*self.kernel_init), layers.uniform(0)
+        init = layers.uniform(*self.kernel_init)
+        dense = functools.partial(layers.Dense, kernel_init=init)
         h = layers.GroupNorm(block.groups2, block.eps, name="norm2")(x).reshape(b, -1, c)
-        qkv = layers.Dense(2 * block.qk + block.v, init, name="qkv")(h)
+        qkv = dense(2 * block.qk + block.v, name="qkv")(h)
         q, k, v = jnp.split(qkv, (block.qk, 2 * block.qk), axis=-1)
-        if self.steady_entropy and block.resolution > 1:  # over more positions than native
+        if self.entropy_scaling and block.resolution > 1:
+            # Attention over more positions has a higher entropy; sharper logits restore it (Jin et
+            # al. 2023, arXiv 2306.08645).
             q = q * math.sqrt(math.log(height * width) / math.log(block.resolution**2))
         h = layers.attention(q, k, v, block.heads)
-        h = layers.Dense(block.out_channels, zero, name="proj")(h)
+        h = dense(block.out_channels, kernel_init=zeros, name="proj")(h)
         return h.reshape(b, height, width, -1)
 
 
@@ -85,7 +98,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         h = nn.silu(layers.GroupNorm(self.block.groups0, self.block.eps, name="norm")(x))
-        return layers.Conv(self.block.out_channels, layers.uniform(0), name="conv")(h)
+        return layers.Conv(self.block.out_channels, kernel_init=zeros, name="conv")(h)
 
 
 class UNet(nn.Module):
@@ -116,104 +129,118 @@ class UNet(nn.Module):
             augment: [b, augment_dim]; None is zero.
             extra: [b, extra_conditions] scalars, embedded like the noise; None adds nothing.
             caption: [b, caption_dim]; None is zero.
-            inject: {block: array of the shape of its output} added to the stream after that block;
-                with "/skip" appended to the name, only to what the decoder receives from it, with
-                "/stream" only to what the next block receives.
-            taps: names of blocks whose (injected) output is wanted: returns (out, {name: array});
-                "emb" is the embedding of equation (4), [b, emb].
+            inject: {place: array}, added to a block's output. The place "block" adds it for all
+                readers, "block/skip" only for the decoder block that reads the skip connection,
+                "block/stream" only for the next block.
+            taps: names of blocks; the result is then (out, {name: the block's output after
+                injection}). "emb" is the embedding of equation (4), [b, emb].
             train: dropout is on, and needs rngs={"dropout": key}.
+
+        Raises ValueError where x, inject or taps do not fit the network.
         """
-        config, inject = self.config, dict(inject or {})
+        config, inject = self.config, inject or {}
         self._check(x, inject, taps)
-        dtype = jnp.dtype(config.dtype)
-        maps = {block.name: block for block in plan(config) if block.kind == "map"}
-        emb = self._embedding(maps, noise, label, augment, extra, caption)
+        family, dtype = FAMILIES[config.family], jnp.dtype(config.dtype)
+        init = layers.uniform(*family.init)
+        conv = functools.partial(layers.Conv, kernel_init=init)
+
+        def injected(h, place):
+            if place not in inject:
+                return h
+            if inject[place].shape != h.shape:
+                raise ValueError(
+                    f"inject[{place!r}] has shape {inject[place].shape}, but the stream there has "
+                    f"{h.shape}: give an array of that shape"
+                )
+            return h + inject[place].astype(h.dtype)
+
+        emb = self._embedding(noise, label, augment, extra, caption)
         h = aux = x.astype(dtype)
-        skips, tapped = {}, {"emb": emb} if "emb" in taps else {}
-        init = layers.uniform(*FAMILIES[config.family].init)
+        skips, tapped = {}, {"emb": emb}
         for block in plan(config):
+            name = block.name
             if block.kind == "map":
-                continue
+                continue  # part of the embedding
             if block.kind == "conv_in":
-                h = layers.Conv(block.out_channels, init, name=block.name)(h)
+                h = conv(block.out_channels, name=name)(h)
             elif block.kind == "res":
                 if block.pop:
                     h = jnp.concatenate([h, skips.pop(block.pop)], axis=-1)
                 h = self._res(block)(h, emb, train)
             elif block.kind == "aux":
                 side = 1 + (len(block.taps) - 1) // 2  # the filter reads beyond the border
-                conv = layers.Conv(block.out_channels, init, padding=side, name=block.name)
-                h = aux = (h + layers.filter_stride2(conv(aux), block.taps)) * 0.5**0.5
+                wide = conv(block.out_channels, padding=side, name=name)(aux)
+                # NCSN++'s residual encoder; sqrt(1/2) keeps the variance of the sum.
+                h = aux = (h + layers.filter_stride2(wide, block.taps)) * 0.5**0.5
             else:
-                # in the input's precision: a step of bfloat16 near 1 is half a grey level
-                h = Head(block, name=block.name)(h.astype(x.dtype))
-            if block.name in inject:
-                h = h + _fitting(inject[block.name], h, block.name)
+                # The head computes in x's dtype: bfloat16 near 1 resolves half a grey level.
+                h = Head(block, name=name)(h.astype(x.dtype))
+            h = injected(h, name)
             if block.push:
-                key = f"{block.name}/skip"
-                skips[block.name] = h + _fitting(inject[key], h, key) if key in inject else h
-            key = f"{block.name}/stream"
-            if key in inject:
-                h = h + _fitting(inject[key], h, key)
-            if block.name in taps:
-                tapped[block.name] = h
+                skips[name] = injected(h, f"{name}/skip")
+            h = tapped[name] = injected(h, f"{name}/stream")
         out = h.astype(x.dtype)
-        return (out, tapped) if taps else out
+        return (out, {name: tapped[name] for name in taps}) if taps else out
 
-    def _res(self, block):
-        recompute = any(block.name.startswith(prefix) for prefix in self.config.remat)
+    def _res(self, block: Block) -> nn.Module:
+        config = self.config
+        recompute = block.name.startswith(config.remat)
         module = nn.remat(ResBlock, static_argnums=(3,)) if recompute else ResBlock
-        family = FAMILIES[self.config.family]
-        dilated = any(block.name.startswith(prefix) for prefix in self.config.dilated)
+        dilated = block.name.startswith(config.dilated)
         return module(
             block,
-            family.init,
-            self.config.dropout,
-            self.config.dilation if dilated else 1,
-            self.config.steady_entropy,
+            FAMILIES[config.family].init,
+            config.dropout,
+            config.dilation if dilated else 1,
+            config.entropy_scaling,
             name=block.name,
         )
 
-    def _embedding(self, maps, noise, label, augment, extra, caption):
+    def _embedding(self, noise, label, augment, extra, caption) -> jax.Array:
         """Equation (4): [b, emb]."""
         config, family = self.config, FAMILIES[self.config.family]
-        dtype = jnp.dtype(config.dtype)
-        init = layers.uniform(*family.init)
+        dtype, init = jnp.dtype(config.dtype), layers.uniform(*family.init)
+        widths = {block.name: block.out_channels for block in plan(config) if block.kind == "map"}
 
-        def dense(name, value, init=init, use_bias=True):
-            layer = layers.Dense(maps[name].out_channels, init, use_bias, name=name)
+        def dense(name, value, kernel_init=init, use_bias=True):
+            layer = layers.Dense(widths[name], use_bias, kernel_init=kernel_init, name=name)
             return layer(value.astype(dtype))
 
+        def absent(width):  # a condition that is not given counts as zero
+            return jnp.zeros((1, width))
+
+        # features of the noise level, joined by the conditions that come before the mapping
         if family.embedding == "fourier":
-            features = layers.Fourier(maps["map_noise"].out_channels, name="map_noise")(noise)
+            features = layers.Fourier(widths["map_noise"], name="map_noise")(noise)
         else:
             endpoint = family.embedding == "sin_cos"
             features = layers.sinusoids(noise, config.channels, endpoint=endpoint)
         if family.embedding != "cos_sin":
+            # DDPM++ and NCSN++ have [sin, cos] where ADM has [cos, sin].
             features = jnp.roll(features, features.shape[-1] // 2, axis=-1)
         features = features.astype(dtype)
         if config.augment_dim:
-            given = jnp.zeros((1, config.augment_dim)) if augment is None else augment
+            given = absent(config.augment_dim) if augment is None else augment
             features += dense("map_augment", given, use_bias=False)
-        by_label = None
-        if config.num_classes:
-            weights = _label_weights(label, config.num_classes)
-            unit = layers.uniform(config.num_classes)  # a row for each class, of unit variance
-            if family.label_late:
-                by_label = dense("map_label", weights, unit, False)
-            else:
-                features += dense("map_label", weights * config.num_classes**0.5)
+        weights = _label_weights(label, config.num_classes) if config.num_classes else None
+        if weights is not None and not family.label_late:
+            features += dense("map_label", weights * config.num_classes**0.5)
+
         emb = dense("map_layer1", nn.silu(dense("map_layer0", features)))
-        if by_label is not None:
-            emb += by_label
+
+        # conditions that join after the mapping
+        if weights is not None and family.label_late:
+            unit = layers.uniform(config.num_classes)  # a row for each class, of unit variance
+            emb += dense("map_label", weights, unit, use_bias=False)
         if config.extra_conditions:
-            given = jnp.zeros((1, config.extra_conditions)) if extra is None else extra
+            given = absent(config.extra_conditions) if extra is None else extra
             scalars = layers.sinusoids(given.reshape(-1), config.channels)
             hidden = nn.silu(dense("map_extra0", scalars.reshape(given.shape[0], -1)))
-            by_extra = dense("map_extra1", hidden, layers.uniform(0))
+            by_extra = dense("map_extra1", hidden, zeros)
+            # 0 * by_extra: the parameters exist also when the network is initialised without extra
             emb += by_extra if extra is not None else 0 * by_extra
         if config.caption_dim:
-            given = jnp.zeros((1, config.caption_dim)) if caption is None else caption
+            given = absent(config.caption_dim) if caption is None else caption
             emb += dense("map_caption", given, use_bias=False)
         return nn.silu(emb)
 
@@ -229,33 +256,41 @@ class UNet(nn.Module):
                 f"an input of {x.shape[1]} x {x.shape[2]} px does not divide by the U-Net's stride "
                 f"{config.stride}: resize it to multiples of {config.stride}"
             )
-        streams = {block.name: block for block in plan(config) if block.kind != "map"}
-        places = set(streams) | {f"{name}/stream" for name in streams}
-        places |= {f"{name}/skip" for name, b in streams.items() if b.push}
-        readable = {*streams, "emb"}
-        for name in (*inject, *taps):
-            if name not in (readable if name in taps else places):
-                raise ValueError(
-                    f"the U-Net has no block {name!r} to tap or inject at: its blocks are "
-                    f"{', '.join(streams)} (to inject, '/stream' may follow, or '/skip' in the "
-                    "encoder)"
-                )
+        blocks = [block for block in plan(config) if block.kind != "map"]
+        names = {block.name for block in blocks}
+        places = names | {f"{block.name}/stream" for block in blocks}
+        places |= {f"{block.name}/skip" for block in blocks if block.push}
+        unknown = [*(set(inject) - places), *(set(taps) - names - {"emb"})]
+        if unknown:
+            raise ValueError(
+                f"the U-Net has no block {unknown[0]!r} to tap or inject at: its blocks are "
+                f"{', '.join(b.name for b in blocks)} (to inject, '/stream' may follow, or '/skip' "
+                "in the encoder)"
+            )
 
 
 def unet(**fields: Any) -> UNet:
     """The network of a config given as plain values (lists count as tuples, as after JSON).
 
-    Raises ValueError naming unknown fields, or whatever does not fit.
+    Raises ValueError on an unknown field, and where the fields do not fit together.
     """
-    known = {field.name for field in dataclasses.fields(UNetConfig)}
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise ValueError(
-            f"model has no field {', '.join(unknown)}: its fields are {', '.join(sorted(known))}"
-        )
+    known = [field.name for field in dataclasses.fields(UNetConfig)]
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean model.{near[0]}?" if near else f"give one of {', '.join(known)}"
+            raise ValueError(f"the U-Net has no field model.{name}: {hint}")
     config = UNetConfig(**{name: _frozen(value) for name, value in fields.items()})
     plan(config)
     return UNet(config)
+
+
+def init_params(fields: dict[str, Any], key: jax.Array) -> Any:
+    """Fresh parameters of the network `unet(**fields)`."""
+    net = unet(**fields)
+    side, channels = net.config.resolution, net.config.in_channels
+    x, label = jnp.zeros((1, side, side, channels)), jnp.zeros(1, jnp.int32)
+    return net.init(key, x, jnp.zeros(1), label=label)["params"]
 
 
 def _frozen(value: Any) -> Any:
@@ -263,16 +298,9 @@ def _frozen(value: Any) -> Any:
 
 
 def _label_weights(label: jax.Array | None, num_classes: int) -> jax.Array:
+    """[b or 1, num_classes]: one-hot rows of indices; weights as they are; zeros for no label."""
     if label is None:
         return jnp.zeros((1, num_classes))
     if label.ndim == 2:
         return label
     return jax.nn.one_hot(label, num_classes)
-
-
-def _fitting(value: jax.Array, stream: jax.Array, name: str) -> jax.Array:
-    if value.shape != stream.shape:
-        raise ValueError(
-            f"inject[{name!r}] has shape {value.shape}, but the stream there has {stream.shape}"
-        )
-    return value.astype(stream.dtype)

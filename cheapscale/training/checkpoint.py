@@ -1,8 +1,7 @@
-"""Checkpoints: Orbax, asynchronous, numbered by step, committed whole or not at all.
+"""Checkpoints of training runs, written asynchronously and atomically by Orbax.
 
-A work directory holds `config.json` (what the run is), `checkpoints/<step>/{state,meta}` and the
-logs. `meta` carries the networks' architecture, so every consumer rebuilds a network from the
-checkpoint alone: `load_network(workdir, "net")`.
+A work directory holds `config.json`, `checkpoints/<step>/{state,meta}` and the logs. `meta` has the
+architecture of the networks, so `load_network(workdir)` needs only the checkpoint.
 """
 
 import json
@@ -12,21 +11,22 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
-from cheapscale.data.files import whole_or_nothing
+from cheapscale.data.files import atomic_write
 from cheapscale.training.state import TrainState
 
 PyTree = Any
 
-# Keys whose change does not alter the meaning of a checkpoint: a run may resume with other values.
+# Fields of a config that may change when a run is resumed, since no weight depends on them.
 HARMLESS = (
     "total_steps", "log_every", "eval_every", "save_every", "preview_every", "keep", "mesh",
-    "resume", "num_threads", "cache_latents", "data_dir", "preview_steps",
+    "resume", "num_threads", "data_dir",
 )  # fmt: skip
 
 
 class Loaded(NamedTuple):
-    """A network read from a work directory: weights, how to rebuild it, and at which step."""
+    """A network read from a work directory: its weights, the checkpoint's meta and step."""
 
     params: PyTree
     meta: dict
@@ -35,7 +35,7 @@ class Loaded(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one work directory; use as a context manager."""
+    """The checkpoints of one work directory; a context manager."""
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
         self.folder = checkpoints_folder(workdir)
@@ -53,22 +53,23 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: TrainState, meta: dict) -> None:
-        """Start saving and return at once; a step that is already there is left alone."""
+        """Save in the background; does nothing if this step is already the newest checkpoint."""
         if self.manager.latest_step() == step:
             return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self.manager.save(step, args=args, force=True)
 
     def reached_preemption(self, step: int) -> bool:
-        """True at the step on which all processes agreed to stop (needs jax.distributed)."""
+        """Whether this is the step at which all processes stop (needs jax.distributed)."""
         return self.manager.reached_preemption(step)
 
     def meta(self) -> tuple[int, dict]:
-        """(step, meta) of the newest."""
+        """(step, meta) of the newest checkpoint."""
         return self.latest_step(), self._restored(meta=ocp.args.JsonRestore())
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """The newest state, placed as `abstract` says: any mesh may restore any checkpoint."""
+        """The newest state, placed with the shardings of `abstract`, which may be of another mesh
+        than the one that saved it."""
         return self._restored(state=ocp.args.StandardRestore(abstract))
 
     def _restored(self, **item):
@@ -86,10 +87,10 @@ def load_network(
     ema: bool = True,
     step: int | None = None,
 ) -> Loaded:
-    """Read one network's (EMA) weights, and nothing else, from a work directory, as NumPy.
+    """The EMA weights (or with ema=False the raw ones) of a network, as NumPy arrays.
 
-    net: its name; None takes the only one there. Raises FileNotFoundError where there is no
-    checkpoint, ValueError where it holds no such network.
+    net: name of the network; None if the checkpoint has only one. step: default the newest.
+    Raises FileNotFoundError without a checkpoint, ValueError if it lacks the network.
     """
     step, meta = read_meta(workdir, step)
     names = list(meta["networks"])
@@ -97,19 +98,18 @@ def load_network(
         net = names[0]
     if net not in names:
         raise ValueError(f"{workdir} holds the networks {names}, not {net!r}: name one of them")
-    field = "ema_params" if ema else "params"
+    field, path = "ema_params" if ema else "params", state_path(workdir, step)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        stored = reader.metadata(state_path(workdir, step)).item_metadata.tree[field][net]
-    shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
-    return Loaded(read_part(workdir, step, field, net, shapes), meta, step, str(workdir))
-
-
-def load_optimiser(
-    workdir: str | pathlib.Path, net: str, shapes: PyTree, *, step: int | None = None
-) -> PyTree:
-    """The optimiser's state of one network, in NumPy; shapes: what its transform makes of it."""
-    step, _ = read_meta(workdir, step)
-    return read_part(workdir, step, "opt_state", net, shapes)
+        stored = reader.metadata(path).item_metadata.tree[field][net]
+        shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        args = ocp.args.PyTreeRestore(
+            item={field: {net: shapes}},
+            restore_args={field: {net: as_numpy}},
+            partial_restore=True,  # optimiser state and other networks are not read
+        )
+        params = reader.restore(path, args=args)[field][net]
+    return Loaded(params, meta, step, str(workdir))
 
 
 def checkpoints_folder(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -118,20 +118,6 @@ def checkpoints_folder(workdir: str | pathlib.Path) -> pathlib.Path:
 
 def state_path(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
     return checkpoints_folder(workdir) / str(step) / "state"
-
-
-def read_part(
-    workdir: str | pathlib.Path, step: int, field: str, net: str, shapes: PyTree
-) -> PyTree:
-    """One network's part of one field of the state, in NumPy, and nothing else of it."""
-    target = {field: {net: shapes}}
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.restore(
-            state_path(workdir, step),
-            args=ocp.args.PyTreeRestore(item=target, restore_args=as_numpy, partial_restore=True),
-        )
-    return tree[field][net]
 
 
 def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, dict]:
@@ -153,20 +139,14 @@ def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int
     return step, meta
 
 
-def differing_keys(
-    old: dict, new: dict, harmless: tuple[str, ...] = HARMLESS, prefix: str = ""
-) -> list[str]:
-    """'key: old -> new' for every leaf that differs and changes the meaning of a checkpoint."""
-    rows = []
-    for name in sorted(set(old) | set(new)):
-        if name in harmless:
-            continue
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            rows += differing_keys(a, b, harmless, f"{prefix}{name}.")
-        elif a != b:
-            rows.append(f"{prefix}{name}: {a!r} -> {b!r}")
-    return rows
+def differing_keys(old: dict, new: dict, harmless: tuple[str, ...] = HARMLESS) -> list[str]:
+    """'key: old -> new' for each leaf that differs, unless a part of its key is in `harmless`."""
+    a, b = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not set(key.split(".")) & set(harmless)
+    ]
 
 
 def claim_workdir(
@@ -176,10 +156,10 @@ def claim_workdir(
     *,
     begun: bool = True,
 ) -> None:
-    """Write config.json into a fresh work directory; refuse one that belongs to another run.
+    """Write config.json into a new work directory; ValueError if it belongs to another config.
 
-    begun: whether anything is there that another config would not fit. A run that failed before
-    its first checkpoint may be started again as it should have been.
+    begun: whether the directory has results. If the earlier run failed before its first checkpoint,
+    its config is replaced.
     """
     path = pathlib.Path(workdir) / "config.json"
     config = json.loads(json.dumps(config))  # tuples and lists compare equal
@@ -191,12 +171,12 @@ def claim_workdir(
                 "use a new work directory, or undo the change"
             )
     elif jax.process_index() == 0:
-        with whole_or_nothing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_diverged(workdir: str | pathlib.Path, step: int, state: TrainState) -> pathlib.Path:
-    """Keep a non-finite state for inspection, outside the checkpoints a resume would read."""
+    """Save a non-finite state for inspection, outside `checkpoints`, and return its folder."""
     folder = pathlib.Path(workdir).resolve() / "diverged" / str(step)
     with ocp.StandardCheckpointer() as writer:
         writer.save(folder, state, force=True)

@@ -1,28 +1,32 @@
-"""The one training loop. It knows no stage by name: everything it runs is in the `Stage` value.
+"""The training loop of all stages; the `Stage` value holds everything that is special to one.
 
-Start order: the work directory's newest checkpoint > `config.resume` > the stage's warm start >
-scratch. Loop order, which keeps the device busy and every state saveable (do not reorder):
+A run starts from the work directory's newest checkpoint, else from `config.resume`, else from the
+stage's warm start, else from random weights. The order in the loop keeps the device busy and every
+state saveable (do not reorder):
 
     batch -> step (asynchronous) -> log the previous step's metrics -> save -> evals -> pre-emption
 """
 
+import contextlib
 import json
 import math
 import pathlib
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from cheapscale.evaluation.cost import param_count
 from cheapscale.training import checkpoint as ckpt
-from cheapscale.training import sharding
-from cheapscale.training.logging import Log
+from cheapscale.training import mesh as sharding
+from cheapscale.training.cost import param_count
+from cheapscale.training.log import Log
 from cheapscale.training.stage import Stage
 from cheapscale.training.state import TrainState, create_state, stream_key
 
@@ -30,20 +34,21 @@ PyTree = Any
 
 
 class Preempted(Exception):
-    """The run was asked to stop; its state is saved. Running it again goes on."""
+    """A signal stopped the run after its state was saved; running it again resumes."""
 
 
 class Diverged(Exception):
-    """A loss was not finite; the state is saved beside the checkpoints."""
+    """A metric was not finite; the state is saved in the folder `diverged`."""
 
 
 class StopSignal:
-    """SIGTERM and SIGINT set a flag that the loop reads between steps (one process); a second one
-    acts at once.
+    """A context manager: SIGTERM and SIGINT set `raised`, which the loop reads between steps.
 
-    With several processes the flag would be raised at different steps, so there Orbax's
-    synchronised point decides instead. A signal that nothing has acted on when the block ends, as
-    where a finished stage had no step left to do, raises Preempted there.
+    A second signal has its usual effect. If the block ends normally after a signal, as in a stage
+    without remaining steps, it raises Preempted.
+
+    With several processes no signal is caught here, because they would see it at different steps:
+    Orbax determines a common last step (`Checkpoints.reached_preemption`).
     """
 
     def __init__(self):
@@ -55,7 +60,7 @@ class StopSignal:
             for number in (signal.SIGTERM, signal.SIGINT):
                 try:
                     self.previous[number] = signal.signal(number, self._raise)
-                except ValueError:  # not the main thread (a notebook's worker): no handler there
+                except ValueError:  # only the main thread may set handlers, not a notebook's worker
                     break
         return self
 
@@ -63,7 +68,7 @@ class StopSignal:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         if self.raised and error is None:
-            raise Preempted("pre-empted; what was done is saved")
+            raise Preempted("pre-empted; all results are saved")
 
     def _raise(self, number, _):
         self.raised = True
@@ -71,7 +76,7 @@ class StopSignal:
 
 
 def abstract_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
-    """Shapes, dtypes and shardings of the run's state; nothing is computed."""
+    """The shapes, dtypes and shardings of the run's state, without computing it."""
 
     def make(key):
         return create_state(*stage.init_params(key), stage.optimisers, stage.meta["networks"])
@@ -81,10 +86,10 @@ def abstract_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainSta
 
 
 def fresh_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
-    """Initialise on the mesh (no host copy), then warm-start, then make EMA and optimisers.
+    """The state at step 0, computed on the mesh: initial weights, warm start, EMA, optimisers.
 
-    Both programs run once and are compiled without optimisation: on two CPU cores the random
-    draws of a U-Net and a discriminator took 12 s to optimise and take 3 s so.
+    Both programs run once, so they are compiled without optimisation: for the random draws of a
+    tiny U-Net's fifty shapes, XLA:CPU takes 11 to 18 s with optimisation, 3 s without (jax 0.10).
     """
     abstract = abstract_state(stage, mesh, seed)
     places = jax.tree.map(lambda s: s.sharding, abstract)
@@ -101,51 +106,40 @@ def fresh_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
         out_shardings=places,
         compiler_options=quickly,
     )
-    state = make(params, extra)
-    if stage.warm_optimiser:
-        warm = stage.warm_optimiser(state.opt_state)
-        state = state.replace(opt_state=jax.tree.map(jax.device_put, warm, places.opt_state))
-    return state
+    return make(params, extra)
 
 
-def compile_step(stage: Stage, mesh: jax.sharding.Mesh, state: PyTree, frozen: PyTree, batch):
-    """The stage's step compiled once for this mesh: (callable, FLOPs of one step, peak bytes).
+def compile_step(
+    stage: Stage, mesh: jax.sharding.Mesh, state: PyTree, frozen: PyTree, batch
+) -> tuple[Callable, float, int]:
+    """(compiled step of the stage, FLOPs of one step over all devices, peak bytes per device).
 
-    state, frozen, batch: arrays, or their shapes with shardings.
+    state, frozen, batch: arrays, or their ShapeDtypeStructs with shardings.
     """
+    # Donating the state lets the new one reuse its memory. The output shardings are fixed, so that
+    # the result of one step is a valid argument of the same compiled program in the next.
     places = jax.tree.map(lambda s: s.sharding, state)
     step = jax.jit(stage.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
-    with jax.set_mesh(mesh):  # the caller's is not seen from another thread
+    with jax.set_mesh(mesh):  # the context is per thread, and this runs in a thread of its own
         compiled = step.lower(state, frozen, batch, stream_key(0, "step", 0)).compile()
     cost = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
     peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
-    flops = float(cost.get("flops", 0.0)) * mesh.size  # the partitioned program is one device's
+    flops = float(cost.get("flops", 0.0)) * mesh.size  # XLA counts the program of one device
     return compiled, flops, peak
 
 
 def provenance() -> dict:
-    """Where a result comes from: commit, package versions, device."""
+    """The origin of a result: commit, package versions and device."""
+    command, here = ["git", "rev-parse", "--short", "HEAD"], pathlib.Path(__file__).parent
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=pathlib.Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
+        commit = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
-    import flax
-    import optax
-    import orbax.checkpoint
-
+    packages = {"orbax": "orbax-checkpoint"} | {n: n for n in ("jax", "flax", "optax", "numpy")}
     return {
         "commit": commit or "unknown",
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "optax": optax.__version__,
-        "orbax": orbax.checkpoint.__version__,
-        "numpy": np.__version__,
+        **{name: version(package) for name, package in packages.items()},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 
@@ -166,162 +160,197 @@ def train(
 ) -> dict:
     """Train to `total_steps` and return the summary.
 
-    Raises Preempted or Diverged (state saved), ValueError on a batch that the mesh or the data
-    cannot give, or a work directory of another config, teacher or data set.
+    Raises Preempted or Diverged after saving the state, and ValueError if the mesh cannot split the
+    batch, the data has too few images, or the work directory belongs to another config, teacher or
+    data set.
     """
     device_mesh = sharding.make_mesh(**(mesh or {}))
     sharding.check_batch(stage.batch_size, device_mesh)
     with (
-        ckpt.Checkpoints(workdir, keep=keep) as checkpoints,
+        ckpt.Checkpoints(workdir, keep=keep) as saved,
         StopSignal() as stop,
         jax.set_mesh(device_mesh),
     ):
-        # 1. Where to start, and the data; what these refuse is refused before anything compiles.
-        begun = checkpoints.latest_step() is not None
-        ckpt.claim_workdir(workdir, config, begun=begun)
-        start, meta = 0, stage.meta
-        if begun:
-            start, meta = checkpoints.meta()
-            check_same(workdir, inputs(meta), inputs(stage.meta))
-            if start >= total_steps:
-                logging.info("%s: already at step %d of %d", name, start, total_steps)
-                return summarise(meta, name, workdir, start)
-        elif resume:
-            start, meta = ckpt.read_meta(resume)
+        # ---- The starting point and the data, so that their errors come before compilation.
+        source, start, meta = starting_point(stage, saved, workdir, config, resume, total_steps)
         if start >= total_steps:
-            raise ValueError(
-                f"{resume or 'the run'} begins at step {start} and total_steps is {total_steps}: "
-                "raise total_steps, which counts the steps before too"
-            )
-        ledger = dict(meta.get("ledger", {"flops": 0.0, "device_seconds": 0.0}))
+            logging.info("%s: already at step %d of %d", name, start, total_steps)
+            return summarise(meta, name, workdir, start)
         batches = stage.batches(start)
-
-        # 2. State: restored, or made.
-        if begun:
-            state = checkpoints.restore(abstract_state(stage, device_mesh, seed))
-        elif resume:
-            with ckpt.Checkpoints(resume) as other:
-                state = other.restore(abstract_state(stage, device_mesh, seed))
-        else:
-            state = fresh_state(stage, device_mesh, seed)
-        if start:
-            logging.info(
-                "%s: goes on from step %d in %s", name, start, workdir if begun else resume
-            )
-
-        # 3. One compilation, and meanwhile the frozen weights, which may have to be fitted.
         batch = sharding.shard_batch(next(batches), device_mesh)
-        shapes = sharding.placed(stage.frozen_shapes(), device_mesh)
-        logging.info("%s: compiling one step", name)
-        began = time.monotonic()
-        with ThreadPoolExecutor(1) as pool:
-            compiling = pool.submit(compile_step, stage, device_mesh, state, shapes, batch)
-            # Each process loads onto a device of its own; what is fitted, the first one fits.
-            with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
-                frozen, networks = stage.load_frozen()
-            places = jax.tree.map(lambda s: s.sharding, shapes)
-            frozen = jax.device_put(jax.tree.map(np.asarray, frozen), places)
-            step_fn, flops, peak = compiling.result()
-        logging.info(
-            "%s: compiled in %.1f s, %s weights to train, %.3g FLOPs a step, %.0f MB",
-            name, time.monotonic() - began, f"{param_count(state.params):,}", flops, peak / 1e6,
-        )  # fmt: skip
 
-        log = Log(workdir, name, total_steps)
-        networks = {"frozen_networks": stage.meta.get("frozen_networks", {}) | networks}
-        if begun:
+        # ---- The state; then the compilation of the step, while the frozen weights load.
+        state = starting_state(stage, device_mesh, seed, source)
+        logging.info("%s: from step %d of %s", name, start, source or "a fresh state")
+        step_fn, flops, frozen, hashes = prepare(stage, device_mesh, state, batch, name)
+        networks = {"frozen_networks": stage.meta.get("frozen_networks", {}) | hashes}
+        if source == workdir:
             check_same(workdir, meta, networks)
+        ledger = Ledger(meta.get("ledger", {}), flops, start)
         meta = stage.meta | networks | {"config": config, "provenance": provenance()}
-        bill = Bill(ledger, flops, start)
-        metrics, last, step = None, {}, start
-        beside = 0.0  # seconds in evals and saves, which are not the step's
 
-        # 4. The loop.
-        try:
+        # ---- The loop: step (asynchronous), previous metrics, save, evals, pre-emption.
+        step, metrics, last = start, None, {}
+        with Log(workdir, name, total_steps) as log:
             while step < total_steps:
+                # The call returns before the device has finished. Reading the new metrics would
+                # wait for it, so the loop logs those of the step before.
                 previous = metrics
                 state, metrics = step_fn(state, frozen, batch, stream_key(seed, "step", step))
                 step += 1
-                if step == start + 1:
-                    jax.block_until_ready(metrics)  # the first call is not representative
+                if step == start + 1:  # the first call is slower, so the clock starts after it
+                    jax.block_until_ready(metrics)
                     log.start(step)
-                    began = time.monotonic()
+                    ledger.start_clock()
                 if step < total_steps:
                     batch = sharding.shard_batch(next(batches), device_mesh)
                 if previous is not None and due(step - 1, log_every):
-                    last = finite(previous, step - 1, state, checkpoints, workdir, name)
+                    last = finite(previous, step - 1, state, saved, workdir, name)
                     log.scalars(step - 1, last, progress=True)
-                stopping = stop.raised or checkpoints.reached_preemption(step)
+                stopping = stop.raised or saved.reached_preemption(step)
                 if due(step, save_every) or step == total_steps or stopping:
-                    last = finite(metrics, step, state, checkpoints, workdir, name)
-                    bill.update(step)
-                    paused = time.monotonic()
-                    rate = (step - start - 1) / max(paused - began - beside, 1e-9)
-                    meta |= {"ledger": dict(ledger), "metrics": last, "steps_per_second": rate}
-                    checkpoints.save(step, state, meta)
-                    beside += time.monotonic() - paused
+                    # This waits for the step, so that no state with a NaN becomes a checkpoint.
+                    last = finite(metrics, step, state, saved, workdir, name)
+                    meta |= ledger.entry(step) | {"metrics": last}
+                    with ledger.paused():
+                        saved.save(step, state, meta)
                 for title, (every, evaluate) in stage.evals.items():
                     if due(step, every) or (every and step == total_steps):
-                        jax.block_until_ready(metrics)  # the step before is not the eval's
-                        paused = time.monotonic()
-                        report(log, step, title, evaluate(state, frozen))
-                        beside += time.monotonic() - paused
+                        jax.block_until_ready(metrics)  # do not count the step as evaluation time
+                        with ledger.paused():
+                            report(log, step, title, evaluate(state, frozen))
                 if stopping:
                     log.scalars(step, last)
-                    checkpoints.wait()
+                    saved.wait()
                     raise Preempted(f"pre-empted at step {step}")
             log.scalars(step, last, progress=True)
-            checkpoints.wait()
+            saved.wait()
             return summarise(meta, name, workdir, step)
-        finally:
-            log.close()
+
+
+def starting_point(
+    stage: Stage,
+    saved: ckpt.Checkpoints,
+    workdir: str,
+    config: dict,
+    resume: str,
+    total_steps: int,
+) -> tuple[str, int, dict]:
+    """(source, step, meta): the work directory whose state the run continues, or "" for none.
+
+    The run's own newest checkpoint has priority over `resume`, the work directory of another run.
+    """
+    begun = saved.latest_step() is not None
+    ckpt.claim_workdir(workdir, config, begun=begun)
+    if begun:
+        step, meta = saved.meta()
+        check_same(workdir, inputs(meta), inputs(stage.meta))
+        return workdir, step, meta
+    source, step, meta = (resume, *ckpt.read_meta(resume)) if resume else ("", 0, stage.meta)
+    if step >= total_steps:
+        raise ValueError(
+            f"{source or 'the run'} begins at step {step} and total_steps is {total_steps}: "
+            "raise total_steps, which includes the earlier steps"
+        )
+    return source, step, meta
+
+
+def starting_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int, source: str) -> TrainState:
+    """The newest state in the work directory `source`, or a new state if that is ""."""
+    if not source:
+        return fresh_state(stage, mesh, seed)
+    with ckpt.Checkpoints(source) as saved:
+        return saved.restore(abstract_state(stage, mesh, seed))
+
+
+def prepare(
+    stage: Stage, mesh: jax.sharding.Mesh, state: TrainState, batch: PyTree, name: str
+) -> tuple[Callable, float, PyTree, dict]:
+    """(compiled step, FLOPs of one step, frozen weights on the mesh, {frozen network: hash}).
+
+    The step compiles in a thread, while the main thread loads or fits the frozen networks.
+    """
+    shapes = sharding.placed(stage.frozen_shapes(), mesh)
+    logging.info("%s: compiling one step", name)
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(compile_step, stage, mesh, state, shapes, batch)
+        # Each process loads onto its first local device; networks that have to be fitted are
+        # fitted by process 0. The result then moves to the mesh.
+        with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
+            frozen, hashes = stage.load_frozen()
+        places = jax.tree.map(lambda s: s.sharding, shapes)
+        frozen = jax.device_put(jax.tree.map(np.asarray, frozen), places)
+        step, flops, peak = compiling.result()
+    logging.info(
+        "%s: compiled in %.1f s, %s weights to train, %.3g FLOPs a step, %.0f MB",
+        name, time.monotonic() - began, f"{param_count(state.params):,}", flops, peak / 1e6,
+    )  # fmt: skip
+    return step, flops, frozen, hashes
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps does so now; 0 is never."""
+    """Whether an action that runs every `every` steps is due; never if `every` is 0."""
     return every > 0 and step % every == 0
 
 
-class Bill:
-    """Adds this run's FLOPs and device-seconds to a ledger that started with its teachers' own."""
+class Ledger:
+    """The FLOPs and device-seconds of a run, added to those of its teachers, and its speed."""
 
-    def __init__(self, ledger: dict, flops_per_step: float, start: int):
-        self.ledger, self.before = ledger, dict(ledger)
+    def __init__(self, before: dict, flops_per_step: float, start: int):
+        self.before = {"flops": 0.0, "device_seconds": 0.0} | before
         self.flops_per_step, self.start = flops_per_step, start
-        self.began = time.monotonic()
+        self.began = self.clock = time.monotonic()
 
-    def update(self, step: int) -> None:
-        seconds = (time.monotonic() - self.began) * jax.device_count()
-        self.ledger["flops"] = self.before["flops"] + self.flops_per_step * (step - self.start)
-        self.ledger["device_seconds"] = self.before["device_seconds"] + seconds
+    def start_clock(self) -> None:
+        """Start measuring the speed; called after the first step."""
+        self.clock = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block, such as an eval, that counts as device-seconds but not in steps per second."""
+        began = time.monotonic()
+        yield
+        self.clock += time.monotonic() - began
+
+    def entry(self, step: int) -> dict:
+        """{"ledger": {"flops", "device_seconds"}, "steps_per_second"} at this step."""
+        now, done = time.monotonic(), step - self.start
+        ledger = {
+            "flops": self.before["flops"] + self.flops_per_step * done,
+            "device_seconds": self.before["device_seconds"]
+            + (now - self.began) * jax.device_count(),
+        }
+        # The clock starts after the first step, so one step fewer is timed.
+        return {"ledger": ledger, "steps_per_second": (done - 1) / max(now - self.clock, 1e-9)}
 
 
 def inputs(meta: dict) -> dict:
-    """What a run depends on that its config names by path alone."""
+    """The identities of teacher and data, which the config names only by path."""
     return {"teacher": meta.get("teacher"), "data": meta.get("data", {}).get("fingerprint")}
 
 
 def check_same(workdir: str, old: dict, new: dict) -> None:
-    """Refuse to go on with other inputs (all of `new`) than a run began with."""
+    """Raise ValueError if a value of `new` differs from the run's recorded value in `old`."""
     for name, value in json.loads(json.dumps(new)).items():
         if old.get(name) != value:
             raise ValueError(
-                f"{workdir} began with another {name} ({old.get(name)} -> {value}): put it back, "
-                "or use a new work directory"
+                f"{workdir} began with another {name} ({old.get(name)} -> {value}): undo the "
+                "change, or use a new work directory"
             )
 
 
 def finite(
     metrics: dict, step: int, state: PyTree, saved: ckpt.Checkpoints, workdir: str, name: str
 ) -> dict:
-    """Fetch one step's metrics as floats; a non-finite one saves the state and raises Diverged."""
+    """One step's metrics as floats; saves the state and raises Diverged if one is not finite."""
     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    # a loss names the cause better than the gradient norm that it spoils
+    # Losses come first: a NaN loss also makes the gradient norm NaN, but is the cause of it.
     for metric, value in sorted(values.items(), key=lambda item: "loss" not in item[0]):
         if not math.isfinite(value):
             folder = ckpt.save_diverged(workdir, int(state.step), state)
             before = saved.latest_step() is not None
-            go_on = f"go on in a new work directory with --config.resume={workdir} and"
+            go_on = f"continue in a new work directory with --config.resume={workdir} and"
             raise Diverged(
                 f"{name}: {metric} is {value} at step {step}: the state is saved in {folder}; "
                 f"{go_on if before else 'start again with'} a lower optim.lr"
@@ -330,7 +359,7 @@ def finite(
 
 
 def report(log: Log, step: int, title: str, result: dict) -> None:
-    """Numbers to the scalars, uint8 pictures to the previews."""
+    """Log the result of an eval: numbers as scalars, uint8 pictures as previews."""
     pictures = {k: v for k, v in result.items() if getattr(v, "ndim", 0) == 3}
     scalars = {f"{title}/{k}": v for k, v in result.items() if k not in pictures}
     log.images(step, {f"{title}_{k}": v for k, v in pictures.items()})
@@ -339,7 +368,7 @@ def report(log: Log, step: int, title: str, result: dict) -> None:
 
 
 def summarise(meta: dict, name: str, workdir: str, step: int) -> dict:
-    """What a training run says about itself on its last line."""
+    """The summary of a training run."""
     return {
         "stage": name,
         "workdir": str(workdir),

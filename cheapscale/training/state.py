@@ -1,8 +1,9 @@
-"""What a run consists of at one step, and where its random numbers come from.
+"""The state of a training run at one step, and the keys of its random numbers.
 
-Every field but `step` is a dict keyed by network (`net`; `generator`, `discriminator`). Nothing
-random is stored: the key of step n in a named stream is fold_in(fold_in(key(seed), stream), n), so
-a resumed run draws exactly what the uninterrupted run would have drawn.
+Every field except `step` is a dict keyed by network (`net`; `generator`, `discriminator`). The
+state holds no random key: the key of step n in a named stream is
+fold_in(fold_in(key(seed), stream), n), so a resumed run draws the same numbers as an uninterrupted
+run.
 """
 
 import zlib
@@ -13,17 +14,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 PyTree = Any
 
 
 @flax.struct.dataclass
 class TrainState:
-    """One training run at one step.
+    """The state of a training run at one step.
 
-    step: int32 scalar, optimiser steps done. params, ema_params: {net: pytree}. opt_state: {net:
-    optax state of the trainable leaves}. extra: {net: pytree}, checkpointed but never optimised
-    (spectral-norm vectors, loss per noise bin).
+    step: int32 scalar, number of finished optimiser steps.
+    params, ema_params: {net: nested dict of weights}.
+    opt_state: {net: optax state of the trainable leaves}.
+    extra: {net: pytree} that is saved but not optimised (spectral-norm vectors, loss by noise).
     """
 
     step: jax.Array
@@ -34,10 +37,10 @@ class TrainState:
 
 
 class Optimiser:
-    """An optax transform restricted to the leaves whose path satisfies `trainable`.
+    """An optax transform for the leaves whose path satisfies `trainable` (default: all).
 
-    Frozen leaves have no gradient, no optimiser state and are returned untouched (bit for bit).
-    `trainable(path)` receives the '/'-joined path of a leaf, e.g. "dec_16_block0/conv1/kernel".
+    `trainable(path)` receives the '/'-joined path of a leaf, e.g. "dec_16_block0/conv1/kernel". The
+    other leaves have no gradient and no optimiser state and never change.
     """
 
     def __init__(
@@ -47,55 +50,43 @@ class Optimiser:
         self.trainable = trainable or (lambda path: True)
 
     def split(self, params: PyTree) -> tuple[PyTree, PyTree]:
-        """(trainable leaves, frozen leaves), each a copy of the tree without the other's leaves."""
+        """(trainable leaves, frozen leaves), as two nested dicts with disjoint leaves."""
         return split(params, self.trainable)
 
     def init(self, params: PyTree) -> PyTree:
         return self.tx.init(self.split(params)[0])
 
     def apply(self, grads: PyTree, opt_state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-        """One step with `grads` of the trainable leaves: (new full params, new optimiser state)."""
+        """(all params, optimiser state) after one step with the `grads` of the trainable leaves."""
         moving, fixed = self.split(params)
         updates, opt_state = self.tx.update(grads, opt_state, moving)
         return merge(optax.apply_updates(moving, updates), fixed), opt_state
 
 
-def split(tree: PyTree, keep: Callable[[str], bool], prefix: str = "") -> tuple[PyTree, PyTree]:
-    """Nested dict -> (leaves whose path satisfies `keep`, the others); empty sub-dicts vanish."""
-    kept, rest = {}, {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, dict):
-            inner_kept, inner_rest = split(value, keep, f"{path}/")
-            if inner_kept:
-                kept[name] = inner_kept
-            if inner_rest:
-                rest[name] = inner_rest
-        else:
-            (kept if keep(path) else rest)[name] = value
-    return kept, rest
+def split(tree: PyTree, keep: Callable[[str], bool]) -> tuple[PyTree, PyTree]:
+    """(leaves whose path satisfies `keep`, other leaves) of a nested dict, without empty dicts."""
+    flat = flatten_dict(tree, sep="/")
+    kept = {path: leaf for path, leaf in flat.items() if keep(path)}
+    rest = {path: leaf for path, leaf in flat.items() if path not in kept}
+    return unflatten_dict(kept, sep="/"), unflatten_dict(rest, sep="/")
 
 
 def merge(a: PyTree, b: PyTree) -> PyTree:
-    """The inverse of `split`: the union of two nested dicts with disjoint leaves."""
-    out = dict(a)
-    for name, value in b.items():
-        if name not in out:
-            out[name] = value
-        elif isinstance(value, dict) and isinstance(out[name], dict):
-            out[name] = merge(out[name], value)
-        else:
-            raise ValueError(f"both trees hold the leaf {name!r}: merge takes disjoint trees")
-    return out
+    """The union of two nested dicts with disjoint leaves: the inverse of `split`."""
+    a, b = flatten_dict(a, sep="/"), flatten_dict(b, sep="/")
+    if both := set(a) & set(b):
+        raise ValueError(f"both trees hold the leaf {min(both)!r}: merge takes disjoint trees")
+    return unflatten_dict(a | b, sep="/")
 
 
 def create_state(
     params: PyTree, extra: PyTree, optimisers: dict[str, Optimiser], averaged: Iterable[str]
 ) -> TrainState:
-    """The state at step 0: the EMA of the `averaged` networks starts at their parameters."""
+    """The state at step 0; the EMA of the `averaged` networks starts at their parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
+        # Copies, because the step donates its state and a buffer may be donated only once.
         ema_params={net: jax.tree.map(jnp.copy, params[net]) for net in averaged},
         opt_state={net: tx.init(params[net]) for net, tx in optimisers.items()},
         extra=extra,
@@ -103,16 +94,19 @@ def create_state(
 
 
 def update_ema(ema: PyTree, params: PyTree, step: jax.Array, decay: float) -> PyTree:
-    """ema <- d ema + (1-d) params with d = min(decay, (1+n)/(10+n)) at step n.
+    """The EMA d ema + (1 - d) params, with d = min(decay, (1 + n) / (10 + n)) at step n.
 
-    The second argument keeps a short run's average from being its own initialisation.
+    The bound (1 + n) / (10 + n) lets the average of a short run forget its initialisation.
     """
     n = step.astype(jnp.float32)
     d = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+    # In this form the average of a frozen leaf stays equal to it bit for bit; d e + (1 - d) p is
+    # rounded.
     return jax.tree.map(lambda e, p: e + (1.0 - d).astype(e.dtype) * (p - e), ema, params)
 
 
 def stream_key(seed: int | jax.Array, stream: str, step: int | jax.Array) -> jax.Array:
-    """The key of one step (or one sample) in a named stream; `stream` is hashed stably."""
+    """The key of one step (or one sample) in the random stream named `stream`."""
+    # crc32 is the same in every process, unlike Python's hash of a string.
     root = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()) & 0x7FFFFFFF)
     return jax.random.fold_in(root, step)

@@ -1,4 +1,4 @@
-"""Augmentation: labels are zero where nothing was done, and exact where exactness is possible."""
+"""Augmentation: labels of unchanged images are zero, and right angles and shifts are exact."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,10 @@ def test_flips_as_maps_and_whole_translations_are_exact(image):
 
 
 def test_warping_a_linear_ramp_is_exact_inside():
-    """Cubic convolution reproduces straight lines: the ramp moves and turns with the map."""
+    """Cubic splines reproduce straight lines: the ramp moves and turns with the map.
+
+    The reflection at the border bends the spline by an amount that falls by 0.27 a pixel.
+    """
     down, right = (np.mgrid[:32, :32] - 15.5) / 32
     ramp = np.stack([right, down, right + down], -1).astype(np.float32)
     linear = np.array([[1.1, -0.3], [0.2, 0.9]])
@@ -87,11 +90,11 @@ def test_warping_a_linear_ramp_is_exact_inside():
     shift = np.array([0.05, -0.02])
     x, y = right - shift[0], down - shift[1]
     expected = inverse[0, 0] * x + inverse[0, 1] * y
-    found = warp(ramp, linear, shift)[8:-8, 8:-8, 0]
-    np.testing.assert_allclose(found, expected[8:-8, 8:-8], atol=1e-6)
+    found = warp(ramp, linear, shift)[10:-10, 10:-10, 0]
+    np.testing.assert_allclose(found, expected[10:-10, 10:-10], atol=1e-6)
 
 
-def test_the_stretch_keeps_area_and_labels_tell_the_scale():
+def test_the_stretch_keeps_area_and_the_scaling_changes_it():
     """A blob's mean grows by 4^(0.2 n) under scaling and is kept by a stretch."""
     down, right = (np.mgrid[:64, :64] - 31.5) / 64
     blob = np.exp(-(right**2 + down**2) / 0.004).astype(np.float32)[..., None]

@@ -1,4 +1,4 @@
-"""Sources: what is read is what is stored, slices partition, bad input is named before training."""
+"""Sources: exact pixels, slices that partition a split, and errors that name a bad file."""
 
 import io
 import os
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cheapscale.data.random_access import parse_split
 from cheapscale.data.resize import downsample, to_rgb
+from cheapscale.data.source import parse_split
 from cheapscale.data.sources import open_source
 
 SETS = {"cifar10": (32, 1000), "noto_emoji": (128, 340), "clothing": (128, 372)}
@@ -18,7 +18,7 @@ SETS = {"cifar10": (32, 1000), "noto_emoji": (128, 340), "clothing": (128, 372)}
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of three 24 x 20 images; one of them grey, one with transparency."""
+    """A folder with two classes of three 24 x 20 images; one is grey, one has transparency."""
     rng = np.random.default_rng(0)
     for name in ("cat", "ant"):
         (tmp_path / "train" / name).mkdir(parents=True)
@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("cache", [False, True, None])
-def test_reading_twice_gives_the_same_and_a_copy(folder, cache):
+def test_reading_twice_returns_equal_independent_arrays(folder, cache):
     scenes = open_source("scenes", "test", resolution=16, size=5, cache=cache)
     files = open_source("folder", "train", resolution=8, data_dir=folder, cache=cache)
     for source in (scenes, files):
@@ -56,8 +56,8 @@ def test_slices_partition_a_split():
         open_source("scenes", f"train{s}", resolution=8, size=11) for s in ("[:50%]", "[50%:]")
     ]
     assert [len(p) for p in parts] == [6, 5] or [len(p) for p in parts] == [5, 6]
-    images = [p.image(i) for p in parts for i in range(len(p))]
-    np.testing.assert_array_equal(images, [whole.image(i) for i in range(11)])
+    images = [p[i]["image"] for p in parts for i in range(len(p))]
+    np.testing.assert_array_equal(images, [whole[i]["image"] for i in range(11)])
     captions = [p.caption(i) for p in parts for i in range(len(p))]
     assert captions == [whole.caption(i) for i in range(11)]
     assert list(parse_split("test[2:4]", 9)[1]) == [2, 3]
@@ -68,7 +68,7 @@ def test_slices_partition_a_split():
         open_source("scenes", "train[5:5]", resolution=8)
 
 
-def test_fingerprints_tell_content_apart_but_not_resolution(folder):
+def test_fingerprints_depend_on_content_but_not_on_resolution(folder):
     def scenes(split="train", **options):
         return open_source("scenes", split, **{"resolution": 8, "size": 10, **options})
 
@@ -91,11 +91,13 @@ def test_unlabelled_sources_have_label_zero():
     "arguments, message",
     [
         (("scenes", "validation"), "no split 'validation': choose train or test"),
-        (("scenes", "train", {"size": 0}), "size >= 1"),
-        (("scenes", "train", {"siez": 5}), "no option siez: it takes cache, seed, single, size"),
+        (
+            ("scenes", "train", {"siez": 5}),
+            "no option siez: .* takes cache, seed, single, size",
+        ),
         (
             ("mnist", "train"),
-            "no data set 'mnist' in .*, where nothing is prepared: .* data_dir=DIR",
+            "no data set 'mnist' in .*, where nothing is prepared: set data.data_dir",
         ),
         (("folder", "train"), "is not a folder|no split"),
     ],
@@ -109,10 +111,12 @@ def test_unknown_names_list_what_exists(tmp_path, arguments, message):
 # Image folders.
 
 
-def test_folder_classes_are_sorted_subfolders(folder):
+def test_folder_classes_are_sorted_subfolders_and_interleaved(folder):
     source = open_source("folder", "train", resolution=10, data_dir=folder)
     assert source.class_names == ("ant", "cat") and source.num_classes == 2
-    assert source.labels().tolist() == [0, 0, 0, 1, 1, 1]
+    assert source.labels().tolist() == [0, 1, 0, 1, 0, 1]
+    half = open_source("folder", "train[:67%]", resolution=10, data_dir=folder)
+    assert sorted(half.labels()) == [0, 0, 1, 1]
     for i in range(6):
         expected = downsample(to_rgb(Image.open(source.path(i))), 10)
         np.testing.assert_array_equal(source[i]["image"], expected)
@@ -129,7 +133,7 @@ def test_a_flat_folder_is_unlabelled(folder):
         open_source("folder", "test", resolution=8, data_dir=folder)
 
 
-def test_a_broken_file_is_named_or_skipped_where_asked(folder):
+def test_a_broken_file_is_named_or_skipped(folder):
     header = folder / "train" / "ant" / "0.png"
     header.write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"ant/0.png is not a readable image .*skip_corrupt"):
@@ -138,9 +142,9 @@ def test_a_broken_file_is_named_or_skipped_where_asked(folder):
     (folder / "train" / "cat" / "2.png").write_bytes(whole[: len(whole) // 2])
     source = open_source("folder", "train", resolution=8, data_dir=folder, skip_corrupt=True)
     assert [os.path.basename(name) for name in source.skipped] == ["0.png", "2.png"]
-    assert len(source) == 4 and source.labels().tolist() == [0, 0, 1, 1]
+    assert len(source) == 4 and source.labels().tolist() == [1, 0, 1, 0]
     header.unlink()
-    late = open_source("folder", "train", resolution=8, data_dir=folder)  # the header is whole
+    late = open_source("folder", "train", resolution=8, data_dir=folder)  # its header is valid
     with pytest.raises(ValueError, match="cat/2.png does not decode"):
         late[len(late) - 1]
 
@@ -159,7 +163,7 @@ def test_a_small_image_is_named_unless_upscaling_is_allowed(folder):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_tfds_images_are_what_pil_decodes(shared, name):
+def test_tfds_images_equal_those_that_pil_decodes(shared, name):
     native, count = SETS[name]
     tfds = str(shared / "data" / "tfds")
     source = open_source(name, "test", resolution=native, data_dir=tfds)
@@ -169,7 +173,7 @@ def test_tfds_images_are_what_pil_decodes(shared, name):
     for i in (0, 7, count - 1):
         pixels = np.asarray(Image.open(io.BytesIO(source.record(i)["image"])).convert("RGB"))
         expected = pixels / np.float32(127.5) - np.float32(1)
-        for _ in range(2):  # as read, and from the cache of bytes
+        for _ in range(2):  # decoded, then read from the cache
             np.testing.assert_array_equal(source[i]["image"], expected)
             np.testing.assert_array_equal(small[i]["image"], downsample(pixels, 16))
         assert source[i]["label"] == source.record(i)["label"]
@@ -191,30 +195,21 @@ def test_emoji_have_captions_and_can_be_filtered(shared):
 
 def test_tfds_errors_list_what_exists(shared):
     tfds = str(shared / "data" / "tfds")
-    with pytest.raises(ValueError, match="'mnist'.* cifar10, clothing, noto_emoji is prepared"):
+    with pytest.raises(ValueError, match="'mnist'.* cifar10, clothing, noto_emoji.* is prepared"):
         open_source("mnist", "train", resolution=16, data_dir=tfds)
-    with pytest.raises(ValueError, match="no split 'dev': choose among train, validation, test"):
+    with pytest.raises(ValueError, match="no split dev: it has test, train, validation"):
         open_source("clothing", "dev", resolution=16, data_dir=tfds)
     with pytest.raises(ValueError, match="32x32, smaller than resolution 64"):
         open_source("cifar10", "test", resolution=64, data_dir=tfds)
-    with pytest.raises(ValueError, match="no field colour to filter by"):
+    with pytest.raises(ValueError, match="no feature colour: it has id, image, label"):
         open_source("cifar10", "test", resolution=16, data_dir=tfds, where={"colour": 1})
 
 
-def test_an_undecodable_tfds_record_is_named(shared, monkeypatch):
-    source = open_source(
-        "cifar10", "test[10:20]", resolution=16, data_dir=str(shared / "data" / "tfds")
-    )
-    monkeypatch.setattr(source, "_record", lambda i: {"image": b"\x89PNG broken", "label": 0})
-    with pytest.raises(ValueError, match="record 13 of cifar10:test does not decode"):
-        source[3]
-
-
 def test_reading_needs_neither_tensorflow_nor_jax(shared):
-    """Grain itself imports jax where it finds it, so that only the loader may bring it in."""
+    """Grain imports jax if it is installed, so only the loader may import Grain."""
     program = (
         "import sys\n"
-        "from cheapscale.data import augment, latents, resize, scenes, sources\n"
+        "from cheapscale.data import augment, pairs, resize, scenes, sources\n"
         f"tfds = {str(shared / 'data' / 'tfds')!r}\n"
         "source = sources.open_source('cifar10', 'test', resolution=16, data_dir=tfds)\n"
         "source[0]; source.labels()\n"

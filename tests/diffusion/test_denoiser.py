@@ -1,11 +1,14 @@
 """Preconditioning, losses, the one-step map and guidance on closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cheapscale.diffusion import denoiser, guidance, process
+from cheapscale.diffusion import denoiser, guidance, noise
+from cheapscale.diffusion.denoiser import EDM, VP
 
 
 def test_preconditioning_gives_unit_variance_to_input_and_target(key):
@@ -22,17 +25,18 @@ def test_preconditioning_gives_unit_variance_to_input_and_target(key):
 def test_an_edm_network_of_zero_is_the_gaussian_denoiser(key):
     x = jax.random.normal(key, (3, 2, 2, 1))
     sigma = jnp.array([0.1, 1.0, 40.0])
-    D = denoiser.edm(lambda x_in, noise: jnp.zeros_like(x_in), sigma_data=0.5)
-    expected = x * process.over_pixels(0.25 / (0.25 + sigma**2), x)
+    D = functools.partial(EDM().denoise, lambda x_in, c_noise: jnp.zeros_like(x_in))
+    expected = x * noise.over_pixels(0.25 / (0.25 + sigma**2), x)
     np.testing.assert_allclose(D(x, sigma), expected, rtol=1e-6)
 
 
 def test_loss_on_gaussian_data_has_its_closed_form(key):
     """Data N(0, s^2), F = 0: E[loss | sigma] = weight (c_skip^2 sigma^2 + (1 - c_skip)^2 s^2)."""
     s, sigma_data = 0.3, 0.5
-    D = denoiser.edm(lambda x_in, noise: jnp.zeros_like(x_in), sigma_data)
+    D = functools.partial(EDM().denoise, lambda x_in, c_noise: jnp.zeros_like(x_in))
     x = s * jax.random.normal(key, (4000, 16, 16, 1))
-    loss, sigma = denoiser.edm_loss(D, x, jax.random.key(2), sigma_data=sigma_data)
+    sigma = EDM().draw_sigma(jax.random.key(3), len(x))
+    loss = denoiser.denoising_loss(D, EDM(), x, sigma, jax.random.key(2))
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
     expected = weight * (c_skip**2 * sigma**2 + (1 - c_skip) ** 2 * s**2)
@@ -41,41 +45,39 @@ def test_loss_on_gaussian_data_has_its_closed_form(key):
     ratio = np.asarray(loss / expected)
     assert ratio.mean() == pytest.approx(1, abs=0.006)
     assert ratio.std() == pytest.approx(np.sqrt(2 / 256), rel=0.1)
-    matched = denoiser.edm_loss(D, x * sigma_data / s, jax.random.key(2), sigma_data=sigma_data)[0]
+    matched = denoiser.denoising_loss(D, EDM(), x * sigma_data / s, sigma, jax.random.key(2))
     assert float(matched.mean()) == pytest.approx(1, abs=0.006)  # F = 0 is optimal: loss 1
 
 
 def test_vp_loss_is_the_eps_error(key):
-    schedule = process.vp_schedule("cosine")
+    process = VP("cosine", "eps", sigma_max=400.0)
     x = jax.random.normal(key, (512, 8, 8, 1))
-    blank = denoiser.vp_denoiser(lambda x_in, t: jnp.zeros_like(x_in), schedule, "eps")
-    loss, sigma = denoiser.vp_loss(blank, x, jax.random.key(1), schedule, steps=700)
-    # predicting eps = 0 costs E[eps^2] = 1, up to float32 of D - x0 at the smallest sigma
+    D = functools.partial(process.denoise, lambda x_in, t: jnp.zeros_like(x_in))
+    sigma = process.draw_sigma(key, len(x), high=process.schedule.sigmas[699])
+    loss = denoiser.denoising_loss(D, process, x, sigma, jax.random.key(1))
+    # predicting eps = 0 costs E[eps^2] = 1; float32 limits D - x0 at the smallest sigma
     assert float(loss.mean()) == pytest.approx(1, abs=0.02)
-    assert float(sigma.max()) <= schedule.sigmas[699] * (1 + 1e-6)
-    with pytest.raises(ValueError, match="steps must be in"):
-        denoiser.vp_loss(blank, x, key, schedule, steps=1001)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_vp_predictions_agree_on_the_exact_denoiser(prediction, key):
     """All three parameterisations of the Gaussian's exact network give the same D."""
-    s, schedule = 0.5, process.vp_schedule("linear")
+    s, schedule = 0.5, noise.vp_schedule("linear")
     sigma = jnp.asarray(schedule.sigmas[[5, 300, 900]], jnp.float32)
-    x = jax.random.normal(key, (3, 4, 4, 1)) * process.over_pixels(
+    x = jax.random.normal(key, (3, 4, 4, 1)) * noise.over_pixels(
         jnp.sqrt(s**2 + sigma**2), jnp.ones((3, 4, 4, 1))
     )  # noqa: E501
 
     def F(x_in, t):
         np.testing.assert_allclose(t, [5, 300, 900], atol=1e-2)
-        level = process.over_pixels(schedule.sigma(t), x_in)
-        x0 = process.from_vp(x_in, schedule.sigma(t)) * s**2 / (s**2 + level**2)
+        level = noise.over_pixels(schedule.sigma(t), x_in)
+        x0 = x_in * jnp.sqrt(1 + level**2) * s**2 / (s**2 + level**2)
         alpha = 1 / jnp.sqrt(1 + level**2)
         eps = (x_in - alpha * x0) / (alpha * level)
         return {"x0": x0, "eps": eps, "v": alpha * eps - alpha * level * x0}[prediction]
 
-    D = denoiser.vp_denoiser(F, schedule, prediction)
-    expected = x * process.over_pixels(s**2 / (s**2 + sigma**2), x)
+    D = functools.partial(VP("linear", prediction).denoise, F)
+    expected = x * noise.over_pixels(s**2 / (s**2 + sigma**2), x)
     np.testing.assert_allclose(D(x, sigma), expected, rtol=2e-4, atol=2e-4)
 
 
@@ -83,38 +85,40 @@ def test_one_step_is_the_raw_network_and_starts_at_twice_the_teachers_mean(key):
     z = 80 * jax.random.normal(key, (2, 4, 4, 3))
     seen = {}
 
-    def F(x_in, noise, label):
-        seen.update(x_in=x_in, noise=noise, label=label)
+    def F(x_in, c_noise, label):
+        seen.update(x_in=x_in, noise=c_noise, label=label)
         return jnp.sin(3 * x_in)
 
-    image = denoiser.one_step(F, z, feature="openai", label=jnp.array([1, 2]))
+    image = EDM().one_step(F, z, feature="openai", label=jnp.array([1, 2]))
     np.testing.assert_allclose(seen["x_in"], z / np.sqrt(6400.25), rtol=1e-6)
     np.testing.assert_allclose(seen["noise"], [1095.5066, 1095.5066], rtol=1e-6)
     np.testing.assert_array_equal(seen["label"], [1, 2])
     np.testing.assert_allclose(image, jnp.sin(3 * seen["x_in"]), rtol=1e-6)
     c = denoiser.preconditioning(80.0, 0.5)
     assert round(c.c_out, 5) == 0.49999 and round(c.c_skip * 80, 3) == 0.003
-    D = denoiser.edm(F, 0.5, "openai")(z, 80.0, label=jnp.array([1, 2]))
+    D = EDM().denoise(F, z, 80.0, feature="openai", label=jnp.array([1, 2]))
     np.testing.assert_allclose(image, 2 * D, atol=0.02)
 
 
-def test_network_may_run_in_its_own_precision():
-    with jax.enable_x64(True):
-        dtypes = []
-
-        def F(x_in, noise):
-            dtypes.append((x_in.dtype, noise.dtype))
-            return x_in
-
-        D = denoiser.edm(F, dtype=jnp.float32)(jnp.ones((2, 3), jnp.float64), 1.0)
-        assert dtypes == [(jnp.float32, jnp.float32)] and D.dtype == jnp.float64
-
-
-def test_unknown_kinds_are_refused():
+def test_unknown_choices_and_levels_outside_the_schedule_are_refused():
     with pytest.raises(ValueError, match="unknown noise feature"):
-        denoiser.edm(None, feature="fourier")
+        EDM().denoise(None, jnp.ones((1, 2)), 1.0, feature="fourier")
     with pytest.raises(ValueError, match="unknown prediction"):
-        denoiser.vp_denoiser(None, process.vp_schedule("linear"), "score")
+        VP("linear", "score")
+    with pytest.raises(ValueError, match="leave the linear schedule"):
+        VP("linear", sigma_min=0.002)
+    with pytest.raises(ValueError, match="process is edm"):
+        EDM().grid(50, "leading")
+
+
+def test_each_spacing_is_its_own_grid():
+    table = VP().schedule.sigmas
+    leading = VP().grid(50, "leading")
+    assert len(leading) == 51 and leading[0] == table[981] and leading[-2] == table[1]
+    assert VP().grid(50, "trailing")[0] == table[999]
+    quadratic = VP().grid(100, "quadratic")
+    assert quadratic[0] == table[800] and np.all(np.diff(quadratic) < 0)
+    assert VP().grid(50)[0] == 80.0
 
 
 def test_guidance_extrapolates_and_w1_is_the_conditional_model(key):
@@ -122,7 +126,7 @@ def test_guidance_extrapolates_and_w1_is_the_conditional_model(key):
 
     def denoise(x, sigma, label, size):
         calls.append(x.shape[0])
-        return x * 0.1 + process.over_pixels(label.astype(x.dtype) + size, x)
+        return x * 0.1 + noise.over_pixels(label.astype(x.dtype) + size, x)
 
     x, cond = jax.random.normal(key, (3, 2)), {"label": jnp.arange(3), "size": jnp.ones(3)}
     conditional = denoise(x, 1.0, **cond)

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from cheapscale.data.latents import LatentStore
-from cheapscale.stages import data, run
-from cheapscale.stages.invert import oriented
-from cheapscale.stages.sampling import teacher_map
+from cheapscale.data.pairs import PairStore
+from cheapscale.data.sources import open_data
+from cheapscale.pagoda.invert import oriented
+from cheapscale.teacher.load import load_teacher
+from cheapscale.teacher.sampling import inverter
 from cheapscale.training import checkpoint, loop
-from cheapscale.training.sharding import in_batches
+from launch import train as run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORKER = pathlib.Path(__file__).with_name("worker.py")
@@ -76,8 +77,8 @@ def together(tmp_path_factory):
 
 
 @pytest.fixture
-def four_devices(monkeypatch):
-    devices = jax.devices()[:4]
+def four_devices(monkeypatch, eight_devices):
+    devices = eight_devices[:4]
     monkeypatch.setattr(jax, "devices", lambda *_: list(devices))
 
 
@@ -100,22 +101,25 @@ def test_a_stop_signal_to_one_process_stops_both_at_the_same_saved_step(together
 
 def test_training_in_two_processes_is_training_in_one(together, tmp_path, four_devices):
     folder, _ = together
-    run.run(worker.teacher_config(), tmp_path / "teacher")
-    rows = [
-        [json.loads(row) for row in (place / "teacher" / "metrics.jsonl").read_text().splitlines()]
-        for place in (folder, tmp_path)
+    config = worker.teacher_config()
+    # without the preview, which changes no weights: the two processes drew theirs together
+    stage, place = run.build(config)._replace(evals={}), str(tmp_path / "teacher")
+    settings = {"name": "teacher", "seed": config.seed, "log_every": 1, "save_every": 0}
+    loop.train(stage, place, {}, total_steps=config.total_steps, **settings)
+    losses = [
+        {row["step"]: row["loss"] for row in map(json.loads, log.open()) if "loss" in row}
+        for log in (place / "teacher" / "metrics.jsonl" for place in (folder, tmp_path))
     ]
-    for two, one in zip(*rows, strict=True):
-        assert two["step"] == one["step"]
-        np.testing.assert_allclose(two.get("loss", 0), one.get("loss", 0), rtol=1e-5)
+    assert list(losses[0]) == list(losses[1]) == [1, 2, 3]
+    np.testing.assert_allclose(*(list(row.values()) for row in losses), rtol=1e-5)
+    one = {}
     for ema in (False, True):
-        two, one = (
+        two, one[ema] = (
             checkpoint.load_network(place / "teacher", ema=ema).params
             for place in (folder, tmp_path)
         )
-        assert difference(one, two) <= 1e-5
-    start = loop.fresh_state(run.build(worker.teacher_config()), loop.sharding.make_mesh(), 0)
-    assert difference(jax.device_get(start.params["net"]), one) > 1e-3  # and it has moved
+        assert difference(one[ema], two) <= 1e-5
+    assert difference(one[False], one[True]) > 1e-3  # and the weights have moved
 
 
 def test_weights_split_over_processes_are_saved_and_taken_up_again(
@@ -130,21 +134,17 @@ def test_weights_split_over_processes_are_saved_and_taken_up_again(
 
 def test_the_shards_of_an_inversion_are_divided_and_all_there(together):
     folder, _ = together
-    store = LatentStore.open(folder / "latents")
+    store = PairStore.open(folder / "latents")
     assert len(store) == 48 and store.manifest["per_shard"] == 16
     # process 0 logs its own shards only: 0 and 2 of three
     rows = (folder / "invert" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [16, 32]
     config = worker.invert_config(folder)
-    teacher = checkpoint.load_network(config.teacher)
-    source = data.open_data(config.data)
+    source = open_data(config.data)
     keys = [(i, f) for i in range(24) for f in (0, 1)]
     images, labels = zip(*(oriented(source, *key) for key in keys))
-    invert = teacher_map(
-        teacher.meta["networks"]["net"], teacher.meta["diffusion"],
-        steps=config.invert.nodes, direction="invert",
-    )  # fmt: skip
-    z = in_batches(invert, teacher.params, np.stack(images), np.asarray(labels), batch_size=16)
+    invert = inverter(load_teacher(config.teacher), nodes=config.invert.nodes, batch_size=16)
+    z = invert(np.stack(images), np.asarray(labels))
     stored = np.stack([store.latent(*key) for key in keys])
     assert difference(z, stored) <= 1e-5
 

@@ -13,9 +13,11 @@ import time
 import jax
 import numpy as np
 
-from cheapscale.stages import run
-from cheapscale.training import classifier, jobs, loop, sharding
+from cheapscale.features import fitted as classifier
+from cheapscale.training import jobs, loop
+from cheapscale.training import mesh as sharding
 from configs.scenes import get_config
+from launch import train as run
 
 
 def teacher_config():
@@ -104,7 +106,7 @@ def jobs_seen(folder):
 def classifiers_seen(folder):
     """Hashes and weights of three classifiers, one for each way of having something in the caches,
     and how this process ends where the fit fails. Fits draw weights: no two give the same."""
-    toys, seeds = other_test("evaluation/test_classifier"), iter(range(100))
+    toys, seeds = other_test("features/test_fitted"), iter(range(100))
     source = toys.Stripes(60)
 
     def draw(source, spec):
@@ -116,10 +118,10 @@ def classifiers_seen(folder):
 
     def fit(number, **options):
         cache = folder / str((number + jax.process_index()) % 2)
-        planned = classifier.plan_classifier(source, purpose="loss", cache_dir=cache, **options)
+        planned = classifier.lazy_classifier(source, purpose="loss", cache_dir=cache, **options)
         assert planned.recipe and not planned.network.sha256
-        network, report = planned.fit()
-        assert report["sha256"] == network.sha256 and report["feature_rms"] == 0.1
+        network = planned.fit()
+        assert network.outputs
         return network.sha256, np.asarray(network.params["stem"]["kernel"]).tolist()
 
     classifier._fit = draw
@@ -133,7 +135,10 @@ def main(port, count, index, folder):
     jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
     folder = pathlib.Path(folder)
     value = np.asarray([2**40]) if index == "0" else np.zeros((3, 2), np.float32)
-    seen = {"agreed": sharding.agreed(value).tolist(), "jobs": jobs_seen(folder / "jobs")}
+    seen = {
+        "agreed": sharding.broadcast_from_host0(value).tolist(),
+        "jobs": jobs_seen(folder / "jobs"),
+    }
     # as the loop loads frozen weights: on a mesh of this process's own
     with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
         seen["classifiers"] = classifiers_seen(folder / "classifiers")

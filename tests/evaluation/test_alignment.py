@@ -1,4 +1,4 @@
-"""The CLIP score is an angle: known by construction, blind to lengths, never negative."""
+"""The CLIP score depends on the angle alone, not on lengths, and is never negative."""
 
 import numpy as np
 import pytest

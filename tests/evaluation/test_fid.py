@@ -9,6 +9,10 @@ import scipy.linalg
 from cheapscale.evaluation import fid
 
 
+def frechet_distance(a, b):
+    return fid.frechet(a, b).distance
+
+
 def _gaussian_features(rng, n, covariance, mean):
     """Features whose sample mean and covariance are exactly those given."""
     x = rng.normal(size=(n, len(mean)))
@@ -22,8 +26,8 @@ def test_frechet_of_commuting_gaussians_is_the_closed_form():
     x = _gaussian_features(rng, 60, np.diag(a), np.zeros(3))
     y = _gaussian_features(rng, 90, np.diag(b), mean)
     expected = mean @ mean + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
-    assert fid.frechet_distance(x, y) == pytest.approx(expected, rel=1e-10)
-    assert fid.frechet_distance(x, x) == pytest.approx(0, abs=1e-10)
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-10)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-10)
 
 
 def test_frechet_of_arbitrary_covariances_agrees_with_sqrtm():
@@ -34,18 +38,18 @@ def test_frechet_of_arbitrary_covariances_agrees_with_sqrtm():
     root = scipy.linalg.sqrtm(s @ t).real
     shift = x.mean(0) - y.mean(0)
     expected = shift @ shift + np.trace(s + t - 2 * root)
-    assert fid.frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
-    assert fid.frechet_distance(y, x) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(y, x) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_is_stable_with_fewer_samples_than_dimensions():
     rng = np.random.default_rng(2)
     x = rng.normal(size=(20, 64)).astype(np.float32)
-    assert abs(fid.frechet_distance(x, x)) < 1e-5
+    assert abs(frechet_distance(x, x)) < 1e-5
     turned, _ = np.linalg.qr(rng.normal(size=(64, 64)))
     y = rng.normal(size=(20, 64))
-    assert fid.frechet_distance(x @ turned, y @ turned) == pytest.approx(
-        fid.frechet_distance(x, y), rel=1e-6
+    assert frechet_distance(x @ turned, y @ turned) == pytest.approx(
+        frechet_distance(x, y), rel=1e-6
     )
 
 
@@ -69,7 +73,7 @@ def test_chunks_and_shards_of_any_size_give_the_moments_of_everything(monkeypatc
     np.testing.assert_allclose(fid.moments(x).covariance, merged.covariance, atol=1e-9)
 
 
-def test_the_expected_bias_is_what_equal_distributions_score():
+def test_the_expected_bias_is_the_distance_of_equal_distributions():
     rng, spread = np.random.default_rng(8), np.array([3.0, 1.0, 0.3, 0.1])
     pairs = [rng.normal(size=(2, 200, 4)) * spread for _ in range(300)]
     found = [fid.frechet(*pair) for pair in pairs]
@@ -77,7 +81,7 @@ def test_the_expected_bias_is_what_equal_distributions_score():
     error = measured.std() / np.sqrt(len(measured))
     assert abs(measured.mean() - np.mean([f.bias for f in found])) < 3 * error + 0.02 * error
     assert not found[0].warning
-    # against a distribution that is known exactly only one side errs
+    # against exact moments only one side has a sampling error
     exact = fid.Gaussian(np.zeros(4), np.diag(spread**2))
     one = np.array([fid.frechet(pair[0], exact).distance for pair in pairs])
     bias = fid.frechet(pairs[0][0], exact).bias
@@ -89,7 +93,7 @@ def test_too_few_samples_for_the_dimension_carry_a_warning_with_the_bias():
     x, y = rng.normal(size=(40, 40)), rng.normal(size=(60, 40))
     few = fid.frechet(x, y)
     assert "40 samples for 40 dimensions" in few.warning and f"{few.bias:.3g}" in few.warning
-    assert few.distance > few.bias > 0.4 * few.distance  # both are samples of one distribution
+    assert few.distance > few.bias > 0.4 * few.distance  # both sets sample the same distribution
     assert not fid.frechet(y, y).warning
 
 
@@ -115,7 +119,7 @@ def test_kernel_distance_has_zero_mean_on_equal_distributions_and_frechet_has_no
     pairs = [(rng.normal(size=(12, 4)), rng.normal(size=(12, 4))) for _ in range(600)]
     values = np.array([fid.kernel_distance(x, y) for x, y in pairs])
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
-    assert np.mean([fid.frechet_distance(x, y) for x, y in pairs[:50]]) > 0.5
+    assert np.mean([frechet_distance(x, y) for x, y in pairs[:50]]) > 0.5
 
 
 def test_tiles_do_not_change_the_kernel_sum():
@@ -136,9 +140,9 @@ def test_classifier_score_runs_from_one_to_the_number_of_classes():
 
 def test_bad_features_are_refused():
     with pytest.raises(ValueError, match="differ in dimension"):
-        fid.frechet_distance(np.ones((3, 2)), np.ones((3, 4)))
+        frechet_distance(np.ones((3, 2)), np.ones((3, 4)))
     with pytest.raises(ValueError, match="at least 2 samples"):
-        fid.frechet_distance(np.ones((1, 2)), np.ones((3, 2)))
+        frechet_distance(np.ones((1, 2)), np.ones((3, 2)))
     with pytest.raises(ValueError, match="at least 2 samples"):
         fid.kernel_distance(np.ones((1, 2)), np.ones((3, 2)))
     with pytest.raises(ValueError, match="choose a subset_size between 2 and 5"):
@@ -147,7 +151,7 @@ def test_bad_features_are_refused():
         fid.classifier_splits(np.ones((3, 2)))
     holed = np.ones((9, 2))
     holed[6, 1] = np.nan
-    for measure in (fid.frechet_distance, fid.kernel_distance):
+    for measure in (frechet_distance, fid.kernel_distance):
         with pytest.raises(ValueError, match="row 6 of 9 features is not finite"):
             measure(np.ones((5, 2)), holed)
     with pytest.raises(ValueError, match="row 6 of 9 logits"):

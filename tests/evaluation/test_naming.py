@@ -1,4 +1,4 @@
-"""A number's name says which network made it, and the published names are earned."""
+"""Metric names carry their network, and published names require the published weights."""
 
 import pytest
 

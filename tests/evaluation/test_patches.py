@@ -1,15 +1,15 @@
-"""Crops depend on the image's number alone; base images are the block means."""
+"""Crops depend only on the number of the image; base images are block means."""
 
 import numpy as np
 import pytest
 
-from cheapscale.data import scenes
-from cheapscale.evaluation import patches, pixels
+from cheapscale.data import pixels, scenes
+from cheapscale.evaluation import patches
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
 
 
-def test_batches_do_not_matter_and_real_and_generated_are_cropped_alike():
+def test_real_and_generated_images_are_cropped_at_the_same_places_in_any_batch():
     ids = np.arange(100, 120)
     whole = patches.random_crops(IMAGES, ids, 5)
     assert whole.shape == (60, 5, 5, 3)
@@ -19,7 +19,7 @@ def test_batches_do_not_matter_and_real_and_generated_are_cropped_alike():
     np.testing.assert_array_equal(255 - inverted, whole)
 
 
-def test_crops_are_what_their_corners_say():
+def test_crops_begin_at_their_corners():
     corners = patches.crop_corners(np.arange(20), 16, 5, crops=2, seed=3)
     found = patches.random_crops(IMAGES, np.arange(20), 5, crops=2, seed=3)
     row, column = corners[4, 1]
@@ -43,7 +43,7 @@ def test_base_images_are_those_of_the_small_data_set():
     assert np.abs(found.astype(int) - small).max() <= 1
 
 
-def test_what_does_not_fit_is_refused():
+def test_crops_larger_than_the_image_are_refused():
     with pytest.raises(ValueError, match="crops of 17 pixels do not fit images of 16"):
         patches.random_crops(IMAGES, np.arange(20), 17)
     with pytest.raises(ValueError, match="one id for each"):

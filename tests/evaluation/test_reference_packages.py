@@ -1,4 +1,4 @@
-"""The same feature arrays through the implementations that the field quotes.
+"""The same feature arrays in the implementations that published results use.
 
 pytorch-fid and clean-fid call scipy.linalg.sqrtm with an argument that SciPy 1.18 no longer has,
 hence its upper limit in the test extra.
@@ -15,6 +15,10 @@ pytestmark = pytest.mark.usefixtures("torchvision")
 DIMENSION = 40
 
 
+def frechet_distance(a, b):
+    return fid.frechet(a, b).distance
+
+
 @pytest.fixture(scope="module")
 def torch():
     return pytest.importorskip("torch", reason="install torch==2.13.0 (extra: test) to compare")
@@ -22,7 +26,7 @@ def torch():
 
 @pytest.fixture(scope="module")
 def sets():
-    """Correlated positive features of uneven scale, as pooled activations are; N > 2 d."""
+    """Correlated positive features of different scales, like pooled activations; N > 2 d."""
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(DIMENSION, DIMENSION)) * np.geomspace(1, 0.01, DIMENSION)
     generated = np.abs(rng.normal(size=(300, DIMENSION)) @ mixing + 0.2).astype(np.float32)
@@ -47,14 +51,14 @@ def test_frechet_distance(module, function, sets):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         expected = theirs(*moments[0], *moments[1])
-    assert fid.frechet_distance(*sets) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(*sets) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_of_torch_fidelity(sets, torch):
     metric = _package("torch_fidelity.metric_fid")
     stats = [metric.fid_features_to_statistics(torch.tensor(x, dtype=torch.float64)) for x in sets]
     expected = metric.fid_statistics_to_metric(*stats, verbose=False)
-    assert fid.frechet_distance(*sets) == pytest.approx(expected[metric.KEY_METRIC_FID], rel=1e-6)
+    assert frechet_distance(*sets) == pytest.approx(expected[metric.KEY_METRIC_FID], rel=1e-6)
 
 
 def test_kernel_distance_draws_the_same_subsets(sets, torch):
@@ -73,7 +77,7 @@ def test_kernel_distance_of_everything(sets):
     assert fid.kernel_distance(x, y) == pytest.approx(theirs(x, y, num_subsets=1), rel=1e-9)
 
 
-def test_classifier_score_shuffles_and_splits_alike(torch):
+def test_classifier_score_uses_the_same_shuffle_and_splits(torch):
     metric = _package("torch_fidelity.metric_isc")
     logits = 3 * np.random.default_rng(1).normal(size=(203, 12))
     expected = metric.isc_features_to_metric(torch.tensor(logits))
@@ -87,7 +91,7 @@ def test_precision_and_recall(sets, torch):
     features = [torch.tensor(x, dtype=torch.float64) for x in sets]
     expected = metric.prc_features_to_metric(*features, verbose=False)
     generated, real = sets
-    found = coverage.precision_recall(real, generated, k=3)
+    found = coverage.prdc(real, generated, ks=(3,))[3]
     assert found.precision == pytest.approx(expected[metric.KEY_METRIC_PRECISION], abs=1e-6)
     assert found.recall == pytest.approx(expected[metric.KEY_METRIC_RECALL], abs=1e-6)
     assert 0.1 < found.recall < 1

@@ -1,4 +1,4 @@
-"""Both resizes on a small picture, against what clean-fid and torch-fidelity made of it."""
+"""Both resizing operators against stored results of clean-fid and torch-fidelity."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_stored_results(mode, size):
     assert not found[1].any()
 
 
-def test_only_clean_smooths_ahead_of_shrinking():
+def test_only_clean_is_antialiased():
     stripes = np.zeros((1, 64, 64, 3), np.uint8)
     stripes[:, ::2] = 200
     assert np.ptp(resize.clean(stripes, 16)[:, 2:-2]) < 1  # clean: the stripes average out

@@ -1,20 +1,29 @@
-"""Reference statistics: computed once, found again, and never mistaken for others."""
+"""Reference statistics: computed once, read from the cache, and matched by their identity."""
 
 import numpy as np
 import pytest
 
 from cheapscale.evaluation import fid, statistics
-from cheapscale.evaluation.statistics import Identity, load_statistics, reference_statistics
+from cheapscale.evaluation.statistics import (
+    Identity,
+    check_match,
+    load_statistics,
+    reference_statistics,
+)
 
 FEATURES = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
 IDENTITY = Identity("abc123", "test", 16, 30, "resnet56", "f" * 64)
+
+
+def frechet_distance(a, b):
+    return fid.frechet(a, b).distance
 
 
 def _batches():
     return [FEATURES[:11], FEATURES[11:]]
 
 
-def test_a_second_call_reads_what_the_first_computed(tmp_path):
+def test_a_second_call_reads_the_cache(tmp_path):
     first = reference_statistics(IDENTITY, _batches, cache_dir=tmp_path)
     again = reference_statistics(
         IDENTITY, lambda: pytest.fail("the cache was not read"), cache_dir=tmp_path
@@ -22,7 +31,7 @@ def test_a_second_call_reads_what_the_first_computed(tmp_path):
     for found in (first, again):
         np.testing.assert_array_equal(found.features, FEATURES)
         assert found.identity == IDENTITY and found.moments.n == 30
-        assert fid.frechet_distance(found.moments, FEATURES) == pytest.approx(0, abs=1e-10)
+        assert frechet_distance(found.moments, FEATURES) == pytest.approx(0, abs=1e-10)
     assert len(list((tmp_path / "statistics").iterdir())) == 1  # no temporary file left
 
 
@@ -43,22 +52,20 @@ def test_every_field_of_the_identity_counts():
     assert len(digests) == 9
 
 
-def test_a_file_that_says_it_is_another_is_refused(tmp_path):
+def test_a_file_with_another_identity_is_refused(tmp_path):
     path = tmp_path / "reference.npz"
     statistics.save_statistics(path, FEATURES, IDENTITY)
-    load_statistics(
-        path, identity=IDENTITY, network="resnet56", sha256="f" * 64, dimension=4, variant=""
-    )
-    cases = {
-        "not of .*delete it": {"identity": IDENTITY._replace(split="train")},
-        "statistics of resnet56 but the features are mobilenet_v2's": {"network": "mobilenet_v2"},
-        "resnet56 weights of SHA-256 fff.*, not eee": {"sha256": "e" * 64},
-        "of 4 dimensions but the features have 64": {"dimension": 64},
-        "statistics of whole images but the features are of patch ones": {"variant": "patch"},
-    }
-    for message, options in cases.items():
-        with pytest.raises(ValueError, match=message):
-            load_statistics(path, **options)
+    found = load_statistics(path, identity=IDENTITY)
+    with pytest.raises(ValueError, match="not Identity.*delete it"):
+        load_statistics(path, identity=IDENTITY._replace(split="train"))
+    own = {"network": "resnet56", "sha256": "f" * 64, "dimension": 4, "variant": ""}
+    check_match(found, **own)
+    for change in (
+        {"network": "mobilenet_v2"}, {"sha256": "e" * 64}, {"dimension": 64}, {"variant": "patch"},
+    ):  # fmt: skip
+        ((what, value),) = change.items()
+        with pytest.raises(ValueError, match=f"of {what} .*, but the features are of '?{value}"):
+            check_match(found, **own | change)
 
 
 def test_published_files_of_both_kinds(tmp_path):
@@ -70,18 +77,19 @@ def test_published_files_of_both_kinds(tmp_path):
         adm, mu=mean, sigma=covariance, mu_s=np.zeros(7), sigma_s=np.zeros((7, 7)), arr_0=images
     )
     for path in (edm, adm):
-        found = load_statistics(path, network="inception_v3", sha256="any", dimension=4, variant="")
+        found = load_statistics(path)
+        check_match(found, network="inception_v3", sha256="any", dimension=4, variant="")
         assert found.features is None and found.identity is None
-        assert fid.frechet_distance(FEATURES, found.moments) == pytest.approx(0, abs=1e-6)
-        with pytest.raises(ValueError, match="statistics of inception_v3 but .* resnet56's"):
-            load_statistics(path, network="resnet56")
+        assert frechet_distance(FEATURES, found.moments) == pytest.approx(0, abs=1e-6)
+        with pytest.raises(ValueError, match="network 'inception_v3', but .* 'resnet56'"):
+            check_match(found, network="resnet56")
 
 
 def test_files_that_hold_no_statistics_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no reference statistics at"):
         load_statistics(tmp_path / "none.npz")
     (tmp_path / "reference.pkl").write_bytes(b"")
-    with pytest.raises(ValueError, match="is not a .npz file"):
+    with pytest.raises(ValueError, match="no reference statistics at"):
         load_statistics(tmp_path / "reference.pkl")
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     with pytest.raises(ValueError, match="holds images but no mu and sigma"):

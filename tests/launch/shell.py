@@ -1,4 +1,4 @@
-"""Commands as a user runs them, on one device and compiled cheaply."""
+"""Run commands as a user does, on one device and with cheap compilation."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def command(*words, check=True, **env):
-    """Run `python -m ...`; (stdout lines, stderr, exit status). check: a failure fails the test."""
+    """(stdout lines, stderr, exit status) of `python -m ...`; check: fail the test on an error."""
     flags = os.environ["CHEAPSCALE_TEST_FLAGS"]
     env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     env = os.environ | env

@@ -1,50 +1,51 @@
-"""What a command says of flags that it cannot read: one sentence, no traceback."""
-
-import sys
+"""Flags of commands: errors for wrong ones, and the fields that valid ones set."""
 
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
-from launch.command import read_flags
+from launch import train
+from launch.command import start
 
 SCENES = "--config=configs/scenes.py:stage="
 
 
-def read(monkeypatch, *words):
-    values, argv = flags.FlagValues(), ["train", *words]
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    monkeypatch.setattr(flags, "FLAGS", values)
-    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for --config.FIELD
-    return read_flags(argv), values
+def config(*words):
+    """The config that `launch.train` reads from these words, checked."""
+
+    def body(given):
+        train.fields.check(given.config)
+        return given.config
+
+    return start(train.define, body, [*words, "--workdir=nowhere"])
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
-        # settings of the assessment are the set's: stage=prune has no others to ask for
-        (
-            (f"{SCENES}prune", "--config.prune.k=0.3"),
-            "--config.prune.k: the config has no field 'k' at this stage: leave it out, or name ",
-        ),
-        (
-            (f"{SCENES}pretrain", "--config.seed=1", "--config.optm.lr=1"),
-            "--config.optm.lr: the config has no field 'optm' at this stage",
-        ),
+        ((f"{SCENES}pretrain", "--config.optm.lr=1"), "--config.optm.lr: no stage has this field"),
         ((f"{SCENES}prune", "--config.optim.lr=low"), "could not convert string to float: 'low'"),
         ((f"{SCENES}shrink",), "stage 'shrink' is unknown: choose one of pretrain, invert"),
-        ((f"{SCENES}assess,levels=one",), "config argument 'levels=one': 'one' is no int: give"),
+        ((f"{SCENES}assess,levels=one",), "config argument levels=one: 'one' is no int: give"),
         (("--config=nowhere.py",), "No such file or directory: 'nowhere.py'"),
         (("--confg=3",), "Unknown command line flag 'confg'. Did you mean: config ?"),
+        ((f"{SCENES}invert", "more"), "more: every argument has to be a flag"),
     ],
 )
-def test_what_cannot_be_read_ends_in_one_sentence(monkeypatch, words, said):
+def test_what_cannot_be_read_ends_in_one_sentence(words, said):
     with pytest.raises(SystemExit) as stop:
-        read(monkeypatch, *words)
+        config(*words)
     message = str(stop.value.code)
     assert message.startswith("error: ") and said in message and "\n" not in message
+    assert "config" not in flags.FLAGS  # another command may define it
 
 
-def test_what_can_be_read_is_the_config_s(monkeypatch):
-    left, values = read(monkeypatch, f"{SCENES}assess", "--config.prune.k=0.3", "more")
-    assert left == ["train", "more"] and values.config.prune.k == 0.3
+def test_fields_of_a_config_and_keys_of_open_dictionaries_are_set_by_name():
+    read = config(
+        f"{SCENES}distill", "--config.optim.lr=1", "--config.features.paths.inception_v3=a/b.npz",
+        "--config.data.options.skip_corrupt=True", "--config.features.names=('inception_v3',)",
+    )  # fmt: skip
+    assert read.optim.lr == 1.0 and read.features.names == ("inception_v3",)
+    assert read.features.paths.to_dict() == {"inception_v3": "a/b.npz"}
+    assert read.data.options.skip_corrupt is True and read.data.options.size == 1500
+    read = config(f"{SCENES}pretrain", "--config.model.dropout=0.1")
+    assert read.model.dropout == 0.1

@@ -1,4 +1,4 @@
-"""The allocator's setting, in processes of their own: it cannot be taken back."""
+"""The allocator's setting, tested in child processes because it cannot be undone."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 PROGRAM = """
 import resource, sys, threading
 import numpy as np
-from launch.memory import keep_memory
+from launch.command import keep_memory
 
 if sys.argv[1] == "keep" and not keep_memory():
     sys.exit("no such setting")
@@ -20,7 +20,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(mode):
-    """Page faults of the third allocation of 64 MB in a thread, or None without glibc."""
+    """The page faults of the third allocation of 64 MB in a thread; None without glibc."""
     environment = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"}  # so that pages have 4 kB
     command = [sys.executable, "-c", PROGRAM, mode]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

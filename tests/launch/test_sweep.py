@@ -1,61 +1,43 @@
-"""Sweeps: which runs there are, what each changes, and that each is a run of its own."""
+"""Sweeps: their list of runs, each an ordinary run in its own folder."""
 
 import pytest
 
-from configs import cifar10, scenes
+from configs import sweeps
 from launch import sweep
-from tests.launch.shell import command
+
+SCENES = "--config=configs/scenes.py"
 
 
-def test_every_run_is_the_config_with_its_changes_alone():
-    config = cifar10.get_config("stage=distill")
-    runs = sweep.planned("configs/cifar10.py", config)
-    assert [name for name, _, _ in runs[:2]] == [
-        "00-seed=0,data_proportion=1.0", "01-seed=0,data_proportion=0.1",
-    ]  # fmt: skip
-    assert len(runs) == 12 and len({name for name, _, _ in runs}) == 12
-    before = config.to_dict()
-    for _, changes, one in runs:
-        assert one.seed == changes["seed"]
-        distance = changes.get("distill.distance", before["distill"]["distance"])
-        assert one.distill.distance == distance
-        one.seed, one.distill = before["seed"], config.distill
-        assert one.to_dict() == before
-    assert config.to_dict() == before
+def test_runs_are_named_by_their_number_and_words():
+    runs = sweep.planned("configs/scenes.py", "pairs", "size=quick")
+    assert len(runs) == 9 and len(dict(runs)) == 9
+    assert runs[1] == (
+        "01-stage=distill,data_proportion=0.1,seed=0",
+        "size=quick,stage=distill,distill.data_proportion=0.1,seed=0",
+    )
 
 
-def test_a_stage_without_a_sweep_and_unknown_fields_and_numbers_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="of configs/scenes.py names no run of stage invert"):
-        sweep.planned("configs/scenes.py", scenes.get_config("stage=invert"))
-    grow = scenes.get_config("stage=grow,resolution=16")
-    with pytest.raises(ValueError, match="the sweep changes grow.weight, which a config of this"):
-        sweep.changed(grow, {"grow.weight": 1.0})
-    with pytest.raises(ValueError, match="--index=6: the sweep's runs are 0 ... 5"):
-        sweep.sweep("configs/scenes.py", grow, "nowhere", [6])
+def test_unknown_sweeps_files_and_numbers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="sweep 'everything' is unknown: choose one of losses"):
+        sweeps.sweep("everything")
+    with pytest.raises(ValueError, match="has no sweep.name."):
+        sweep.planned("configs/models.py", "pairs", "")
+    with pytest.raises(SystemExit, match="--index=9: the sweep's runs are 0 ... 8"):
+        sweep.main([SCENES, "--sweep=pairs", "--index=9", f"--workdir={tmp_path}"])
 
 
-def test_runs_go_to_folders_of_their_own(monkeypatch, tmp_path):
-    seen = []
-
-    def run(config, workdir):
-        seen.append((config.seed, config.grow.reconstruction_weight, workdir))
-        return {"step": 3}
-
-    monkeypatch.setattr(sweep, "run", run)
-    grow = scenes.get_config("stage=grow,resolution=16")
-    rows = sweep.sweep("configs/scenes.py", grow, str(tmp_path), [3, 4])
-    assert seen == [
-        (1, 0.0, tmp_path / "03-seed=1,reconstruction_weight=0.0"),
-        (2, 1.0, tmp_path / "04-seed=2,reconstruction_weight=1.0"),
-    ]
-    assert rows[0] == {
-        "folder": "03-seed=1,reconstruction_weight=0.0",
-        "changes": {"seed": 1, "grow.reconstruction_weight": 0.0},
-        "step": 3,
-    }
+def test_the_list_has_a_command_for_each_run(capsys):
+    sweep.main([SCENES, "--sweep=orders", "--arg=size=experts", "--list", "--workdir=runs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12
+    assert lines[1] == (
+        "python -m launch.pipeline --config=configs/scenes.py --arg=size=experts,pipeline=experts,"
+        "prune.mean=0.8,prune.order=snr_down,seed=0 "
+        "--workdir=runs/01-pipeline=experts,mean=0.8,order=snr_down,seed=0"
+    )
 
 
-def test_the_list_has_a_line_for_each_run():
-    lines, _, _ = command("launch.sweep", "--config=configs/scenes.py:stage=prune", "--list")
-    assert len(lines) == 9
-    assert lines[1] == "01-seed=0,distil=0.5 {'seed': 0, 'prune.distil': 0.5}"
+def test_one_run_of_a_sweep_goes_to_its_own_folder(tmp_path):
+    words = [SCENES, "--sweep=cascade_k", "--arg=smoke", f"--workdir={tmp_path}", "--index=2"]
+    with pytest.raises(SystemExit, match="config.teacher is empty"):
+        sweep.main(words)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cheapscale.models.discriminator import Head, cross_scale, unit
+from cheapscale.features.mixing import cross_scale
+from cheapscale.pagoda.discriminator import Head, unit
 
 BLOCKS = {"main.0.main.0": "block0_conv", "main.1.main.0": "block1_conv", "cls": "out"}
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cheapscale.diffusion.denoiser import one_step
-from cheapscale.diffusion.process import noise_feature
+from cheapscale.diffusion.denoiser import EDM
+from cheapscale.diffusion.noise import noise_feature
 from cheapscale.interop.unet_weights import from_guided_diffusion
 from cheapscale.models.unet import unet
 
@@ -49,7 +49,7 @@ def test_one_step_image_equals_pagoda(reference, state, apply):
     def F(x, noise, label):
         return apply(params, x, noise, label)
 
-    image = one_step(F, z, 80.0, 0.5, "openai", label=label)
+    image = EDM().one_step(F, z, feature="openai", label=label)
     assert image.shape == (2, 32, 32, 3)
     assert relative(image, reference["image"]) < 1e-4
 
@@ -63,9 +63,9 @@ def test_one_step_image_equals_pagoda(reference, state, apply):
 def test_wrong_qkv_order_is_visible(reference, state, apply, layout):
     params = from_guided_diffusion(state, unet(**MODEL).config, qkv_layout=layout)
     label = jnp.asarray(reference["labels"], jnp.int32)
-    image = one_step(
+    image = EDM().one_step(
         lambda x, noise, label: apply(params, x, noise, label),
-        nhwc(reference["z"]), 80.0, 0.5, "openai", label=label,
+        nhwc(reference["z"]), feature="openai", label=label,
     )  # fmt: skip
     assert relative(image, reference["image"]) > 0.1
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cheapscale.diffusion.denoiser import edm
-from cheapscale.diffusion.solvers import solve
+from cheapscale.diffusion.denoiser import EDM
+from cheapscale.diffusion.samplers import solve
 from cheapscale.interop.pytorch import QKV_LAYOUTS, Entry, convert
 from cheapscale.interop.unet_weights import from_edm
 from cheapscale.models.unet import UNet, unet
@@ -31,7 +31,7 @@ def nhwc(array):
 
 
 def relative(ours, theirs):
-    """Largest error over largest reference value."""
+    """The largest error divided by the largest reference value."""
     theirs = theirs.transpose(0, 2, 3, 1)
     return np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
 
@@ -53,7 +53,10 @@ def test_network_denoiser_and_sampler_equal_edm(shared, name):
     F = apply(params, nhwc(reference["x"]), jnp.asarray(reference["c_noise"]), label)
     assert relative(F, reference["F"]) < 1e-4
 
-    D = edm(lambda x, noise: apply(params, x, noise, label), 0.5, net.config.noise_feature)
+    D = functools.partial(
+        EDM().denoise, lambda x, c_noise: apply(params, x, c_noise, label),
+        feature=net.config.noise_feature,
+    )  # fmt: skip
     denoised = D(nhwc(reference["x"]), jnp.asarray(reference["sigma"]))
     assert relative(denoised, reference["D"]) < 1e-4
 

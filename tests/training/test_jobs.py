@@ -1,4 +1,4 @@
-"""The job runner: shards once each, skipped when done, stopped between two."""
+"""The job runner: every shard runs once, is skipped when done, and a signal stops in between."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from cheapscale.training.stage import Job
 
 
 def counting(folder, num_shards=5, fail_at=None):
-    """A job whose shard n writes n.txt, and the order in which shards ran."""
+    """(a job whose shard n writes n.txt, the list of shards in the order in which they ran)."""
     ran = []
 
     def run_shard(context, shard, mesh):
@@ -34,7 +34,7 @@ def counting(folder, num_shards=5, fail_at=None):
     return job, ran
 
 
-def test_a_job_that_broke_off_goes_on_where_it_stopped(tmp_path):
+def test_an_interrupted_job_continues_with_the_missing_shards(tmp_path):
     job, ran = counting(tmp_path, fail_at=3)
     with pytest.raises(OSError, match="full"):
         jobs.run(job, tmp_path / "work", {}, name="count")
@@ -46,21 +46,19 @@ def test_a_job_that_broke_off_goes_on_where_it_stopped(tmp_path):
     assert [json.loads(row)["step"] for row in rows] == [10, 20, 30, 40, 50]
 
 
-def test_a_stop_signal_ends_the_job_after_the_shard_in_hand(tmp_path, monkeypatch):
+def test_a_stop_signal_ends_the_job_after_the_current_shard(tmp_path):
     job, ran = counting(tmp_path)
 
-    class Raised(jobs.StopSignal):
-        def __enter__(self):
-            self.raised = True
-            return super().__enter__()
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return job.run_shard(*args)
 
-    monkeypatch.setattr(jobs, "StopSignal", Raised)
-    with pytest.raises(jobs.Preempted, match="after 1 of 5 shards"):
-        jobs.run(job, tmp_path / "work", {}, name="count")
+    with pytest.raises(Preempted, match="after 1 of 5 shards"):
+        jobs.run(job._replace(run_shard=interrupted), tmp_path / "work", {}, name="count")
     assert ran == [0]
 
 
-def test_another_batch_size_may_go_on_and_another_seed_may_not(tmp_path):
+def test_a_job_resumes_with_another_batch_size_but_not_with_another_seed(tmp_path):
     job, _ = counting(tmp_path)
     jobs.run(job, tmp_path / "work", {"batch_size": 8, "seed": 0}, name="count")
     jobs.run(job, tmp_path / "work", {"batch_size": 4, "seed": 0}, name="count")
@@ -68,9 +66,9 @@ def test_another_batch_size_may_go_on_and_another_seed_may_not(tmp_path):
         jobs.run(job, tmp_path / "work", {"batch_size": 4, "seed": 1}, name="count")
 
 
-def test_a_signal_that_nothing_acted_on_is_not_lost():
+def test_a_signal_after_the_last_shard_is_reported():
     """A finished job has no shard after which it could stop."""
-    with pytest.raises(Preempted, match="what was done is saved"), StopSignal():
+    with pytest.raises(Preempted, match="all results are saved"), StopSignal():
         os.kill(os.getpid(), signal.SIGTERM)
     with StopSignal() as stop:
         assert not stop.raised

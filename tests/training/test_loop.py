@@ -1,4 +1,4 @@
-"""The one loop: exact resume, any mesh, signals, divergence; on MLPs through both step builders."""
+"""The training loop: exact resuming, meshes, signals and divergence, tested on small MLPs."""
 
 import functools
 import json
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cheapscale.pagoda.gan import gan_step
 from cheapscale.training import checkpoint, loop
 from cheapscale.training.optim import make_optimiser
-from cheapscale.training.stage import Stage, denoise_step, gan_step, noise_bins
+from cheapscale.training.stage import Stage, denoise_step, noise_bins
 from cheapscale.training.state import Optimiser
 
 DIM, BATCH = 4, 16
@@ -41,7 +42,7 @@ def rows(step, shift=0):
 
 
 def denoise_stage(rate=1e-2, poison_at=None):
-    """Regress x from x + sigma eps; the frozen scale is an argument of the step."""
+    """A loss that regresses x from x + sigma eps; the frozen scale is an argument of the step."""
     optimiser = Optimiser(make_optimiser("adam", rate))
 
     def loss_fn(params, frozen, batch, key):
@@ -141,7 +142,7 @@ def assert_equal(a, b, rtol=0.0, atol=0.0):
 
 
 @pytest.mark.parametrize("make", [denoise_stage, gan_stage])
-def test_two_steps_and_two_more_are_four_bit_for_bit(make, tmp_path):
+def test_a_run_resumed_after_two_steps_equals_four_steps_bit_for_bit(make, tmp_path):
     train(make(), tmp_path / "whole", 4)
     train(make(), tmp_path / "halves", 2)
     summary = train(make(), tmp_path / "halves", 4)
@@ -152,10 +153,10 @@ def test_two_steps_and_two_more_are_four_bit_for_bit(make, tmp_path):
 
 
 @pytest.mark.parametrize("make", [denoise_stage, gan_stage])
-def test_one_and_eight_devices_agree(make, tmp_path, monkeypatch):
+def test_one_and_eight_devices_agree(make, tmp_path, monkeypatch, eight_devices):
     monkeypatch.setattr(loop.sharding, "MIN_SHARDED", 1)  # shard even these small kernels
     states = {}
-    one, eight = jax.devices()[:1], jax.devices()
+    one, eight = eight_devices[:1], eight_devices
     original = jax.devices
     for name, devices, mesh in (("one", one, {}), ("eight", eight, {"data": 2, "fsdp": 4})):
         monkeypatch.setattr(jax, "devices", lambda *a, d=devices: list(d))
@@ -166,7 +167,7 @@ def test_one_and_eight_devices_agree(make, tmp_path, monkeypatch):
     assert_equal(states["one"].ema_params, states["eight"].ema_params, rtol=1e-5, atol=1e-6)
 
 
-def test_fsdp_splits_large_kernels_and_a_checkpoint_moves_between_meshes(tmp_path):
+def test_fsdp_splits_large_kernels_and_a_checkpoint_moves_between_meshes(tmp_path, eight_devices):
     stage = denoise_stage()
     train(stage, tmp_path, 1, mesh={"data": 8})
     for mesh in ({"data": 2, "fsdp": 4}, {"data": 1, "fsdp": 8}):
@@ -192,7 +193,7 @@ def test_only_the_ema_of_one_network_is_read_back(tmp_path):
         checkpoint.load_network(tmp_path, "discriminator")
 
 
-def test_a_nan_stops_the_run_and_the_last_checkpoint_is_whole(tmp_path):
+def test_a_nan_stops_the_run_and_the_last_checkpoint_stays_complete(tmp_path):
     with pytest.raises(loop.Diverged, match=rf"loss is nan at step 3.*resume={tmp_path} and a low"):
         train(denoise_stage(poison_at=2), tmp_path, 6, save_every=2)
     assert (tmp_path / "diverged").is_dir()
@@ -208,7 +209,7 @@ def test_another_config_is_refused_with_the_differing_keys(tmp_path):
     train(denoise_stage(), tmp_path, 2, config={"optim": {"lr": 1}, "total_steps": 2})
 
 
-def test_a_run_that_failed_before_its_first_checkpoint_may_be_started_otherwise(tmp_path):
+def test_a_run_without_a_checkpoint_may_start_again_with_another_config(tmp_path):
     def refuse(start):
         raise ValueError("batch_size 16 is more than there is")
 
@@ -221,7 +222,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_may_be_started_otherwise(
         train(denoise_stage(), tmp_path, 2, config={"batch": 8})
 
 
-def test_a_run_goes_on_beside_the_teacher_data_and_networks_it_began_with(tmp_path):
+def test_a_run_resumes_only_with_its_own_teacher_data_and_networks(tmp_path):
     def stage(teacher="a", images="b", scale="c"):
         base = denoise_stage()
         meta = base.meta | {"teacher": teacher, "data": {"fingerprint": images, "name": "x"}}
@@ -229,7 +230,7 @@ def test_a_run_goes_on_beside_the_teacher_data_and_networks_it_began_with(tmp_pa
 
     train(stage(), tmp_path, 1)
     for other, message in (
-        ({"teacher": "z"}, "another teacher .a -> z.: put it back"),
+        ({"teacher": "z"}, "another teacher .a -> z.: undo the change"),
         ({"images": "z"}, "another data .b -> z."),
         ({"scale": "z"}, "another frozen_networks"),
     ):
@@ -248,10 +249,10 @@ def test_a_state_is_saved_before_its_preview_is_drawn_and_0_draws_none(tmp_path)
     summary = train(denoise_stage()._replace(evals={"grid": (0, fail)}), tmp_path, 4)
     again = train(denoise_stage(), tmp_path, 4)
     assert summary["step"] == 4 and summary["metrics"]["loss"] > 0
-    assert again == summary  # a finished run says again what it said
+    assert again == summary  # a finished run returns the same summary
 
 
-def test_bad_meshes_and_batches_are_refused_before_anything_compiles(tmp_path):
+def test_bad_meshes_and_batches_are_refused_before_anything_compiles(tmp_path, eight_devices):
     with pytest.raises(ValueError, match="does not cover 8 devices"):
         train(denoise_stage(), tmp_path, 1, mesh={"data": 3})
     with pytest.raises(ValueError, match="batch_size 12 is not divisible"):
@@ -278,8 +279,8 @@ def test_the_log_has_every_step_and_the_loss_per_noise_bin_is_kept(tmp_path):
     assert float(bins["count"].sum()) == 5 * BATCH
 
 
-def test_sigterm_saves_and_leaves_and_the_next_run_goes_on(tmp_path):
-    """A real signal to a real process."""
+def test_sigterm_saves_the_state_and_the_next_run_resumes(tmp_path):
+    """A child process gets a real signal."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_loop as t\n"
         "try: t.train(t.denoise_stage(), sys.argv[2], 10**6)\n"

@@ -1,4 +1,4 @@
-"""State surgery, the EMA rule, random streams, and optimisers against closed forms and PyTorch."""
+"""Splitting of states, EMA, random streams, and optimisers, against closed forms and PyTorch."""
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,12 @@ def test_split_and_merge_are_inverse():
 
 
 def test_merge_refuses_overlapping_trees():
-    with pytest.raises(ValueError, match="'kernel'"):
+    with pytest.raises(ValueError, match="the leaf 'b/kernel'"):
         merge(TREE, {"b": {"kernel": jnp.ones(3)}})
 
 
 def test_frozen_leaves_have_no_optimiser_state_and_do_not_move():
-    """Spec section 12.9: the frozen part is really frozen, but the EMA contains it."""
+    """The EMA contains the frozen leaves."""
     optimiser = Optimiser(optax.adam(0.1), lambda path: path.startswith("b/"))
     moving, _ = optimiser.split(TREE)
     state = create_state({"net": TREE}, {}, {"net": optimiser}, ["net"])
@@ -59,29 +59,9 @@ def test_warmup_reaches_the_rate_and_stays():
     np.testing.assert_allclose(moved, [0.25, 0.5, 0.75, 1, 1, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("warmup", [0, 2])
-def test_a_tail_is_constant_and_then_falls_to_zero_in_the_last_fifth(warmup):
-    tx = make_optimiser("sgd", 2.0, warmup_steps=warmup, decay_steps=10, decay="tail")
-    state, moved = tx.init(jnp.zeros(())), []
-    for _ in range(12):
-        update, state = tx.update(jnp.ones(()), state, jnp.zeros(()))
-        moved.append(-float(update))
-    rise = [0.0, 1.0] if warmup else [2.0, 2.0]
-    np.testing.assert_allclose(moved, [*rise, 2, 2, 2, 2, 2, 2, 2, 1, 0, 0], atol=1e-6)
-
-
-def test_a_decay_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="optim.decay 'step' is unknown: choose one of cosine"):
-        make_optimiser("sgd", 1.0, decay_steps=10, decay="step")
-    with pytest.raises(ValueError, match="is 'tail' with optim.decay_steps 0"):
-        make_optimiser("sgd", 1.0, decay="tail")
-    with pytest.raises(ValueError, match="the rate rises for optim.warmup_steps 9"):
-        make_optimiser("sgd", 1.0, warmup_steps=9, decay_steps=10, decay="tail")
-
-
-def test_an_unknown_optimiser_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'adagrad'.*radam"):
-        make_optimiser("adagrad", 1.0)
+def test_a_decay_that_ends_before_the_rise_is_refused():
+    with pytest.raises(ValueError, match="the rate rises for optim.warmup_steps 10"):
+        make_optimiser("sgd", 1.0, warmup_steps=10, decay_steps=10)
 
 
 def test_radam_equals_pytorchs():

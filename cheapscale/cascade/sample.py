@@ -1,0 +1,342 @@
+"""Self-cascade (Guo et al. 2024, arXiv 2402.10491): a frozen teacher at sizes beyond its training.
+
+`self_cascade` is Algorithm 2. `cascade` draws images with it in one call; `make_cascade` makes the
+samplers for several draws. A method is defined by its denoiser at each scale,
+
+    denoiser(model, pivot, label, grid) -> segments, [(D(x, sigma), levels)],
+
+which is called once per scale, outside the loop over steps: everything that depends only on the
+pivot is computed once. At scale 0 and in direct sampling the pivot is None.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cheapscale.cascade.baselines import baseline_denoiser, num_windows
+from cheapscale.cascade.pivot import resize, scale_noise
+from cheapscale.cascade.plan import (
+    CascadePlan,
+    Size,
+    cascade_plan,
+    named,
+    network_calls,
+    schedule_shift,
+)
+from cheapscale.cascade.tuned import Tuned, load_tuned, tuned_denoisers
+from cheapscale.diffusion.noise import decibels
+from cheapscale.diffusion.samplers import Segment, solve
+from cheapscale.teacher.cost import segment_calls
+from cheapscale.teacher.experts import Experts
+from cheapscale.teacher.sampling import check_guidance, check_labels, labels_for
+from cheapscale.teacher.teacher import Teacher
+from cheapscale.training.mesh import in_batches
+
+StageDenoiser = Callable[[Any, jax.Array | None, jax.Array, np.ndarray], Sequence[Segment]]
+Noise = Callable[[int, jax.Array], jax.Array]  # (scale, ids [b]) -> unit noise [b, H, W, c]
+EXPERT_RULES = ("level", "snr")
+
+
+def self_cascade(
+    model: Any,
+    ids: jax.Array,
+    label: jax.Array,
+    pivots: jax.Array | None = None,
+    *,
+    plan: CascadePlan,
+    denoisers: Sequence[StageDenoiser],
+    noise: Noise,
+    method: str = "heun",
+    kernel: str = "bilinear",
+) -> list[jax.Array]:
+    """[z0 of scale 0, ..., z0 of scale R] by Algorithm 2, a pure function of model and arrays.
+
+    Args:
+        model: the pytree that is passed to the denoisers. ids, label: [b]. pivots: [b, h, w, c],
+            images that take the place of scale 0. denoisers: one for each scale.
+    """
+    z0 = pivots
+    if z0 is None:  # a full run of the sampler at the trained size
+        z = float(plan.grid[0]) * noise(0, ids)
+        z0 = solve(denoisers[0](model, None, label, plan.grid), z, method=method)
+    scales = [z0]
+    for r, grid in enumerate(plan.restarts, 1):
+        pivot, z0 = z0, resize(z0, plan.sizes[r], kernel)  # U_r z0
+        if len(grid) > 1:  # else K = 0
+            sigma_K = float(grid[0])
+            z = z0 + sigma_K * noise(r, ids)  # Eq. 6: q(z_K | U_r z0) stands in for q(z_K | z0)
+            z0 = solve(denoisers[r](model, pivot, label, grid), z, method=method)  # K ... 0
+        scales.append(z0)
+    return scales
+
+
+def tuning_free(
+    model: Teacher | Experts,
+    pivot: jax.Array | None,
+    label: jax.Array,
+    grid: np.ndarray,
+    *,
+    cfg_scale: float = 1.0,
+    expert_shift: float = 1.0,
+) -> Sequence[Segment]:
+    """The denoiser of the tuning-free cascade: the teacher, which does not read the pivot."""
+    del pivot
+    return model.segments(label, grid, cfg_scale=cfg_scale, expert_shift=expert_shift)
+
+
+class CascadeSamples(NamedTuple):
+    """scales: float32 images [n, h, w, c] in [-1, 1] of every scale, scale 0 first. labels: [n]."""
+
+    scales: list[np.ndarray]
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Cascade:
+    """The samplers of one plan; `draw` and `direct` each compile at their first use.
+
+    model: passed to the denoisers; a teacher, a set of experts, or `tuned.Beside`.
+    denoisers: one for each scale. cfg_scale: the guidance of the denoisers. method: "heun" or
+    "euler". kernel: see `pivot.resize`. coupled: the block means of each stage's noise are the
+    noise of the previous scale, see `pivot.coupled_noise`.
+    """
+
+    model: Any
+    plan: CascadePlan
+    denoisers: Sequence[StageDenoiser]
+    direct_denoiser: StageDenoiser
+    seed: int = 0
+    batch_size: int = 64
+    method: str = "heun"
+    cfg_scale: float = 1.0
+    kernel: str = "bilinear"
+    coupled: bool = False
+
+    def __post_init__(self):
+        check_guidance(self.teacher, self.cfg_scale)
+
+    @property
+    def teacher(self) -> Teacher | Experts:
+        return getattr(self.model, "teacher", self.model)
+
+    def draw(
+        self,
+        ids: np.ndarray,
+        labels: np.ndarray | None = None,
+        pivots: np.ndarray | None = None,
+        *,
+        model: Any = None,
+    ) -> CascadeSamples:
+        """The images numbered `ids` at every scale; `model`: other weights of the same model."""
+        ids, labels = self._rows(ids, labels)
+        images = [] if pivots is None else [np.asarray(pivots, np.float32)]
+        shape = (len(ids), *self.plan.sizes[0], self.teacher.shape[-1])
+        found, wanted = [x.shape for x in images], [shape] if self.plan.given else []
+        if found != wanted:
+            raise ValueError(
+                f"plan and ids ask for pivots of the shapes {wanted}, but {found} are given: "
+                "make the plan with the pivots' size, or without one to sample them"
+            )
+        model = self.model if model is None else model
+        scales = in_batches(self._draw, model, ids, labels, *images, batch_size=self.batch_size)
+        return CascadeSamples([np.clip(z0, -1.0, 1.0) for z0 in scales], labels)
+
+    def direct(
+        self, ids: np.ndarray, labels: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(images, labels) of the paper's baseline: a full run at the last size, from the noise of
+        the last stage, so that images can be compared in pairs."""
+        rows = self._rows(ids, labels)
+        (images,) = in_batches(self._direct, self.model, *rows, batch_size=self.batch_size)
+        return np.clip(images, -1.0, 1.0), rows[1]
+
+    @property
+    def nfe(self) -> tuple[int, ...]:
+        """Network calls for one image at each scale."""
+        return network_calls(self.plan, method=self.method, cfg_scale=self.cfg_scale)[0]
+
+    def summary(self) -> dict:
+        """Sizes, restart levels and network calls as plain values."""
+        sigmas = [float(grid[0]) for grid in self.plan.restarts]
+        nfe, direct = network_calls(self.plan, method=self.method, cfg_scale=self.cfg_scale)
+        return {
+            "sizes": [named(size) for size in self.plan.sizes],
+            "restart_sigmas": sigmas,
+            "restart_decibels": [float(decibels(sigma)) if sigma else None for sigma in sigmas],
+            "nfe": list(nfe),
+            "nfe_direct": direct,
+        }
+
+    def _rows(self, ids: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        ids, classes = np.asarray(ids, np.int32), self.teacher.num_classes
+        if labels is None and self.plan.given and classes:
+            raise ValueError(
+                f"the teacher has {classes} classes, but the pivots have no labels: "
+                "say which class each of them is (--labels)"
+            )
+        drawn = labels_for(self.seed, ids, classes) if labels is None else labels
+        labels = np.asarray(drawn, np.int32)
+        check_labels(labels, classes)
+        return ids, labels
+
+    # One function object each, so that it is compiled once.
+    @functools.cached_property
+    def _draw(self) -> Callable:
+        return functools.partial(
+            self_cascade, plan=self.plan, denoisers=self.denoisers, noise=self._noise,
+            method=self.method, kernel=self.kernel,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def _direct(self) -> Callable:  # a cascade of one scale, with the noise of the last stage
+        last = len(self.plan.restarts)
+        alone = self.plan._replace(sizes=self.plan.sizes[last:], grid=self.plan.direct, restarts=())
+        return functools.partial(
+            self_cascade, plan=alone, denoisers=[self.direct_denoiser], method=self.method,
+            noise=lambda _, ids: self._noise(last, ids),
+        )  # fmt: skip
+
+    def _noise(self, r: int, ids: jax.Array) -> jax.Array:
+        channels = self.teacher.shape[-1]
+        return scale_noise(
+            r, ids, seed=self.seed, sizes=self.plan.sizes, channels=channels, coupled=self.coupled
+        )
+
+
+def cascade(
+    model: Teacher | Experts,
+    sizes: str,
+    *,
+    num: int = 16,
+    start: int = 0,
+    labels: np.ndarray | None = None,
+    pivots: np.ndarray | None = None,
+    **options: Any,
+) -> CascadeSamples:
+    """(images of every scale, labels): `num` images at the sizes "2x,4x", or up to "64x96".
+
+    Args:
+        model: a teacher, or a set of experts.
+        sizes: scales per side and cumulative ("2x,4x" is two doublings), or a last size, height
+            first, see `plan.read_sizes`.
+        start: number of the first image; image i depends only on (seed, i).
+        labels: int [num] classes; drawn uniformly by default.
+        pivots: float [num, h, w, c] in [-1, 1], images to enlarge instead of the model's samples; a
+            conditional model needs their labels.
+        options: of `make_cascade`: k, seed, steps, method, cfg_scale, tuned, baseline, ...
+
+    Raises ValueError before anything compiles where sizes, K, labels or pivots do not fit.
+    """
+    size = None if pivots is None else tuple(pivots.shape[1:3])
+    chosen = make_cascade(model, sizes, pivot_size=size, **options)
+    return chosen.draw(np.arange(start, start + num), labels, pivots)
+
+
+def make_cascade(
+    model: Teacher | Experts,
+    sizes: str,
+    *,
+    k: str | Sequence[str] = "t0.7",
+    steps: int = 40,
+    spacing: str = "karras",
+    pivot_size: Size | None = None,
+    tuned: Sequence[str | Tuned | None] = (),
+    baseline: str = "",
+    expert_rule: str = "level",
+    cfg_scale: float = 1.0,
+    **options: Any,
+) -> Cascade:
+    """The samplers of a tuning-free or tuned cascade, or of a baseline on every larger canvas.
+
+    Args:
+        k: the noise from which stages restart, one for all or one for each, see
+            `plan.restart_sigma`.
+        pivot_size: size of the images that `draw` will get as scale 0.
+        tuned: work directories of cascade runs, or runs loaded by `load_tuned`: one for all stages,
+            or one for each.
+        baseline: a name in `baselines.BASELINES`; "" is self-cascade.
+        expert_rule: how an expert is chosen for a step at a larger size: by the noise "level" or by
+            the "snr" of the block means of pixels, see `plan.schedule_shift`.
+        cfg_scale: guidance; 1 is none.
+        options: of `Cascade`: seed, method, batch_size, kernel, coupled.
+    """
+    if tuned and baseline:
+        raise ValueError(
+            f"tuned weights and the baseline {baseline!r} are two methods for the same canvas: "
+            "give one of them"
+        )
+    plan = cascade_plan(
+        model, sizes, k=k, steps=steps, spacing=spacing, pivot_size=pivot_size,
+        shifted=baseline == "shifted",
+    )  # fmt: skip
+    larger, options = plan.sizes[1:], options | {"cfg_scale": cfg_scale}
+    if isinstance(model, Experts) and expert_rule == "level":
+        for grid in (plan.grid, *plan.restarts):
+            if len(grid) > 1:
+                model.check_levels(grid, options.get("method", "heun"))
+    if tuned:
+        runs = [load_tuned(run, model) if isinstance(run, str) else run for run in tuned]
+        beside, denoisers, direct = tuned_denoisers(model, runs, plan, cfg_scale)
+        return Cascade(beside, plan, denoisers, direct, **options)
+    if baseline:
+        denoisers = [baseline_denoiser(baseline, model, size, cfg_scale) for size in larger]
+        denoisers.insert(0, functools.partial(tuning_free, cfg_scale=cfg_scale))
+        if baseline == "windows":
+            calls = (num_windows(size, model.resolution) for size in larger)
+            plan = plan._replace(calls=(1, *calls))
+    else:
+        shifts = [expert_shift(model, size, expert_rule) for size in plan.sizes]
+        denoisers = [
+            functools.partial(tuning_free, cfg_scale=cfg_scale, expert_shift=shift)
+            for shift in shifts
+        ]
+    return Cascade(model, plan, denoisers, denoisers[-1], **options)
+
+
+def expert_shift(model: Teacher | Experts, size: Size, expert_rule: str) -> float:
+    """The divisor of the levels at which a set of experts looks up the expert of a step."""
+    return schedule_shift(model, size) if expert_rule == "snr" else 1.0
+
+
+def cascade_cost(
+    model: Teacher | Experts,
+    plan: CascadePlan,
+    *,
+    batch_size: int = 1,
+    method: str = "heun",
+    cfg_scale: float = 1.0,
+    expert_rule: str = "level",
+) -> dict:
+    """The cost of one image of the tuning-free cascade, and of direct sampling at its last size.
+
+    {"scales": [{size, nfe, flops_per_image}], "direct": one such row, "nfe", "flops_per_image",
+    "flops_ratio": cascade / direct}. With C the cost of a call at the larger size over one at the
+    smaller, the ratio of one stage is the paper's 1/C + K/T. FLOPs are those of compiled single
+    calls of batch_size images.
+    """
+    guided = 1 if cfg_scale in (0.0, 1.0) else 2
+
+    def row(size: Size, grid: np.ndarray) -> dict:
+        shape, shift = (batch_size, *size, model.shape[-1]), expert_shift(model, size, expert_rule)
+        parts = []
+        if len(grid) > 1:
+            parts = segment_calls(model, shape, grid, method=method, shift=shift)
+        nfe = guided * sum(calls for calls, _ in parts)
+        flops = guided * sum(calls * each for calls, each in parts)
+        return {"size": size, "nfe": nfe, "flops_per_image": flops}
+
+    base = np.zeros(1) if plan.given else plan.grid  # given images cost no call
+    scales = [row(size, grid) for size, grid in zip(plan.sizes, (base, *plan.restarts))]
+    direct = row(plan.sizes[-1], plan.direct)
+    nfe, flops = (sum(scale[name] for scale in scales) for name in ("nfe", "flops_per_image"))
+    return {
+        "scales": scales,
+        "direct": direct,
+        "nfe": nfe,
+        "flops_per_image": flops,
+        "flops_ratio": flops / direct["flops_per_image"],
+    }

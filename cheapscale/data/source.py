@@ -1,0 +1,181 @@
+"""The interface of every source of images: access by index, labels, captions and a fingerprint.
+
+A subclass (see `sources`) provides the number of images in a split and loads one of them. Images
+are float32 [R, R, 3] in [-1, 1].
+"""
+
+import abc
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cheapscale.data.digest import digest
+from cheapscale.data.resize import RESIZE_ID, downsample, to_rgb
+
+SOURCE_ID = "source/1"  # part of every fingerprint: change it with any index or pixel
+CACHE_LIMIT = 2**30  # bytes of float32 images; larger sources are decoded again in each epoch
+TOO_SMALL = "lower data.resolution or set data.options.allow_upscale=True"
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
+
+
+class Source(abc.ABC):
+    """Images by index: source[i] is {"image" [R, R, 3], "label" int32, "id" int64 = i}.
+
+    name, split: as given to `open_source`. resolution: R. class_names: empty for an unlabelled
+    source, whose labels are all 0. num_classes: len(class_names).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        resolution: int,
+        *,
+        length: int,
+        class_names: tuple[str, ...],
+        identity: Any,
+        cache: bool | None = None,
+        unlabelled: bool = False,
+    ):
+        """length: number of images in the whole split, before slicing. identity: JSON values that
+        differ for different contents. cache: keep decoded images in memory; None does so if they
+        take at most 1 GiB."""
+        base, self._span = parse_split(split, length)
+        if not self._span:
+            raise ValueError(f"{name}:{split} holds no images: choose another split or slice")
+        self.name, self.split, self.resolution = name, split, int(resolution)
+        self.class_names = () if unlabelled else tuple(class_names)
+        self.num_classes = len(self.class_names)
+        span = self._span.start, self._span.stop
+        self._fingerprint = digest([SOURCE_ID, RESIZE_ID, name, base, *span, identity])
+        if cache is None:
+            cache = 4 * 3 * self.resolution**2 * len(self) <= CACHE_LIMIT  # float32 RGB
+        self._cache: dict[int, tuple[np.ndarray, int]] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self._span)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        image, label = self._item(i)
+        return {"image": image.copy(), "label": np.int32(label), "id": np.int64(i)}
+
+    def labels(self) -> np.ndarray:
+        """The labels of all images, int32 [n], without decoding an image."""
+        return np.array([self._checked_label(i) for i in range(len(self))], np.int32)
+
+    def caption(self, i: int) -> str:
+        """The caption of image i, or "" if it has none."""
+        return self._caption(self._index(i))
+
+    def read(self, ids: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(images float32 [n, R, R, 3], labels int32 [n]) of the given ids."""
+        items = [self[int(i)] for i in ids]
+        if not items:
+            raise ValueError(f"no ids to read from {self.name}:{self.split}: give at least one")
+        images, labels = ([item[name] for item in items] for name in ("image", "label"))
+        return np.stack(images), np.asarray(labels, np.int32)
+
+    def class_mix(self, num: int) -> np.ndarray:
+        """int32 [num] labels with the class frequencies of the source, equal in every call.
+
+        For an unbalanced data set, samples of uniform labels would have a positive FID even from a
+        perfect model.
+        """
+        pick = np.random.default_rng(0).integers(0, len(self), num)
+        return self.labels()[pick]
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values that identify these images; checkpoints store them beside the weights."""
+        return {
+            "name": self.name,
+            "split": self.split,
+            "resolution": self.resolution,
+            "num_classes": self.num_classes,
+            "class_names": list(self.class_names),
+            "fingerprint": self.fingerprint(),
+            "resize": RESIZE_ID,
+        }
+
+    def fingerprint(self) -> str:
+        """A hash of the name, split, slice, content and resize operator, but not the resolution."""
+        return self._fingerprint
+
+    def _index(self, i: int) -> int:
+        """The index of image i in the unsliced split."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"no image {i} in {self.name}:{self.split}, which has {len(self)}")
+        return self._span[int(i)]
+
+    def _item(self, i: int) -> tuple[np.ndarray, int]:
+        index = self._index(i)
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        item = self._load(index), self._checked_label(i)
+        if self._cache is not None:
+            self._cache[index] = item
+        return item
+
+    def _checked_label(self, i: int) -> int:
+        if not self.num_classes:
+            return 0
+        label = self._label(self._index(i))
+        if not 0 <= label < self.num_classes:
+            raise ValueError(
+                f"image {i} of {self.name}:{self.split} has label {label}, outside "
+                f"0..{self.num_classes - 1}: set data.options.unlabelled=True or another split"
+            )
+        return int(label)
+
+    @abc.abstractmethod
+    def _load(self, index: int) -> np.ndarray:
+        """The image, float32 [R, R, 3], with this index in the unsliced split."""
+
+    @abc.abstractmethod
+    def _label(self, index: int) -> int:
+        """The label of the image with this index, without decoding the image."""
+
+    def _caption(self, index: int) -> str:
+        del index
+        return ""
+
+
+def split_name(split: str) -> str:
+    """The split's name without its slice: "train" for "train[:50%]"."""
+    return split.partition("[")[0]
+
+
+def parse_split(split: str, length: int) -> tuple[str, range]:
+    """(name, indices): ("train", range(0, 5)) for "train[:50%]" and length 10."""
+    name = split_name(split)
+    if name == split:
+        return name, range(length)
+    match = re.fullmatch(r"\[(\d*)(%?):(\d*)(%?)\]", split.removeprefix(name))
+    if not match:
+        raise ValueError(f"split {split!r} is not a name with a slice such as [:50%] or [100:200]")
+
+    def border(number: str, percent: str, default: int) -> int:
+        if not number:
+            return default
+        return min(round(int(number) * length / 100) if percent else int(number), length)
+
+    start = border(match[1], match[2], 0)
+    return name, range(start, max(start, border(match[3], match[4], length)))
+
+
+def decode(file: Any, place: str, resolution: int, *, allow_upscale: bool) -> np.ndarray:
+    """One encoded image, a path or a binary stream, as float32 [R, R, 3] in [-1, 1].
+
+    Raises ValueError, which names `place`, if it does not decode or is too small.
+    """
+    try:
+        with Image.open(file) as image:
+            pixels = to_rgb(image)
+    except UNREADABLE as error:
+        raise ValueError(f"{place} does not decode ({error}): repair or remove it") from error
+    try:
+        return downsample(pixels, resolution, allow_upscale=allow_upscale)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error

@@ -1,0 +1,139 @@
+"""A language model as the proposer of the width search, as in the paper (arXiv 2312.13307).
+
+It works with any service that answers POST <url>/chat/completions like OpenAI's interface. As in
+GENIUS (arXiv 2304.10970), each prompt contains the task and the whole memory bank, the list of
+(widths, share, score), so the conversation does not grow from round to round. If a reply has no
+JSON, unknown widths or a wrong budget, the model gets an error message and may try again; after
+`attempts` replies the search ends with ValueError.
+"""
+
+import http.client
+import json
+import os
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cheapscale.experts.search import TOLERANCE, Entry, Task, Widths, move_to_target
+
+KEY_VARIABLE = "CHEAPSCALE_LLM_KEY"
+
+
+class LanguageModel:
+    """A `search.Proposer` that asks a language model.
+
+    url: for example "http://localhost:8000/v1". attempts: replies per proposal, corrections
+        included. timeout: seconds to wait for a reply. The environment variable CHEAPSCALE_LLM_KEY
+        holds the service's key, if it needs one.
+    """
+
+    def __init__(self, url: str, model: str, *, attempts: int = 4, timeout: float = 120.0):
+        if not url.startswith(("http://", "https://")) or not model:
+            raise ValueError(
+                f"prune.proposer is 'llm' with prune.llm_url={url!r} and prune.llm_model={model!r}:"
+                " name a service, such as http://localhost:8000/v1, and its model"
+            )
+        self.url = url.rstrip("/") + "/chat/completions"
+        self.model, self.attempts, self.timeout = model, attempts, timeout
+        self.key = os.environ.get(KEY_VARIABLE, "")
+
+    def propose(
+        self, task: Task, memory: Sequence[Entry], count: int, rng: np.random.Generator
+    ) -> list[Widths]:
+        """`count` proposals; each prompt shows the memory and the proposals of this round."""
+        found: list[Widths] = []
+        for _ in range(count):
+            found.append(self._one(task, memory, found))
+        return found
+
+    def _one(self, task: Task, memory: Sequence[Entry], proposed: Sequence[Widths]) -> Widths:
+        messages = [{"role": "user", "content": prompt(task, memory, proposed)}]
+        known = [*(entry.widths for entry in memory), *proposed]
+        for _ in range(self.attempts):
+            reply = self._ask(messages)
+            try:
+                return checked(task, reply, known)
+            except ValueError as wrong:
+                messages += [
+                    {"role": "assistant", "content": reply},
+                    {"role": "user", "content": f"{wrong} Reply with the corrected JSON object."},
+                ]
+        raise ValueError(
+            f"the language model {self.model!r} gave no usable widths in {self.attempts} attempts; "
+            f"its last reply was {reply[:200]!r}: use another model, or prune.proposer=greedy "
+            "in another folder"
+        )
+
+    def _ask(self, messages: list[dict[str, str]]) -> str:
+        body = json.dumps({"model": self.model, "messages": messages, "temperature": 0})
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self.url, body.encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                reply = json.load(answer)["choices"][0]["message"]["content"]
+                if not isinstance(reply, str):
+                    raise TypeError(f"its content is {reply!r}")
+                return reply
+        except (OSError, http.client.HTTPException, LookupError, TypeError, ValueError) as e:
+            raise ValueError(
+                f"the language model at {self.url} did not answer as expected ({e}): check "
+                f"prune.llm_url and {KEY_VARIABLE}, or use prune.proposer=greedy in another folder"
+            ) from e
+
+
+def prompt(task: Task, memory: Sequence[Entry], proposed: Sequence[Widths] = ()) -> str:
+    """The text of a prompt: the task, every allowed width and every result so far."""
+    menus = "\n".join(f"  {name}: {list(menu)}" for name, menu in task.menus.items())
+    past = "\n".join(
+        f"  score {entry.score:.6g} at share {entry.share:.4f}: {json.dumps(entry.widths)}"
+        for entry in memory
+    )
+    now = "\n".join(f"  to be scored: {json.dumps(widths)}" for widths in proposed)
+    return (
+        "Choose the channel widths of a pruned U-Net that denoises images at one range of noise "
+        "levels.\n"
+        f"Its FLOPs must be {task.target:.3f} of the full network's, within {TOLERANCE:.3f}.\n"
+        "The score is its loss on a fixed set before any recovery: lower is better.\n"
+        f"Allowed widths, in the order of the network:\n{menus}\n"
+        f"Results so far:\n{past or '  none'}\n{now}\n"
+        "Reply with one JSON object that maps every name to one of its allowed widths, and "
+        "nothing else."
+    )
+
+
+def checked(task: Task, reply: str, known: Sequence[Widths] = ()) -> Widths:
+    """The widths in a reply, moved to the budget as the search moves every candidate.
+
+    Raises ValueError, with an error message for the model, if the reply is not usable.
+    """
+    start, end = reply.find("{"), reply.rfind("}")
+    try:
+        widths: Any = json.loads(reply[start : end + 1])
+    except json.JSONDecodeError:
+        raise ValueError("The reply holds no JSON object.") from None
+    if not isinstance(widths, Mapping) or set(widths) != set(task.variables):
+        missing = sorted(set(task.variables) - set(widths))
+        extra = sorted(set(widths) - set(task.variables))
+        raise ValueError(f"Names are missing ({missing}) or unknown ({extra}).")
+    for name, width in widths.items():
+        if type(width) is not int or width not in task.menus[name]:
+            raise ValueError(
+                f"{name} has the width {width!r}, not one of {list(task.menus[name])}."
+            )
+    share = task.share(widths)
+    if not task.fits(share):
+        raise ValueError(
+            f"The FLOPs are {share:.4f} of the full network's, {share - task.target:+.4f} from "
+            f"the target {task.target:.4f}."
+        )
+    widths = move_to_target(task, widths)
+    if widths in known:
+        raise ValueError(
+            "These widths, or the nearest ones at the target, have been proposed already: choose "
+            "others."
+        )
+    return widths

@@ -1,0 +1,67 @@
+"""Frozen feature networks: `load` one by name; `FeatureNetwork` is what it returns."""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+
+from cheapscale.features import (
+    classifier,
+    clip,
+    deit,
+    dinov2,
+    efficientnet,
+    inception,
+    mobilenet,
+    resnet,
+    vgg,
+)
+from cheapscale.features.network import FeatureNetwork, full_precision
+from cheapscale.features.weights import default_paths, read_weights
+
+__all__ = ["BUILDERS", "FeatureNetwork", "load"]
+
+BUILDERS = {
+    "mobilenet_v2": mobilenet.build,
+    "deit_base_distilled": deit.build,
+    "efficientnet_lite0": efficientnet.build,
+    "vgg16_lpips": vgg.build,
+    "inception_v3": inception.build,
+    "classifier": classifier.build,
+} | {
+    name: functools.partial(family.build, name=name, **size)
+    for family in (dinov2, clip, resnet)  # one architecture at several sizes
+    for name, size in family.SIZES.items()
+}
+
+
+def load(
+    name: str,
+    path: str | pathlib.Path | Sequence[str | pathlib.Path] | None = None,
+    *,
+    sha256: str | None = None,
+    **options,
+) -> FeatureNetwork:
+    """The feature network `name` with the weights at `path`.
+
+    Args:
+      name: one of `BUILDERS`. "classifier" reads the .npz that `classifier.fit_classifier` left in
+        the cache, with the .json beside it.
+      path: an .npz, .safetensors or PyTorch file. Several files are merged (VGG16 and the LPIPS
+        heads); give a sequence, or one string joined by "+". The default is the value of the
+        environment variable CHEAPSCALE_WEIGHTS_<NAME>, such as CHEAPSCALE_WEIGHTS_INCEPTION_V3.
+      sha256: refuse a file with another hash (hashes joined by "+" for several files).
+      options: arguments of the network's own `build`: "pooling" of vgg16_lpips, "seed" of
+        deit_base_distilled, "inputs" of inception_v3, "position_offset" of DINOv2, and for all
+        "input_size": images with a shorter side are enlarged to it. The default is the network's
+        own size (299 for Inception, which resizes every image; 224; CIFAR's 32; 16 for the
+        classifier). 0 enlarges no image, if the network takes images of any size.
+
+    Raises:
+      ValueError: unknown name, no such file, wrong hash, or a file of another network.
+    """
+    if name not in BUILDERS:
+        raise ValueError(f"unknown feature network {name!r}: choose one of {tuple(BUILDERS)}")
+    options = {key: value for key, value in options.items() if value is not None}
+    weights = read_weights(default_paths(name) if path is None else path, sha256)
+    network = BUILDERS[name](weights, **options)
+    return network._replace(outputs=network.outputs and full_precision(network.outputs))

@@ -1,0 +1,149 @@
+"""The interface of notebooks and commands to any checkpoint: `cheapscale.load(workdir)`.
+
+model = cheapscale.load("runs/quickstart/pretrain")       # teacher, experts or generator
+images, labels = model.sample(16, seed=1)                  # float32 in [-1, 1], NHWC
+z = model.invert(images, labels)                           # teachers: noise by the ODE
+again = model.reconstruct(z, labels)
+scales, labels = model.cascade("2x,4x", num=16)            # teachers: beyond the trained size
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from cheapscale import teacher
+from cheapscale.cascade.sample import CascadeSamples, cascade
+from cheapscale.teacher.cost import sampler_cost
+from cheapscale.teacher.sampling import Samples, inverter, one_step, sample
+from cheapscale.teacher.teacher import Generator
+from cheapscale.training.mesh import in_batches
+
+
+class Model:
+    """A teacher, a set of experts or a generator, with methods to sample, invert and enlarge.
+
+    network: the `Teacher`, `Experts` or `Generator` itself, for all other uses.
+    """
+
+    def __init__(self, network: teacher.Teacher | teacher.Experts | teacher.Generator):
+        self.network = network
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self.network).__name__} of {self.network.workdir!r}, step {self.network.step}: "
+            f"{self.resolution} px, {self.network.num_classes} classes"
+        )
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the images that `sample` draws."""
+        return self.network.net.config.output_resolution
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their labels."""
+        return list(self.network.meta["data"]["class_names"])
+
+    def sample(
+        self,
+        num: int = 16,
+        *,
+        start: int = 0,
+        labels: np.ndarray | int | str | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Samples:
+        """(images float32 [num, h, w, c] in [-1, 1], labels int32 [num]).
+
+        Args:
+            start: number of the first image; image i depends only on (seed, i).
+            labels: one class or several, as numbers or names, repeated until there are `num`; by
+                default classes are drawn uniformly.
+            options: `batch_size`, and for teachers steps, method, cfg_scale, spacing; see
+                `teacher.sampling.sampler`.
+        """
+        ids = np.arange(start, start + num)
+        return sample(self.network, ids, labels=self.labels(labels, num), seed=seed, **options)
+
+    def invert(
+        self, images: np.ndarray, labels: np.ndarray | int | str | None = None, **options: Any
+    ) -> np.ndarray:
+        """z [n, h, w, c] at scale sigma_max: the noise that the ODE maps to the images.
+
+        images: float32 [n, h, w, c] in [-1, 1] at the trained size. labels: the classes of the
+        images, 0 by default. options: nodes (40), clip, batch_size.
+        """
+        self._needs_ode("invert")
+        return self._solve("invert", images, labels, options)
+
+    def reconstruct(
+        self, z: np.ndarray, labels: np.ndarray | int | str | None = None, **options: Any
+    ) -> np.ndarray:
+        """The images of noise z: a teacher solves the ODE back on `invert`'s nodes, a generator
+        returns G(z)."""
+        if isinstance(self.network, Generator):
+            rows = (np.asarray(z), self._labels_or_zeros(labels, len(z)))
+            return in_batches(one_step, self.network, *rows, **{"batch_size": 64, **options})
+        return self._solve("round_trip", z, labels, options)
+
+    def cascade(
+        self,
+        sizes: str,
+        *,
+        num: int = 16,
+        labels: np.ndarray | int | str | None = None,
+        **options: Any,
+    ) -> CascadeSamples:
+        """(images of every scale, labels) at sizes beyond the trained one, by self-cascade.
+
+        sizes: scales per side, cumulative ("2x,4x"), or a last size, height first ("64x96").
+        options: pivots, k, tuned, baseline, seed, steps, method ...; see `cascade.sample.cascade`.
+        """
+        self._needs_ode("cascade")
+        labels = self.labels(labels, num)
+        return cascade(self.network, sizes, num=num, labels=labels, **options)
+
+    def cost(self, batch_size: int = 16, **options: Any) -> dict:
+        """Network calls, FLOPs, seconds and memory of one image; see `teacher.cost`."""
+        return sampler_cost(self.network, batch_size=batch_size, **options)
+
+    def labels(self, labels: Any, num: int) -> np.ndarray | None:
+        """int32 [num] from numbers or class names, repeated in turn; None stays None."""
+        if labels is None:
+            return None
+        given = [labels] if isinstance(labels, (int, str)) else list(labels)
+        return np.resize(np.asarray([self._label(label) for label in given], np.int32), num)
+
+    def _label(self, label: Any) -> int:
+        text = str(label).strip()
+        if text.isdigit():
+            return int(text)
+        if text in self.class_names:
+            return self.class_names.index(text)
+        known = ", ".join(f"{i} {name}" for i, name in enumerate(self.class_names)) or "none"
+        raise ValueError(f"{text!r} is no class: give a number or a name; the classes are {known}")
+
+    def _labels_or_zeros(self, labels: Any, num: int) -> np.ndarray:
+        found = self.labels(labels, num)
+        return np.zeros(num, np.int32) if found is None else found
+
+    def _solve(self, direction: str, x: np.ndarray, labels: Any, options: dict) -> np.ndarray:
+        run = inverter(self.network, direction=direction, **options)
+        return run(np.asarray(x, np.float32), self._labels_or_zeros(labels, len(x)))
+
+    def _needs_ode(self, what: str) -> None:
+        if isinstance(self.network, Generator):
+            raise ValueError(
+                f"{self.network.workdir} holds a one-step generator, which has no ODE to {what}: "
+                "load the work directory of its teacher (stage=pretrain)"
+            )
+
+
+def load(workdir: str | pathlib.Path, *, ema: bool = True, step: int | None = None) -> Model:
+    """The model of a work directory: a pretrain, distill or grow run, or a set of experts.
+
+    ema: load the averaged weights instead of the raw ones. step: the checkpoint's training step, by
+    default the newest.
+    """
+    return Model(teacher.load(workdir, ema=ema, step=step))

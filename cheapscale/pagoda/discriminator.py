@@ -1,0 +1,294 @@
+"""Projected discriminator: small trainable heads on the randomly mixed features of frozen networks.
+
+Sauer et al. 2021 (Projected GANs, arXiv 2111.01007) and 2022 (StyleGAN-XL, arXiv 2202.00273), as
+PaGoDA's published code uses them. For each frozen network, features/mixing.py mixes the network's
+maps by random frozen 1x1 convolutions into maps o_i, and small heads are trained on them:
+
+    D_i = head_i(o_i, label)
+
+Maps as large as the network's input are left out: mixing would enlarge them, and heads at twice the
+resolution of the image would take most of the time.
+
+A head halves o_i with spectral-norm 4x4 convolutions, batch norm and LeakyReLU(0.2) until it is
+nominally 8 px (round(log2(side / 8)) times), then a spectral-norm 4x4 convolution without padding.
+Two rules serve small runs: a map that needs no halving gets one 3x3 block at its own size, so that
+no head is linear in the frozen features; and the side of the last kernel is min(4, side).
+
+Batch norm always uses the statistics of the batch it is given: pass real and fake images in
+separate calls. Under `jit` with a batch sharded over devices these are the statistics of the global
+batch; `bn_groups` splits it into equal consecutive ghost batches.
+
+Spectral norm (Miyato et al. 2018): W / sigma with sigma = u' W v. Every call makes one power
+iteration v <- W'u, u <- W v (each normalised, eps 1e-12) and returns the new u; u and v are
+constants to the gradient.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cheapscale.features.diffaugment import POLICY, augment, check_policy
+from cheapscale.features.mixing import init_mixing, map_shapes, mix, mixed_shapes, reduced
+from cheapscale.features.network import FeatureNetwork
+
+PyTree = Any
+
+HEAD_SIZE = 8  # nominal side at which a head stops halving
+WIDTH_MULTIPLES = {128: 1, 64: 1, 32: 2, 16: 4, 8: 8}  # nominal side -> channels / width
+
+
+class ProjectedDiscriminator(NamedTuple):
+    """The three functions of a discriminator.
+
+    init: key -> (params, spectral); traceable.
+    init_frozen: key -> frozen, the networks' weights and the random projections. The training step
+      takes them as an argument, because XLA would compile them in as constants.
+    apply: (params, spectral, frozen, x [b, R, R, 3] in [-1, 1], label [b] int or None, key)
+      -> (logits [b, n], new spectral). `key` drives DiffAugment: use the same one for the real and
+      the fake images of one step. A label outside [0, num_classes) has a zero embedding;
+      without classes labels are ignored.
+    """
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    init_frozen: Callable[[jax.Array], PyTree]
+    apply: Callable[..., tuple[jax.Array, PyTree]]
+
+
+def projected_discriminator(
+    networks: Sequence[FeatureNetwork],
+    *,
+    resolution: int,
+    num_classes: int = 0,
+    width: int = 64,
+    condition_dim: int = 64,
+    embedding_dim: int = 64,
+    embedding: np.ndarray | None = None,
+    policy: tuple[str, ...] = POLICY,
+    bn_groups: int = 1,
+) -> ProjectedDiscriminator:
+    """A projected discriminator for images of one resolution.
+
+    Args:
+      networks: frozen feature networks, one set of heads each; their names must differ.
+      resolution: side of the images.
+      num_classes: 0 for an unconditional discriminator.
+      width: channels of the finest mixed map; everything scales with it (64 in the papers).
+      condition_dim: channels of the inner product with the class embedding.
+      embedding_dim: size of the class embeddings, which start at random (N(0, 1)).
+      embedding: initial table [num_classes, any] of class embeddings instead.
+      policy: DiffAugment operations, () for none.
+      bn_groups: ghost batches per batch.
+    """
+    names = [network.name for network in networks]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"discriminator networks {names}: give at least one, with distinct names")
+    if embedding is not None and embedding.shape[:1] != (num_classes,):
+        raise ValueError(
+            f"class embedding has shape {embedding.shape} but the discriminator has "
+            f"num_classes={num_classes}: give one row per class"
+        )
+    embedding_init = nn.initializers.normal(1.0)
+    if embedding is not None:
+        embedding_dim = embedding.shape[1]
+
+        def embedding_init(key, shape):
+            return jnp.asarray(embedding, jnp.float32)
+
+    policy = check_policy(policy)
+    shapes = {n.name: map_shapes(n, resolution) for n in networks}
+    heads = {
+        name: [
+            Head(
+                channels=head_channels(side, width),
+                condition_dim=condition_dim,
+                num_classes=num_classes,
+                embedding_dim=embedding_dim,
+                embedding_init=embedding_init,
+                bn_groups=bn_groups,
+            )
+            for side, _ in mixed_shapes(shapes[name], width)
+        ]
+        for name in names
+    }
+
+    def init(key):
+        params, spectral = {}, {}
+        for name in names:
+            params[name], spectral[name] = {}, {}
+            for i, (side, channels) in enumerate(mixed_shapes(shapes[name], width)):
+                key, use = jax.random.split(key)
+                x = jnp.zeros((bn_groups, side, side, channels))
+                label = jnp.zeros((bn_groups,), jnp.int32) if num_classes else None
+                made = heads[name][i].init(use, x, label)
+                params[name][f"head{i}"] = made["params"]
+                spectral[name][f"head{i}"] = made["spectral"]
+        return params, spectral
+
+    def init_frozen(key):
+        return {
+            n.name: {"network": n.draw(a), "mixing": init_mixing(b, shapes[n.name], width)}
+            for n, (a, b) in zip(networks, jax.random.split(key, (len(networks), 2)))
+        }
+
+    def apply(params, spectral, frozen, x, label, key):
+        if x.ndim != 4 or x.shape[1:] != (resolution, resolution, 3):
+            raise ValueError(
+                f"discriminator input has shape {x.shape} but it was built for "
+                f"resolution={resolution}: give [b, {resolution}, {resolution}, 3]"
+            )
+        if num_classes and label is None:
+            raise ValueError(
+                f"discriminator with num_classes={num_classes} got label=None: give labels [b], or "
+                "build it with num_classes=0"
+            )
+        x = augment(x, key, policy)
+        logits, advanced = [], {}
+        for network in networks:
+            name = network.name
+            advanced[name] = {}
+            features = network.apply(frozen[name]["network"], x)
+            mixed = mix(frozen[name]["mixing"], reduced(network, resolution, features))
+            for i, (head, feature) in enumerate(zip(heads[name], mixed)):
+                slot = f"head{i}"
+                variables = {"params": params[name][slot], "spectral": spectral[name][slot]}
+                out, state = head.apply(variables, feature, label, mutable=["spectral"])
+                logits.append(out)
+                advanced[name][slot] = state["spectral"]
+        return jnp.concatenate(logits, axis=1), advanced
+
+    return ProjectedDiscriminator(init, init_frozen, apply)
+
+
+def head_channels(side: int, width: int) -> tuple[int, ...]:
+    """Channels after each halving of a head on a map of this side; () where none is needed."""
+    halvings = max(round(math.log2(side / HEAD_SIZE)), 0)
+    sides = [HEAD_SIZE * 2**i for i in reversed(range(halvings))]
+    return tuple(width * WIDTH_MULTIPLES.get(s, 1) for s in sides)
+
+
+class SpectralConv(nn.Module):
+    """Convolution with a spectrally normalised kernel; `u` lives in the collection "spectral"."""
+
+    features: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        bound = (self.kernel**2 * x.shape[-1]) ** -0.5
+        # PyTorch's default initialisation, uniform within 1 / sqrt(fan-in), as in the paper's code.
+        kernel = self.param("kernel", _uniform(bound), shape)
+        u = self.variable(
+            "spectral", "u", lambda: unit(jax.random.normal(self.make_rng("params"), shape[-1:]))
+        )
+        normalised, u.value = spectral_norm(kernel, u.value)
+        x = jax.lax.conv_general_dilated(
+            x,
+            normalised,
+            window_strides=(self.stride, self.stride),
+            padding=((self.padding, self.padding),) * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        if self.use_bias:
+            bias = self.param("bias", _uniform(bound), (self.features,))
+            x = x + bias[None, None, None, :]
+        return x
+
+
+def spectral_norm(kernel: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(W / sigma, next u [out]) for the kernel W [..., out] read as a matrix with `out` columns."""
+    # PyTorch normalises by the transpose of this matrix; u has the length `out` in both.
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    fixed = jax.lax.stop_gradient(matrix)
+    v = unit(fixed @ jax.lax.stop_gradient(u))
+    u = unit(v @ fixed)
+    sigma = v @ (matrix @ u)  # the gradient flows through W alone
+    return kernel / sigma, u
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x / max(|x|, 1e-12)."""
+    return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x)), 1e-12)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation that always uses the statistics of each of `groups` consecutive parts."""
+
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        if x.shape[0] % self.groups:
+            raise ValueError(
+                f"a batch of {x.shape[0]} does not split into bn_groups={self.groups}: "
+                "choose a divisor of the batch"
+            )
+        grouped = x.reshape(self.groups, -1, x.shape[-1])
+        mean = jnp.mean(grouped, axis=1, keepdims=True)
+        centred = grouped - mean
+        variance = jnp.mean(centred * centred, axis=1, keepdims=True)
+        factor = jax.lax.rsqrt(variance + 1e-5) * scale[None, None, :]
+        return (centred * factor + bias[None, None, :]).reshape(x.shape)
+
+
+class Head(nn.Module):
+    """One mini-discriminator D_i.
+
+    Attributes:
+      channels: output channels of the halving convolutions; () for one 3x3 block at full size.
+      condition_dim: channels of the last convolution, multiplied with the class embedding.
+      num_classes: 0 for unconditional (the last convolution has one channel).
+    """
+
+    channels: tuple[int, ...]
+    condition_dim: int = 64
+    num_classes: int = 0
+    embedding_dim: int = 64
+    embedding_init: Callable = nn.initializers.normal(1.0)
+    bn_groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, label: jax.Array | None) -> jax.Array:
+        """x [b, h, w, c], label [b] -> logits [b, n], one per position of the last convolution."""
+        blocks = [(c, 4, 2) for c in self.channels] or [(x.shape[-1], 3, 1)]
+        for i, (features, kernel, stride) in enumerate(blocks):
+            x = SpectralConv(features, kernel, stride, padding=1, name=f"block{i}_conv")(x)
+            x = nn.leaky_relu(BatchNorm(self.bn_groups, name=f"block{i}_norm")(x), 0.2)
+        outputs = self.condition_dim if self.num_classes else 1
+        last = SpectralConv(outputs, min(4, x.shape[1], x.shape[2]), use_bias=False, name="out")
+        x = last(x).reshape(x.shape[0], -1, outputs)
+        if not self.num_classes:
+            return x[:, :, 0]
+        # Projection discriminator (Miyato & Koyama 2018): an inner product at every position.
+        condition = self._condition(label)
+        return jnp.einsum("bnc,bc->bn", x, condition) * self.condition_dim**-0.5
+
+    def _condition(self, label: jax.Array) -> jax.Array:
+        # The linear layer follows StyleGAN's equalised learning rate: weights are stored with unit
+        # variance and scaled by 1 / sqrt(fan-in) in the forward pass.
+        dim = self.embedding_dim
+        table = self.param("embedding", self.embedding_init, (self.num_classes, dim))
+        kernel = self.param(
+            "condition_kernel", nn.initializers.normal(1.0), (dim, self.condition_dim)
+        )
+        bias = self.param("condition_bias", nn.initializers.zeros, (self.condition_dim,))
+        embedded = jax.nn.one_hot(label, self.num_classes) @ table
+        hidden = embedded @ kernel * dim**-0.5 + bias[None, :]
+        return nn.leaky_relu(hidden, 0.2) * math.sqrt(2.0)
+
+
+def _uniform(bound: float) -> Callable:
+    def init(key, shape):
+        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+    return init

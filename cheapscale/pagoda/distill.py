@@ -1,0 +1,53 @@
+"""Stage 2: the one-step generator at the base resolution (PaGoDA, Kim et al. 2024, arXiv
+2405.14822, section 3.2).
+
+    G <- copy of the teacher's EMA, called once at sigma_max, raw output
+    each iteration (`gan.gan_step`):
+        D:  real images against G(z', y), z' ~ N(0, sigma_max^2) fresh
+        G:  L_rec + lambda L_adv,  lambda = 0.2 |grad L_rec| / |grad L_adv| at the last layer
+    ema <- 0.999 ema + 0.001 G
+
+With `distill.pairs` "teacher" and a store of teacher samples (`invert.direction` "sample"), L_rec
+becomes the baseline L_dstl (Eq. 1), which regresses the teacher's images instead of the data.
+"""
+
+from typing import Any
+
+import jax
+
+from cheapscale.data.sources import open_data
+from cheapscale.models.growth import last_layer
+from cheapscale.models.unet import unet
+from cheapscale.pagoda.gan import generator_stage
+from cheapscale.teacher.data import check_model
+from cheapscale.teacher.load import load_network_teacher
+from cheapscale.training.stage import Stage
+
+PyTree = Any
+
+
+def build(config) -> Stage:
+    """Stage 2 from its config. Raises ValueError where teacher, data and latents do not fit."""
+    source = open_data(config.data)
+    teacher = load_network_teacher(config.teacher, "the generator starts as a copy of one network")
+    model = teacher.fields | {"dropout": 0.0}
+    check_model(model, source)
+
+    def copy_teacher(params: PyTree) -> PyTree:
+        if jax.tree.structure(teacher.params) != jax.tree.structure(params["generator"]):
+            raise ValueError(
+                f"the weights of the teacher in {config.teacher} do not fit its U-Net: use the "
+                "version of cheapscale that trained it"
+            )
+        return params | {"generator": teacher.params}
+
+    return generator_stage(
+        config,
+        source,
+        model=model,
+        upstream=teacher.meta,
+        warm_start=copy_teacher,
+        trainable=None,  # every parameter trains
+        adaptive_layer=last_layer(unet(**model).config),
+        teacher=teacher.fingerprint,
+    )

@@ -1,0 +1,315 @@
+"""The loss of PaGoDA's one-step generator (Kim et al. 2024, arXiv 2405.14822, section 3.2, Eq. 4):
+
+    L      = L_rec + lambda L_adv
+    L_rec  = E_(x, z) d(G(z, y), x)              on data-latent pairs z = ODE inversion of x
+    L_adv  = E_z' [-D(G(z', y), y)]              on fresh noise z' ~ N(0, sigma_max^2 I)
+    lambda = factor * clip(|grad L_rec| / |grad L_adv|, 0.01, 10) at the last layer (section 5.1),
+             or the factor itself
+
+D is trained on hinge losses of real images against G(z', y). Stage 2 (`distill`) and stage 3
+(`grow`) share this file. They differ in the origin of the generator's weights, in the weights that
+train, in the resolution of the target and in lambda.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+
+from cheapscale.data.loader import pair_and_real_batches
+from cheapscale.data.pairs import InvertedPairs, PairStore, SampledPairs
+from cheapscale.models.unet import init_params
+from cheapscale.pagoda.loss_networks import make_loss_networks
+from cheapscale.teacher.sampling import one_step, prior
+from cheapscale.teacher.teacher import Generator, make_generator, resolve_model
+from cheapscale.training.log import image_grid
+from cheapscale.training.mesh import in_batches
+from cheapscale.training.optim import make_optimiser
+from cheapscale.training.stage import Stage
+from cheapscale.training.state import Optimiser, TrainState, merge, stream_key, update_ema
+
+PyTree = Any
+
+# (discriminator loss of (real, fake) logits, generator loss of fake logits). The published code
+# trains with the hinge; the paper (Eq. 3) has log sigmoid, and G minimises log(1 - sigmoid(D)).
+GAN_LOSSES = {
+    "hinge": (
+        lambda real, fake: jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean(),
+        lambda fake: -fake.mean(),
+    ),
+    "logistic": (
+        lambda real, fake: jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean(),
+        lambda fake: -jax.nn.softplus(fake).mean(),
+    ),
+}
+
+
+def gan_step(
+    state: TrainState,
+    frozen: PyTree,
+    batch: PyTree,
+    key: jax.Array,
+    *,
+    generate: Callable,
+    discriminate: Callable,
+    distance: Callable,
+    optimisers: dict[str, Optimiser],
+    sigma_max: float,
+    ema_decay: float,
+    adversarial_weight: float,
+    reconstruction_weight: float = 1.0,
+    gan_loss: str = "hinge",
+    adaptive_layer: str | None = None,
+    squared_norms: bool = False,
+    separate_updates: bool = False,
+) -> tuple[TrainState, dict]:
+    """One discriminator and one generator update: (new state, {name: scalar}).
+
+    Args:
+        batch: {"pair": {image, z, label}, "real": {image, label}}. Only L_rec uses the latents z;
+            the fakes of L_adv always come from fresh noise, so that G learns the whole prior.
+        generate: G(params, z [b, h, w, c], label [b]) -> images [b, H, W, c].
+        discriminate: (params, spectral, frozen, image, label, key) -> (logits [b, n], spectral).
+            The same key gives real and fake images the same augmentation.
+        distance: d(frozen, image, target, key) -> [b].
+        adversarial_weight: the factor of lambda. A weight of 0 leaves out its term.
+        adaptive_layer: path of the kernel at which the gradients are compared; None makes lambda
+            the constant factor.
+        squared_norms: square the norms in lambda, as section 5.1 does; the published code does not.
+        separate_updates: two optimiser steps, first on L_rec, then on L_adv, as the published code
+            takes them at 256 and 512 px.
+    """
+    pair, real = batch["pair"], batch["real"]
+    k_prior_d, k_augment_d, k_prior_g, k_augment_g, k_rec = jax.random.split(key, 5)
+    loss_of_D, loss_of_G = GAN_LOSSES[gan_loss]
+    theta, psi = state.params["generator"], state.params["discriminator"]
+    spectral = state.extra["discriminator"]  # power-iteration vectors, advanced by every pass
+    opt_G, opt_D = state.opt_state["generator"], state.opt_state["discriminator"]
+    ema, metrics = state.ema_params["generator"], {}
+
+    def fresh_noise(key):
+        return sigma_max * jax.random.normal(key, pair["z"].shape, pair["z"].dtype)
+
+    # D: real images against fakes from fresh noise with the same labels.
+    if adversarial_weight:
+        # Computed outside the loss: no gradient reaches the generator.
+        fake = generate(theta, fresh_noise(k_prior_d), real["label"])
+
+        def discriminator_loss(psi):
+            label, k = real["label"], k_augment_d
+            # Two passes: batch norm must not mix real and fake images.
+            on_real, s = discriminate(psi, spectral, frozen, real["image"], label, k)
+            on_fake, s = discriminate(psi, s, frozen, fake, label, k)
+            means = {"logit_real": on_real.mean(), "logit_fake": on_fake.mean()}
+            return loss_of_D(on_real, on_fake), (s, means)
+
+        (L_D, (spectral, means)), grads = jax.value_and_grad(discriminator_loss, has_aux=True)(psi)
+        psi, opt_D = optimisers["discriminator"].apply(grads, opt_D, psi)
+        metrics |= {"loss_disc": L_D} | means
+
+    # G: L_rec on data-latent pairs; L_adv on fresh noise, with the updated discriminator.
+    def reconstruction(moving, fixed):
+        image = generate(merge(moving, fixed), pair["z"], pair["label"])
+        return reconstruction_weight * distance(frozen, image, pair["image"], k_rec).mean()
+
+    def adversarial(moving, fixed):
+        fake = generate(merge(moving, fixed), fresh_noise(k_prior_g), pair["label"])
+        logits, s = discriminate(psi, spectral, frozen, fake, pair["label"], k_augment_g)
+        return loss_of_G(logits), s
+
+    optimiser = optimisers["generator"]
+    # Gradients only of the parameters that train: nothing is stored for the frozen trunk.
+    moving, fixed = optimiser.split(theta)
+    L_rec, L_adv = 0.0, 0.0
+    grad_rec = grad_adv = jax.tree.map(jnp.zeros_like, moving)
+    if reconstruction_weight:
+        L_rec, grad_rec = jax.value_and_grad(reconstruction)(moving, fixed)
+        metrics["loss_rec"] = L_rec / reconstruction_weight
+    if separate_updates:
+        theta, opt_G = optimiser.apply(grad_rec, opt_G, theta)
+        ema = update_ema(ema, theta, state.step, ema_decay)
+        moving, fixed = optimiser.split(theta)
+    lam = jnp.asarray(adversarial_weight, jnp.float32)
+    if adversarial_weight:
+        (L_adv, spectral), grad_adv = jax.value_and_grad(adversarial, has_aux=True)(moving, fixed)
+        if adaptive_layer and reconstruction_weight:
+            lam = lam * adaptive_weight(
+                _leaf(grad_rec, adaptive_layer), _leaf(grad_adv, adaptive_layer), squared_norms
+            )
+        metrics |= {"loss_adv": L_adv, "lambda": lam}
+
+    # Two backward passes, because lambda compares the gradients of the two terms.
+    loss = L_rec + lam * L_adv
+    grads = jax.tree.map(lambda rec, adv: rec + lam * adv, grad_rec, grad_adv)
+    metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    if separate_updates:
+        grads = jax.tree.map(lambda adv: lam * adv, grad_adv)
+    if adversarial_weight or not separate_updates:
+        theta, opt_G = optimiser.apply(grads, opt_G, theta)
+        ema = update_ema(ema, theta, state.step, ema_decay)
+
+    new = state.replace(
+        step=state.step + 1,
+        params={"generator": theta, "discriminator": psi},
+        ema_params={"generator": ema},
+        opt_state={"generator": opt_G, "discriminator": opt_D},
+        extra=state.extra | {"discriminator": spectral},
+    )
+    return new, metrics
+
+
+def adaptive_weight(grad_rec: jax.Array, grad_adv: jax.Array, squared: bool = False) -> jax.Array:
+    """clip(|grad L_rec| / (|grad L_adv| + 1e-4), 0.01, 10) at one kernel, as in VQGAN (Esser et al.
+    2021). The gradients are those of the global batch, so every device has the same weight.
+    """
+    rec, adv = jnp.linalg.norm(grad_rec.ravel()), jnp.linalg.norm(grad_adv.ravel())
+    ratio = rec**2 / (adv**2 + 1e-4) if squared else rec / (adv + 1e-4)
+    return jnp.clip(ratio, 0.01, 10.0)
+
+
+def _leaf(tree: PyTree, path: str) -> jax.Array:
+    return flatten_dict(tree, sep="/")[path]
+
+
+def generator_stage(
+    config,
+    source,
+    *,
+    model: dict,
+    upstream: dict,
+    warm_start: Callable[[PyTree], PyTree],
+    trainable: Callable[[str], bool] | None,
+    adaptive_layer: str,
+    teacher: str,
+) -> Stage:
+    """The Stage that trains the one-step generator `model` on `source` with `gan_step`.
+
+    upstream: meta of the run that the generator starts from; its noise process and ledger continue.
+    teacher: fingerprint of the teacher; latents of another teacher are refused.
+    """
+    name, loss = config.stage, config[config.stage].to_dict()
+    compute = {field: value for field, value in config.compute.to_dict().items() if value}
+    model = resolve_model(model | compute)
+    if model["num_classes"] not in (0, source.num_classes):
+        raise ValueError(
+            f"the generator has {model['num_classes']} classes, but {source.name} has "
+            f"{source.num_classes}: use the data set that the teacher was trained on"
+        )
+    store, pairs = open_pairs(config, source, teacher, loss["pairs"], loss["data_proportion"])
+    networks = make_loss_networks(
+        source,
+        settings=config.features.to_dict(),
+        discriminator=config.discriminator.to_dict(),
+        distance=loss["distance"],
+        conditional=bool(model["num_classes"]),
+    )
+    optimisers = {
+        "generator": Optimiser(make_optimiser(**config.optim), trainable),
+        "discriminator": Optimiser(make_optimiser(**config.optim_discriminator)),
+    }
+    meta = {
+        "stage": name,
+        "networks": {"generator": model},
+        "diffusion": upstream["diffusion"],
+        "data": source.describe(),
+        "teacher": teacher,
+        # the networks in the smaller generator's losses; the training loop adds this run's
+        "frozen_networks": upstream.get("frozen_networks", {}),
+        "ledger": starting_cost(upstream, store if name == "distill" else None),
+    }
+    generator = make_generator(None, meta)
+
+    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+        k_generator, k_discriminator = jax.random.split(key)
+        psi, spectral = networks.init(k_discriminator)
+        params = {"generator": init_params(model, k_generator), "discriminator": psi}
+        return params, {"discriminator": spectral}
+
+    return Stage(
+        init_params=init,
+        optimisers=optimisers,
+        step=functools.partial(
+            gan_step,
+            generate=lambda params, z, label: generator.replace(params=params)(z, label),
+            discriminate=networks.discriminate,
+            distance=networks.distance,
+            optimisers=optimisers,
+            sigma_max=generator.process.sigma_max,
+            ema_decay=config.ema.decay,
+            adversarial_weight=loss["adversarial_weight"],
+            reconstruction_weight=loss["reconstruction_weight"],
+            gan_loss=loss["gan_loss"],
+            adaptive_layer=adaptive_layer if loss["adaptive"] else None,
+            squared_norms=loss["squared_norms"],
+            separate_updates=loss["separate_updates"],
+        ),
+        batches=functools.partial(
+            pair_and_real_batches,
+            source,
+            pairs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            flips=config.data.flip,
+            process=(jax.process_index(), jax.process_count()),
+            num_threads=config.data.num_threads,
+        ),
+        load_frozen=lambda: networks.load(stream_key(config.seed, "projections", 0)),
+        frozen_shapes=networks.shapes,
+        warm_start=warm_start,
+        evals={"one_step": (config.eval_every, functools.partial(preview, generator=generator))},
+        meta=meta,
+        batch_size=config.batch_size,
+        fits=networks.fits,
+    )
+
+
+def starting_cost(upstream: dict, store: PairStore | None) -> dict:
+    """The ledger before the first step: the upstream run's, and the cost of making the latents.
+
+    Stage 2 passes the latents' `store`; stage 3 passes None, so that they are counted once.
+    """
+    costs = [store.cost(), store.manifest.get("extra_cost", {})] if store else []
+    return {
+        unit: total + sum(cost.get(unit, 0.0) for cost in costs)
+        for unit, total in upstream["ledger"].items()
+    }
+
+
+def open_pairs(
+    config, source, teacher: str, kind: str, proportion: float
+) -> tuple[PairStore, InvertedPairs | SampledPairs]:
+    """(latent store, the pairs of L_rec). Raises ValueError for latents of another teacher, data
+    set or resize, and for latents made with guidance.
+
+    kind: "inverted" (real images and their noise) or "teacher" (noise and the teacher's samples,
+    for the L_dstl baseline). proportion: the share of each class whose pairs are used.
+    """
+    if not config.latents:
+        raise ValueError("config.latents is empty: name the folder of the latent store")
+    direction = {"inverted": "invert", "teacher": "sample"}[kind]
+    expect = {"teacher": teacher, "direction": direction}
+    if kind == "inverted":
+        expect["cfg_scale"] = 1.0  # G(z, y) takes no guidance scale
+    store = PairStore.open(config.latents, expect=expect)
+    if kind == "inverted":
+        return store, InvertedPairs(source, store, proportion, flips=config.data.flip)
+    if proportion != 1.0:
+        raise ValueError(
+            f"data_proportion is {proportion}, which chooses among inverted pairs: with "
+            "distill.pairs='teacher' make fewer samples, or set it to 1"
+        )
+    return store, SampledPairs(store)
+
+
+def preview(state: TrainState, frozen: PyTree, *, generator: Generator, count: int = 16) -> dict:
+    """{"grid": picture} of one-step EMA samples from fixed noise, classes in turn."""
+    ids = np.arange(count)
+    z = np.asarray(prior(0, ids, generator.shape, generator.process.sigma_max))
+    labels = (ids % max(generator.num_classes, 1)).astype(np.int32)
+    averaged = generator.replace(params=state.ema_params["generator"])
+    return {"grid": image_grid(in_batches(one_step, averaged, z, labels, batch_size=count))}

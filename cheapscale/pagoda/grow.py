@@ -1,0 +1,65 @@
+"""Stage 3: progressive growing, x2 at a time or x4 and x8 in one jump (PaGoDA, Kim et al. 2024,
+arXiv 2405.14822, section 3.3).
+
+    G_R <- G_(R/2)'s EMA by name and shape, plus an up-block and two blocks for each doubling. Their
+           second convolutions are zero: at step 0 the new part only enlarges the old features
+    frozen: encoder, middle, embeddings, and the decoder up to and including the first block of the
+           level below the base's top level (`models.growth`)
+    each iteration (`gan.gan_step`): as in stage 2 at resolution R, with a fresh discriminator,
+           lambda = 1, and L_rec = d(G_R(z, y), x_R) for the latent z of the base-resolution image
+
+No teacher is loaded; the latents must have been made by the teacher of the generator `base`.
+"""
+
+from typing import Any
+
+from cheapscale.data.sources import open_data
+from cheapscale.models import growth
+from cheapscale.models.unet import unet
+from cheapscale.pagoda.gan import generator_stage
+from cheapscale.training.checkpoint import load_network, read_meta
+from cheapscale.training.stage import Stage
+
+PyTree = Any
+
+
+def build(config) -> Stage:
+    """Stage 3 from its config. Raises ValueError where base, data and resolution do not fit."""
+    source = open_data(config.data)
+    if not config.base:
+        raise ValueError("config.base is empty: name the work directory of the smaller generator")
+    base = read_meta(config.base)[1]
+    if "generator" not in base["networks"]:
+        raise ValueError(
+            f"config.base {config.base!r} holds {list(base['networks'])}, not a generator: "
+            "point it at the work directory of a distill or grow run"
+        )
+    widths = config.grow.widths
+    model = dict(base["networks"]["generator"])
+    model["growth"] = (*model["growth"], *widths)
+    plan = unet(**model).config
+    if plan.output_resolution != source.resolution:
+        raise ValueError(
+            f"growing {config.base} by {len(widths)} doublings reaches {plan.output_resolution} "
+            f"px, but data.resolution is {source.resolution}: give grow.widths one width for each "
+            "doubling"
+        )
+    if config.grow.pairs != "inverted":
+        raise ValueError("grow.pairs must be 'inverted': a teacher has no high-resolution samples")
+
+    # The discriminator keeps its fresh weights: it sees another resolution.
+    def grow(params: PyTree) -> PyTree:
+        smaller = load_network(config.base, "generator").params
+        grown, _ = growth.grow_params(params["generator"], smaller, plan)
+        return params | {"generator": grown}
+
+    return generator_stage(
+        config,
+        source,
+        model=model,
+        upstream=base,
+        warm_start=grow,
+        trainable=growth.trainable(plan),
+        adaptive_layer=growth.last_layer(plan),
+        teacher=base["teacher"],
+    )

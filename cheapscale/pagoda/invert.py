@@ -1,0 +1,205 @@
+"""The data-latent pairs of Stage 2: the teacher's ODE maps every training image to noise (PaGoDA,
+Kim et al. 2024, arXiv 2405.14822, section 3.2).
+
+    for each image x with class y, and for its mirror image if data.flip:
+        z <- Heun along sigma = 0.002 -> 80 on the n-node Karras grid, starting at x itself
+        store[id, flip] <- z                                  (raw, at scale sigma_max)
+
+The log shows rms(z) / sigma_max. A ratio below 1 shows that teacher and data do not match; latents
+are stored without correcting it.
+
+`invert.direction` "sample" solves the ODE from noise to images: the store then holds the teacher's
+samples of fresh noise, the pairs of the baseline L_dstl (Eq. 1).
+"""
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from cheapscale.data.augment import flip
+from cheapscale.data.pairs import PairStore, drawn_latent
+from cheapscale.data.pixels import from_uint8, to_uint8
+from cheapscale.data.sources import open_data
+from cheapscale.diffusion.samplers import nfe
+from cheapscale.features.network import full_precision
+from cheapscale.teacher.data import check_teacher
+from cheapscale.teacher.experts import Experts
+from cheapscale.teacher.load import load_teacher
+from cheapscale.teacher.sampling import check_guidance, levels, network_calls, ode_map
+from cheapscale.teacher.teacher import Teacher
+from cheapscale.training.cost import traced_flops, tree_bytes
+from cheapscale.training.mesh import in_batches
+from cheapscale.training.stage import Job
+
+
+def build(config) -> Job:
+    """The inversion job of one source and teacher. Raises ValueError where they do not fit."""
+    teacher = load_teacher(config.teacher, dtype=config.compute.dtype)
+    source = open_data(config.data)
+    check_teacher(teacher, source)
+    settings = config.invert
+    check_guidance(teacher, settings.cfg_scale)
+    if not config.latents:
+        raise ValueError("config.latents is empty: name the folder of the latent store")
+    inverting = settings.direction == "invert"
+    manifest = make_manifest(
+        teacher,
+        source,
+        direction=settings.direction,
+        orientations=2 if config.data.flip else 1,
+        seed=config.seed,
+        nodes=settings.nodes,
+        clip=settings.clip,
+        cfg_scale=settings.cfg_scale,
+        dtype=settings.dtype,
+        per_shard=settings.per_shard,
+    )
+    store = PairStore.create(config.latents, manifest)
+    # Full float32 products: an accelerator's default would cause a larger error than Heun's method.
+    run = full_precision(
+        functools.partial(
+            ode_map,
+            direction=settings.direction,
+            steps=settings.nodes,
+            clip=settings.clip,
+            cfg_scale=settings.cfg_scale,
+        )
+    )
+
+    def start(n: int) -> tuple[np.ndarray, int]:
+        """(where the ODE of record n starts, its label)."""
+        if inverting:
+            return oriented(source, *store.key(n))
+        return drawn_latent(manifest, n), n % max(source.num_classes, 1)
+
+    flops = functools.partial(
+        flops_of_path, teacher, settings.nodes, settings.direction, settings.cfg_scale
+    )
+
+    def prepare() -> float:
+        store.begin()
+        return flops()
+
+    def run_shard(flops_per_latent: float, shard: int, mesh) -> dict:
+        began = time.monotonic()
+        records = store.records(shard)
+        x, labels = (np.stack(rows) for rows in zip(*(start(n) for n in records)))
+        labels = labels.astype(np.int32)
+        z = in_batches(run, teacher, x, labels, batch_size=config.batch_size)
+        if not inverting:  # quantise samples to eight bits, as the data are
+            z = from_uint8(to_uint8(z))
+        cost = {
+            "flops": flops_per_latent * len(records),
+            "device_seconds": (time.monotonic() - began) * mesh.size,
+        }
+        return store.write_shard(shard, z, labels, cost)
+
+    return Job(
+        num_shards=store.num_shards,
+        items_per_shard=settings.per_shard,
+        prepare=prepare,
+        done=store.is_done,
+        run_shard=run_shard,
+        finish=lambda _: PairStore.open(store.folder).summary(),
+        describe=functools.partial(
+            describe,
+            teacher,
+            store,
+            calls=network_calls(
+                teacher.process, settings.nodes, settings.direction, cfg_scale=settings.cfg_scale
+            ),
+            flops=flops,
+            batch_size=min(config.batch_size, settings.per_shard),
+        ),
+    )
+
+
+def describe(
+    teacher: Teacher | Experts,
+    store: PairStore,
+    *,
+    calls: int,
+    flops: Callable[[], float],
+    batch_size: int,
+) -> dict:
+    """The cost of the inversion, from shapes alone; nothing is computed or written.
+
+    FLOPs are those of the network calls, without the solver's few additions. Memory is that of one
+    device: the weights and the device's part of a batch.
+    """
+    rows = -(-batch_size // jax.local_device_count())
+    model = jax.eval_shape(lambda model: model, teacher)
+    x = jax.ShapeDtypeStruct((rows, *store.manifest["shape"]), np.float32)
+    label = jax.ShapeDtypeStruct((rows,), np.int32)
+    each = flops()
+    weights, batch = tree_bytes(model), tree_bytes((x, label))
+    todo = [shard for shard in range(store.num_shards) if not store.is_done(shard)]
+    total, left = len(store), sum(len(store.records(s)) for s in todo)
+    return {
+        "networks": {"net": {"parameters": sum(p.size for p in jax.tree.leaves(model))}},
+        "latents": total,
+        "latents_left": left,
+        "network_calls_per_latent": calls,
+        "flops_per_network_call": each / calls,
+        "flops_per_latent": each,
+        "flops_total": each * total,
+        "flops_left": each * left,
+        "memory": {"bytes_per_device": weights + batch, "weights": weights, "batch": batch},
+        "disk": str(store.folder),
+        "disk_bytes": sum(store.shard_bytes(shard) for shard in todo),
+    }
+
+
+def flops_of_path(
+    teacher: Teacher | Experts, nodes: int, direction: str, cfg_scale: float = 1.0
+) -> float:
+    """FLOPs of the teacher's calls along a path for one image, from shapes alone.
+
+    They are counted for a batch of 8 and divided by 8, separately for each expert of a set.
+    """
+    x = jax.ShapeDtypeStruct((8, *teacher.shape), np.float32)
+    label = jax.ShapeDtypeStruct((8,), np.int32)
+
+    # Every call of one network costs the same, so that one level is enough.
+    def one_call(member, x, label):
+        return member.denoiser(label, cfg_scale=cfg_scale)(x, 1.0)
+
+    return sum(
+        nfe(part) * traced_flops(one_call, jax.eval_shape(lambda m: m, member), x, label) / 8
+        for member, part in teacher.parts(levels(teacher.process, nodes, direction))
+    )
+
+
+def oriented(source, index: int, flipped: int) -> tuple[np.ndarray, int]:
+    """(image, label) of one record; flipped = 1 gives the mirror image, which is inverted too."""
+    item = source[index]
+    return (flip(item["image"]) if flipped else item["image"]), int(item["label"])
+
+
+def make_manifest(teacher: Teacher | Experts, source, **settings) -> dict:
+    """The manifest of a latent store, by which latents of another teacher or data are refused."""
+    made_by = {"teacher": teacher.fingerprint}
+    if isinstance(teacher, Experts):  # the student will be a copy of their base
+        made_by = {
+            "teacher": teacher.meta["experts"]["base"],
+            "experts": teacher.fingerprint,
+            "boundaries": list(teacher.boundaries),
+            # a student trained on these latents also counts the experts' training
+            "extra_cost": teacher.meta["experts"]["extra_cost"],
+        }
+    process = teacher.process
+    return {
+        **made_by,
+        "teacher_step": teacher.step,
+        "compute_dtype": teacher.net.config.dtype,
+        "sigma_min": process.sigma_min,
+        "sigma_max": process.sigma_max,
+        "rho": process.rho,
+        "source": source.describe(),
+        "num_images": len(source),
+        "shape": [source.resolution, source.resolution, 3],
+        **settings,
+    }

@@ -1,0 +1,161 @@
+"""Stage 1: a diffusion model on downsampled images (Karras et al. 2022; PaGoDA, Kim et al. 2024,
+arXiv 2405.14822, section 3.1).
+
+    for (x, y) in data at the base resolution, flipped and augmented:
+        y <- no class, with probability label_dropout
+        sigma ~ the process's training distribution,  eps ~ N(0, I)
+        minimise  weight(sigma) * mean_pixels (D(x + sigma eps; sigma, y) - x)^2
+        ema <- min(decay, (1+n)/(10+n)) average of the weights
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from cheapscale.data.augment import AUGMENT_DIM, random_augment, random_flip
+from cheapscale.data.loader import stream
+from cheapscale.data.sources import open_data
+from cheapscale.diffusion.denoiser import denoising_loss
+from cheapscale.diffusion.guidance import drop_labels
+from cheapscale.models.unet import init_params
+from cheapscale.teacher.data import check_model
+from cheapscale.teacher.sampling import ode_map, prior
+from cheapscale.teacher.teacher import Teacher, make_teacher, resolve_model
+from cheapscale.training.log import image_grid
+from cheapscale.training.mesh import in_batches
+from cheapscale.training.optim import make_optimiser
+from cheapscale.training.stage import Stage, denoise_step, noise_bins
+from cheapscale.training.state import Optimiser, TrainState
+
+PyTree = Any
+PREVIEW_STEPS = 20
+
+
+def build(config) -> Stage:
+    """Stage 1 from its config. Raises ValueError where the network does not fit the images."""
+    source = open_data(config.data)
+    model = resolve_model(config.model.to_dict())
+    check_model(model, source)
+    if config.pretrain.augment and model["augment_dim"] != AUGMENT_DIM:
+        raise ValueError(
+            f"pretrain.augment is {config.pretrain.augment}, but model.augment_dim is "
+            f"{model['augment_dim']}: set it to {AUGMENT_DIM}, or samples will be augmented"
+        )
+    meta = {
+        "stage": "pretrain",
+        "networks": {"net": model},
+        "diffusion": config.diffusion.to_dict(),
+        "data": source.describe() | {"std": deviation(source)},
+    }
+    teacher = make_teacher(None, meta)
+    optimiser = Optimiser(make_optimiser(**config.optim))
+    return Stage(
+        init_params=lambda key: ({"net": init_params(model, key)}, {"net": noise_bins()}),
+        optimisers={"net": optimiser},
+        step=functools.partial(
+            denoise_step,
+            loss_fn=functools.partial(
+                loss,
+                teacher=teacher,
+                label_dropout=config.pretrain.label_dropout,
+                antithetic=config.pretrain.antithetic,
+            ),
+            optimiser=optimiser,
+            ema_decay=config.ema.decay,
+        ),
+        batches=stream(
+            config,
+            source,
+            functools.partial(
+                augmented, flips=config.data.flip, probability=config.pretrain.augment
+            ),
+            process=(jax.process_index(), jax.process_count()),
+        ),
+        load_frozen=lambda: ({}, {}),
+        frozen_shapes=dict,
+        warm_start=lambda params: params,
+        evals={
+            "samples": (
+                config.eval_every,
+                functools.partial(preview, teacher=teacher, steps=PREVIEW_STEPS),
+            )
+        },
+        meta=meta,
+        batch_size=config.batch_size,
+        fits={},
+    )
+
+
+def deviation(source, most: int = 1024) -> float:
+    """The standard deviation of the pixels of up to `most` images, spread evenly over the source.
+
+    The self-cascade gives its restart level K relative to this deviation (`cascade.plan`).
+    """
+    ids = np.unique(np.linspace(0, len(source) - 1, most).astype(int))
+    return float(source.read(ids)[0].std(dtype=np.float64))
+
+
+def augmented(item: dict, rng: np.random.Generator, *, flips: bool, probability: float) -> dict:
+    """One training image: mirrored half of the time, then EDM's non-leaking augmentation."""
+    if flips:
+        item = random_flip(item, rng)
+    return random_augment(item, rng, p=probability) if probability else item
+
+
+def loss(
+    params: PyTree,
+    frozen: PyTree,
+    batch: PyTree,
+    key: jax.Array,
+    *,
+    teacher: Teacher,
+    label_dropout: float,
+    antithetic: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """(weighted loss [b], sigma [b]) of one batch {image [b, h, w, c], label [b][, augment]}.
+
+    teacher: the model that `params` are weights of. antithetic: draw levels in mirrored pairs, as
+    DDIM's published code does.
+    """
+    del frozen
+    # k_eps: noise, k_drop: dropout in the network, k_label: labels dropped for guidance.
+    k_sigma, k_eps, k_drop, k_label = jax.random.split(key, 4)
+    x, process = batch["image"], teacher.process
+    y = drop_labels(k_label, batch["label"], label_dropout, teacher.num_classes)
+    sigma = process.draw_sigma(k_sigma, len(x), antithetic=antithetic)
+    D = functools.partial(
+        teacher.replace(params=params).denoise,
+        label=y,
+        augment=batch.get("augment"),
+        train=True,
+        rngs={"dropout": k_drop},
+    )
+    return denoising_loss(D, process, x, sigma, k_eps), sigma
+
+
+def preview(
+    state: TrainState, frozen: PyTree, *, teacher: Teacher, steps: int, count: int = 16
+) -> dict:
+    """{"grid": EMA samples from fixed noise, classes in turn; "loss/<sigma>": loss of each bin}."""
+    ids = np.arange(count)
+    z = np.asarray(prior(0, ids, teacher.shape, teacher.process.sigma_max))
+    labels = (ids % max(teacher.num_classes, 1)).astype(np.int32)
+    averaged = teacher.replace(params=state.ema_params["net"])
+    images = in_batches(_sampler(steps), averaged, z, labels, batch_size=count)
+    bins = jax.device_get(state.extra["net"])
+    # Bins have edges in ln sigma; a bin without a draw so far has no loss to show.
+    centres = np.exp((bins["edges"][1:] + bins["edges"][:-1]) / 2)
+    losses = {
+        f"loss/{sigma:.3g}": float(value)
+        for sigma, value, seen in zip(centres, bins["loss"], bins["count"])
+        if seen
+    }
+    return {"grid": image_grid(images)} | losses
+
+
+@functools.cache
+def _sampler(steps: int):
+    """One function object for each number of steps, so that previews compile once."""
+    return functools.partial(ode_map, steps=steps)

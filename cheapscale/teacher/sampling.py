@@ -1,0 +1,238 @@
+"""Images from any model, and noise from images: a teacher by its ODE, a generator in one call.
+
+Image i depends only on (seed, i), through its noise sigma_max * normal(fold_in(key, i)), and not on
+the batch size or the number of devices.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cheapscale.diffusion.denoiser import Process
+from cheapscale.diffusion.samplers import nfe, solve
+from cheapscale.features.network import full_precision
+from cheapscale.teacher.experts import Experts
+from cheapscale.teacher.teacher import Generator, Teacher
+from cheapscale.training.mesh import in_batches
+from cheapscale.training.state import stream_key
+
+Model = Teacher | Experts | Generator
+ODE_OPTIONS = ("steps", "method", "spacing", "cfg_scale")  # a one-step generator takes none of them
+
+
+class Samples(NamedTuple):
+    """images: float32 [n, h, w, c] in [-1, 1]. labels: int32 [n], zeros without classes."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def prior(
+    seed: int,
+    ids: np.ndarray | jax.Array,
+    shape: tuple[int, ...],
+    sigma_max: float,
+    stream: str = "sample",
+) -> jax.Array:
+    """z [n, *shape] at scale sigma_max, one independent draw for each id of a named stream."""
+    # A key for each image, not for each batch: any split into batches draws the same noise.
+    keys = jax.vmap(lambda i: stream_key(seed, stream, i))(jnp.asarray(ids))
+    return sigma_max * jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def labels_for(seed: int, ids: np.ndarray, num_classes: int) -> np.ndarray:
+    """A uniform class for each id; zeros where there are no classes."""
+    if not num_classes:
+        return np.zeros(len(ids), np.int32)
+    keys = jax.vmap(lambda i: stream_key(seed, "label", i))(jnp.asarray(ids))
+    draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes))
+    return np.asarray(draw(keys), np.int32)
+
+
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Refuse a label outside [0, num_classes)."""
+    if num_classes and (labels.min() < 0 or labels.max() >= num_classes):
+        bad = int(labels.max() if labels.max() >= num_classes else labels.min())
+        raise ValueError(
+            f"label {bad} is out of range: the model has classes 0 ... {num_classes - 1}"
+        )
+    if not num_classes and labels.any():
+        raise ValueError(f"label {int(labels.max())} was asked for, but the model is unconditional")
+
+
+def check_guidance(model: Model, cfg_scale: float) -> None:
+    """Refuse guidance by a teacher that never saw its null class."""
+    if cfg_scale != 1.0 and not model.meta["config"]["pretrain"]["label_dropout"]:
+        raise ValueError(
+            f"cfg_scale is {cfg_scale}, but this teacher was trained without label dropout, so it "
+            "has no unconditional estimate: use cfg_scale=1, or train with pretrain.label_dropout"
+        )
+
+
+def levels(
+    process: Process, steps: int, direction: str = "sample", spacing: str = "karras"
+) -> np.ndarray:
+    """float64: the sigmas of `ode_map`, in the order of its steps.
+
+    "sample": `steps` levels of a spacing, descending, and a last step to 0. "invert": `steps`
+    Karras nodes, ascending. "round_trip": the same nodes back down, with no step to 0.
+    """
+    if direction == "sample":
+        return process.grid(steps, spacing)
+    if spacing != "karras":
+        raise ValueError(f"spacing {spacing!r} is for sampling, not to {direction}: use karras")
+    up = process.inversion_grid(steps)
+    return up if direction == "invert" else up[::-1]
+
+
+def ode_map(
+    model: Teacher | Experts,
+    x: jax.Array,
+    label: jax.Array,
+    ids: jax.Array | None = None,
+    *,
+    direction: str = "sample",
+    steps: int = 40,
+    method: str = "heun",
+    cfg_scale: float = 1.0,
+    spacing: str = "karras",
+    clip: bool = False,
+    seed: int = 0,
+) -> jax.Array:
+    """The probability-flow ODE as a pure function of the model (a pytree) and arrays.
+
+    direction "sample": z at the highest level -> image. "invert": image, taken to lie at sigma_min,
+    -> z at sigma_max (PaGoDA, Kim et al. 2024, arXiv 2405.14822, section 3.2). "round_trip": z ->
+    image on exactly the inversion's nodes.
+
+    Args:
+        x: [b, h, w, c] float32. label: [b]. ids: [b], only for method "ancestral": its
+            noise for image i is a function of (seed, ids[i]).
+        clip: clamp each estimate of x0 to [-1, 1].
+    """
+    grid = levels(model.process, steps, direction, spacing)
+    if isinstance(model, Experts):
+        model.check_levels(grid, method)
+    noise = functools.partial(_image_noise, seed, ids, x) if method == "ancestral" else None
+    segments = model.segments(label, grid, cfg_scale=cfg_scale)
+    return solve(segments, x, method=method, clip=clip, noise=noise)
+
+
+def _image_noise(seed: int, ids: jax.Array | None, like: jax.Array, step: jax.Array) -> jax.Array:
+    """Unit noise like `like` for one step, drawn for each image from its own id."""
+    if ids is None:
+        raise ValueError("ancestral sampling draws noise by image: give their ids")
+
+    def of_image(i):
+        key = jax.random.fold_in(stream_key(seed, "ancestral", i), step)
+        return jax.random.normal(key, like.shape[1:], like.dtype)
+
+    return jax.vmap(of_image)(ids)
+
+
+def one_step(
+    generator: Generator, z: jax.Array, label: jax.Array, ids: jax.Array | None = None
+) -> jax.Array:
+    """G(z, label); the signature is that of `ode_map`."""
+    del ids
+    return generator(z, label)
+
+
+def network_calls(
+    process: Process,
+    steps: int,
+    direction: str = "sample",
+    *,
+    method: str = "heun",
+    cfg_scale: float = 1.0,
+    spacing: str = "karras",
+) -> int:
+    """Network calls that `ode_map` makes for one image (NFE); guidance doubles them."""
+    calls = nfe(levels(process, steps, direction, spacing), method)
+    return calls if cfg_scale in (0.0, 1.0) else 2 * calls
+
+
+def sampler(
+    model: Model,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    steps: int = 40,
+    method: str = "heun",
+    cfg_scale: float = 1.0,
+    spacing: str = "karras",
+) -> Callable[..., Samples]:
+    """A function draw(ids, labels=None) -> Samples of those ids, clamped to [-1, 1].
+
+    A generator ignores steps, method, cfg_scale and spacing. All draws of one sampler share one
+    compilation.
+    """
+    if isinstance(model, Generator):
+        top, run = model.process.sigma_max, one_step  # G is called at sigma_max
+    else:
+        check_guidance(model, cfg_scale)
+        # The first noise has the deviation of the grid's own first level: a VP schedule's spacing
+        # need not begin at sigma_max.
+        top = levels(model.process, steps, "sample", spacing)[0]
+        run = functools.partial(
+            ode_map, steps=steps, method=method, cfg_scale=cfg_scale, spacing=spacing, seed=seed
+        )
+
+    def draw(ids: np.ndarray, labels: np.ndarray | None = None) -> Samples:
+        ids = np.asarray(ids)
+        if labels is None:
+            labels = labels_for(seed, ids, model.num_classes)
+        labels = np.asarray(labels, np.int32)
+        check_labels(labels, model.num_classes)
+        rows = (np.asarray(prior(seed, ids, model.shape, top)), labels, ids.astype(np.int32))
+        images = in_batches(run, model, *rows, batch_size=batch_size)
+        return Samples(np.clip(images, -1.0, 1.0), labels)
+
+    return draw
+
+
+def sample(
+    model: Model, ids: np.ndarray, *, labels: np.ndarray | None = None, **options
+) -> Samples:
+    """One draw of `sampler`, with its options."""
+    return sampler(model, **options)(ids, labels)
+
+
+def inverter(
+    teacher: Teacher | Experts,
+    *,
+    direction: str = "invert",
+    nodes: int = 40,
+    clip: bool = False,
+    batch_size: int = 64,
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A function solve(x [n, h, w, c], labels [n]) -> z by "invert", or images by "round_trip".
+
+    Matrix products are full float32: an accelerator rounds their factors to fewer bits by default,
+    and inversion amplifies rounding errors made near sigma_min.
+    """
+    run = full_precision(functools.partial(ode_map, direction=direction, steps=nodes, clip=clip))
+
+    def solve_rows(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        return in_batches(run, teacher, x, labels, batch_size=batch_size)
+
+    return solve_rows
+
+
+def round_trip(
+    teacher: Teacher | Experts, *, nodes: int = 40, clip: bool = False, batch_size: int = 64
+) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """A function trip(images, labels) -> (z, images solved back from z on the same nodes)."""
+    options = {"nodes": nodes, "clip": clip, "batch_size": batch_size}
+    there = inverter(teacher, direction="invert", **options)
+    back = inverter(teacher, direction="round_trip", **options)
+
+    def trip(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        z = there(images, labels)
+        return z, back(z, labels)
+
+    return trip

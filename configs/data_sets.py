@@ -1,0 +1,57 @@
+"""The data sets of the configs, with their number of classes and default resolutions.
+
+Scenes are generated. cifar10, clothing and noto_emoji are prepared TFDS sets in ArrayRecord files,
+in the folder data_dir. ImageNet is a folder of images.
+"""
+
+import os
+from typing import NamedTuple
+
+
+class DataSet(NamedTuple):
+    """A data set. name: that of `cheapscale.data.sources`. base, top: resolutions at which its
+    pipelines begin and end. flip: whether mirror images are valid. options: of the source."""
+
+    name: str
+    num_classes: int
+    base: int
+    top: int
+    flip: bool = True
+    eval_split: str = "test"
+    options: dict = {}
+
+
+DATA_SETS = {
+    "scenes": DataSet("scenes", 8, base=8, top=32),
+    "cifar10": DataSet("cifar10", 10, base=16, top=32),
+    "clothing": DataSet("clothing", 10, base=16, top=128),
+    # Mirrored letters and flags are wrong. Skin-tone variants of an emoji are nearly equal; keeping
+    # only the default tone avoids near-copies of training images in the test split.
+    "emoji": DataSet(
+        "noto_emoji", 10, base=16, top=128, flip=False, options={"where": {"skin_tone": False}}
+    ),
+    # allow_upscale: small photographs are enlarged, as in the published preparation. probe: reading
+    # a million headers would take minutes.
+    "imagenet": DataSet(
+        "folder", 1000, base=64, top=512, eval_split="val",
+        options={"allow_upscale": True, "probe": False},
+    ),
+}  # fmt: skip
+
+
+def folder(data_dir: str) -> tuple[str, str, int]:
+    """(training split, evaluation split, number of classes) of a folder of images.
+
+    The layout is DIR/train/<class>/*.png with DIR/val or DIR/test; or DIR/<class>/*.png or
+    DIR/*.png, where the last tenth of the images is used for evaluation. Sub-folders are classes.
+    """
+    if not os.path.isdir(data_dir):
+        raise ValueError(f"there is no folder {data_dir!r}: give data_dir=DIR, your images")
+    found = {entry.name for entry in os.scandir(data_dir) if entry.is_dir()}
+    if "train" in found:
+        held = [split for split in ("val", "test", "validation") if split in found]
+        splits = ("train", held[0]) if held else ("train[:90%]", "train[90%:]")
+        root = os.path.join(data_dir, "train")
+    else:
+        splits, root = ("all[:90%]", "all[90%:]"), data_dir
+    return *splits, sum(entry.is_dir() for entry in os.scandir(root))

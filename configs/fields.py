@@ -1,0 +1,338 @@
+"""The fields of every stage's config: defaults, meanings and allowed values.
+
+    defaults(stage)   the complete ConfigDict of one stage
+    check(config)     raises ValueError for an invalid field, with an argument that would be valid
+    describe(config)  a text with every field, its value, its meaning and its allowed values
+
+A stage has the fields of COMMON and of its sections in STAGES. Types, choices and ranges are only
+checked here. A stage itself checks the rest, for example that a teacher fits the data.
+"""
+
+import difflib
+import math
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+
+class Field(NamedTuple):
+    """A field of a config. Its type is that of its default; {} is a dictionary with any keys, such
+    as --config.features.paths.NAME.
+
+    choices, low, high: allowed values, or least and largest value; for a tuple, of each entry.
+    """
+
+    default: Any
+    meaning: str
+    choices: tuple = ()
+    low: float = -math.inf
+    high: float = math.inf
+
+
+RUN = {
+    "seed": Field(0, "seed of weights, data order and noise", low=0),
+    "total_steps": Field(1000, "number of updates of the whole run", low=0),
+    "batch_size": Field(64, "images per update, over all devices", low=1),
+    "log_every": Field(50, "steps between two lines of the log", low=1),
+    "eval_every": Field(1000, "steps between two previews", low=1),
+    "save_every": Field(1000, "steps between two checkpoints", low=1),
+    "keep": Field(2, "number of newest checkpoints to keep", low=1),
+    "resume": Field("", "work directory of another run of this stage to continue"),
+}
+MESH = {
+    "fsdp": Field(1, "devices over which large parameters are split", low=1),
+}
+DATA = {
+    "name": Field("scenes", "scenes, folder, or a prepared TFDS set such as cifar10"),
+    "split": Field("train", "split of the training images; also a slice, train[:50%]"),
+    "eval_split": Field("test", "split of the images for evaluation"),
+    "data_dir": Field("", "folder of the images, or of the TFDS data sets"),
+    "resolution": Field(8, "height and width of the images in pixels", low=1),
+    "flip": Field(True, "mirror half of the images"),
+    "num_threads": Field(1, "threads that read images", low=1),
+    "options": Field({}, "options of the source (cheapscale/data/sources.py)"),
+}
+EMA = {"decay": Field(0.999, "decay of the moving average of the weights", low=0, high=1)}
+
+MODEL = Field({}, "fields of the U-Net (cheapscale/models/plan.py, UNetConfig)")
+DIFFUSION = {  # Karras et al. 2022 (arXiv 2206.00364), Table 1, in PaGoDA's range
+    "process": Field("edm", "noise process", ("edm", "linear", "scaled_linear", "cosine")),
+    "prediction": Field(
+        "x0", "VP only: the quantity that the network predicts", ("x0", "eps", "v")
+    ),
+    "sigma_min": Field(0.002, "lowest noise level of sampling", low=0),
+    "sigma_max": Field(80.0, "highest noise level, that of the prior", low=0),
+    "rho": Field(7.0, "exponent of Karras' grid", low=1),
+    "sigma_data": Field(0.5, "standard deviation of the data in EDM's preconditioning", low=0),
+    "P_mean": Field(-1.2, "mean of ln sigma in training"),
+    "P_std": Field(1.2, "standard deviation of ln sigma in training", low=0),
+}
+OPTIM = {
+    "name": Field("adam", "update rule", ("adam", "adamw", "radam", "sgd")),
+    "lr": Field(1e-3, "learning rate", low=0),
+    "warmup_steps": Field(0, "updates during which the rate rises linearly", low=0),
+    "decay_steps": Field(0, "update at which a cosine decay reaches 0; 0: no decay", low=0),
+    "b2": Field(0.999, "decay of the second moment", low=0, high=1),
+}
+PRETRAIN = {
+    "label_dropout": Field(0.0, "probability of dropping a label, for guidance", low=0, high=1),
+    "augment": Field(0.0, "probability of each of EDM's augmentations", low=0, high=1),
+    "antithetic": Field(False, "antithetic pairs of noise levels, as for experts"),
+}
+INVERT = {
+    "direction": Field(
+        "invert", "images to noise, or (sample) noise to images for L_dstl", ("invert", "sample")
+    ),
+    "nodes": Field(40, "number of noise levels of Heun's method", low=2),
+    "clip": Field(False, "clamp the denoiser's output to [-1, 1]"),
+    "cfg_scale": Field(1.0, "guidance scale; 1: no guidance"),
+    "dtype": Field("float32", "precision of the stored latents", ("float32", "float16")),
+    "per_shard": Field(1024, "latents per file; resuming continues at a file", low=1),
+}
+COMPUTE = {
+    "dtype": Field(
+        "", "precision of network calls; empty: that of the teacher",
+        ("", "float32", "bfloat16", "float16"),
+    ),
+    "remat": Field((), "prefixes of blocks recomputed in the backward pass; ('',) is all"),
+}  # fmt: skip
+LOSS = {  # PaGoDA (arXiv 2405.14822): L_rec + lambda L_adv
+    "distance": Field(
+        "feature", "distance in L_rec; the paper uses lpips", ("feature", "lpips", "pixel")
+    ),
+    "reconstruction_weight": Field(1.0, "factor of L_rec; 0 removes it", low=0),
+    "adversarial_weight": Field(0.2, "constant factor of lambda; 0 removes L_adv", low=0),
+    "adaptive": Field(True, "multiply lambda by |grad L_rec| / |grad L_adv| at the last layer"),
+    "squared_norms": Field(
+        False, "square these norms, as in the paper but not in its published code"
+    ),
+    "gan_loss": Field("hinge", "hinge (published code) or logistic (paper)", ("hinge", "logistic")),
+    "pairs": Field(
+        "inverted", "L_rec on inverted pairs, or L_dstl on teacher samples", ("inverted", "teacher")
+    ),
+    "separate_updates": Field(
+        False, "step on L_rec, then on L_adv (published code from 256 px on)"
+    ),
+    "data_proportion": Field(
+        1.0, "share of each class whose pairs are used in L_rec", low=0, high=1
+    ),
+}
+WIDTHS = Field((32,), "channels of the grown blocks, one entry per doubling", low=1)
+FEATURES = {
+    "names": Field(("classifier",), "frozen networks of discriminator and distance"),
+    "paths": Field({}, "weight files by network"),
+    "sha256": Field({}, "SHA-256 of the weight files by network"),
+    "input_size": Field(0, "smaller images are enlarged to this size; 0: the network's", low=0),
+    "fit_steps": Field(0, "updates of a fitted classifier; 0: its default", low=0),
+}
+DISCRIMINATOR = {
+    "width": Field(16, "channels of the finest mixed map", low=1),
+    "embedding_dim": Field(64, "size of a class embedding", low=1),
+    "class_table": Field("", "file (.npy, .npz) of initial class embeddings [classes, n]"),
+}
+CASCADE = {  # self-cascade (arXiv 2402.10491), Algorithm 1
+    "tune": Field("neck", "weights that are trained", ("neck", "gain", "2k", "full", "lora", "ft")),
+    "k": Field("t0.7", "restart level, as in --cascade_k"),
+    "sizes": Field((), "resolutions trained together; () is data.resolution"),
+    "mode": Field(
+        "S",
+        "add features to decoder skips, or to its stream (published code)",
+        ("S", "M"),
+    ),
+    "init": Field(
+        "zero", "initial upsampler: no effect, or identity (published code)", ("zero", "identity")
+    ),
+    "width": Field(8, "channels of a neck", low=1),
+    "lora_rank": Field(4, "rank of LoRA, for tune=lora", low=1),
+    "init_from": Field("", "work directory of the tuning at the previous resolution"),
+}
+ASSESS = {  # step-adaptive training (arXiv 2312.13307)
+    "groups": Field(5, "number of experts", low=1),
+    "partition": Field(
+        "equal", "equal counts, equal decibels, or clusters of a curve",
+        ("equal", "decibels", "snr", "loss", "gradient"),
+    ),
+    "k": Field(0.5, "k in the budget F_i = (i/N + (1 - i/N) k) F_0", low=0, high=1),
+    "order": Field(
+        "snr_up", "group that keeps all FLOPs: cleanest, noisiest, middle; flat: equal shares",
+        ("snr_up", "snr_down", "mid", "flat"),
+    ),
+    "mean": Field(0.0, "mean share of FLOPs, which replaces k; 0: use k", low=0, high=1),
+    "steps": Field(40, "steps of the sampler that the experts are made for", low=2),
+    "spacing": Field(
+        "karras", "spacing of its levels; all but karras need VP",
+        ("karras", "leading", "trailing", "quadratic"),
+    ),
+    "importance": Field("taylor", "score of a channel", ("taylor", "magnitude", "all_times")),
+    "images": Field(1024, "images for the scores and the proxy loss", low=1),
+    "proposer": Field(
+        "greedy", "proposer of widths; uniform: one ratio, no search; llm: a language model",
+        ("greedy", "uniform", "llm"),
+    ),
+    "rounds": Field(12, "rounds of the search", low=1),
+    "per_round": Field(8, "candidates per round", low=1),
+    "remember": Field(True, "show earlier rounds to the proposer"),
+    "llm_url": Field("", "URL of an OpenAI-compatible endpoint, for proposer llm"),
+    "llm_model": Field("", "model at this endpoint"),
+}  # fmt: skip
+PRUNE = {
+    "group": Field(0, "group to train, counted from the cleanest", low=0),
+    "overlap": Field(1, "sampler steps beyond the group, on either side", low=0),
+    "base_target": Field(0.0, "weight of the base's denoiser output as the target", low=0, high=1),
+    "start": Field(
+        "base", "initial weights; scratch: random, the single-stage control", ("base", "scratch")
+    ),
+}
+
+TEACHER = Field("", "work directory of stage pretrain, or the folder of a set of experts")
+LATENTS = Field("", "folder of the data-latent pairs")
+EXPERTS = Field("", "folder of the set of experts")
+
+COMMON = RUN | {"mesh": MESH, "data": DATA, "ema": EMA}
+GENERATOR = {
+    "latents": LATENTS, "optim": OPTIM, "optim_discriminator": OPTIM, "features": FEATURES,
+    "discriminator": DISCRIMINATOR, "compute": COMPUTE,
+}  # fmt: skip
+STAGES: dict[str, dict[str, Any]] = {
+    "pretrain": {"model": MODEL, "diffusion": DIFFUSION, "optim": OPTIM, "pretrain": PRETRAIN},
+    "invert": {
+        "teacher": TEACHER, "latents": LATENTS, "invert": INVERT,
+        "compute": {"dtype": COMPUTE["dtype"]},
+    },
+    "distill": {"teacher": TEACHER, **GENERATOR, "distill": LOSS},
+    "grow": {
+        "base": Field("", "work directory of the smaller generator"), **GENERATOR,
+        "grow": LOSS | {"widths": WIDTHS},
+    },
+    "cascade": {"teacher": TEACHER, "optim": OPTIM, "cascade": CASCADE},
+    "assess": {"teacher": TEACHER, "experts": EXPERTS, "prune": ASSESS},
+    "prune": {"teacher": TEACHER, "experts": EXPERTS, "optim": OPTIM, "prune": PRUNE},
+}  # fmt: skip
+PAGODA = {  # the published code's optimisers
+    "optim.name": "radam", "optim.lr": 8e-6,
+    "optim_discriminator.name": "radam", "optim_discriminator.lr": 2e-3,
+}  # fmt: skip
+# Where a stage's default differs from its field's.
+STAGE_DEFAULTS = {
+    "pretrain": {"optim.warmup_steps": 100},
+    "distill": PAGODA,
+    "grow": PAGODA | {"grow.adversarial_weight": 1.0, "grow.adaptive": False},
+    "prune": {"optim.warmup_steps": 20},
+}  # fmt: skip
+
+
+def fields(stage: str) -> dict[str, Field]:
+    """{"optim.lr": Field, ...}: every field of a stage, with the stage's own default."""
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r} is unknown: choose one of {', '.join(STAGES)}")
+    rows = {"stage": Field(stage, "name of the stage", tuple(STAGES))}
+    for name, row in (COMMON | STAGES[stage]).items():
+        if isinstance(row, Field):
+            rows[name] = row
+        else:
+            rows |= {f"{name}.{field}": value for field, value in row.items()}
+    for name, default in STAGE_DEFAULTS.get(stage, {}).items():
+        rows[name] = rows[name]._replace(default=default)
+    return rows
+
+
+def every_field() -> set[str]:
+    """The names of the fields of all stages."""
+    return {name for stage in STAGES for name in fields(stage)}
+
+
+def defaults(stage: str) -> ConfigDict:
+    """The complete config of a stage; ValueError for an unknown stage."""
+    config = ConfigDict()
+    for name, field in fields(stage).items():
+        *sections, last = name.split(".")
+        place = config
+        for section in sections:
+            if section not in place:
+                place[section] = ConfigDict()
+            place = place[section]
+        place[last] = dict(field.default) if isinstance(field.default, dict) else field.default
+    return config
+
+
+def check(config: ConfigDict) -> None:
+    """Raise ValueError for the first field that is unknown or missing or has an invalid value."""
+    if "stage" not in config:
+        raise ValueError(f"the config has no stage: choose one of {', '.join(STAGES)}")
+    rows = fields(config.stage)
+    given = flat(config, rows)
+    for name in given:
+        if name not in rows:
+            raise ValueError(unknown(name, config.stage, rows))
+    for name, field in rows.items():
+        if name not in given:
+            raise ValueError(
+                f"the config has no {name}: give it, as --config.{name}={field.default}"
+            )
+        if why := fault(given[name], field):
+            raise ValueError(f"config.{name} is {given[name]!r}, {why}: {remedy(name, field)}")
+
+
+def flat(config: ConfigDict, rows: dict[str, Field], prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": value, ...} of a config; a dictionary with free keys is one value."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        path = prefix + name
+        if isinstance(value, (dict, ConfigDict)) and path not in rows:
+            found |= flat(value, rows, f"{path}.")
+        else:
+            found[path] = value.to_dict() if isinstance(value, ConfigDict) else value
+    return found
+
+
+def fault(value: Any, field: Field) -> str:
+    """The reason why `value` is invalid for the field, or ""."""
+    kind, default = type(field.default), field.default
+    kinds = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        return f"not of type {kind.__name__}"
+    entries = value if isinstance(default, tuple) else (value,)
+    if field.choices and any(entry not in field.choices for entry in entries):
+        return f"not one of {', '.join(repr(choice) for choice in field.choices)}"
+    numbers = [entry for entry in entries if isinstance(entry, (int, float))]
+    if not all(field.low <= number <= field.high for number in numbers):
+        return limits(field)
+    return ""
+
+
+def limits(field: Field) -> str:
+    """The range of a field as a text: "at least 0", "from 0 to 1" or ""."""
+    if math.isfinite(field.low) and math.isfinite(field.high):
+        return f"from {field.low} to {field.high}"
+    return f"at least {field.low}" if math.isfinite(field.low) else ""
+
+
+def remedy(name: str, field: Field) -> str:
+    """The advice at the end of an error: "give another, as --config.optim.lr=0.001"."""
+    value = f'"{field.default}"' if isinstance(field.default, tuple) else field.default
+    return f"give another, as --config.{name}={value}"
+
+
+def unknown(name: str, stage: str, rows: dict[str, Field]) -> str:
+    """The error for a field that a stage lacks, with the most similar field that it has."""
+    near = difflib.get_close_matches(name, rows, 1, 0.5)
+    section = name.rpartition(".")[0]
+    known = near or [row for row in rows if row.rpartition(".")[0] == section] or list(rows)
+    return f"config.{name} is no field of stage {stage}: leave it out, or did you mean {known[0]}?"
+
+
+def describe(config: ConfigDict) -> str:
+    """A text with one line for each field: its flag with the value, its meaning, its values."""
+    rows = fields(config.stage)
+    given = flat(config, rows)
+    lines, section = [], None
+    for name, field in rows.items():
+        if name == "stage":
+            continue
+        if section != (section := name.rpartition(".")[0]):
+            lines.append("")
+        may = " | ".join(str(choice) or "''" for choice in field.choices) or limits(field)
+        kind = "any keys" if isinstance(field.default, dict) else type(field.default).__name__
+        note = f"{field.meaning} ({may or kind})"
+        lines.append(f"--config.{name}={given.get(name, field.default)}".ljust(52) + f"  {note}")
+    return "\n".join([f"stage {config.stage}", *lines])

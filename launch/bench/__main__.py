@@ -1,0 +1,157 @@
+"""The speed of this package against other packages on CPU, and the cost of large statistics.
+
+    OMP_WAIT_POLICY=passive python -m launch.bench --workdir=runs/bench
+    OMP_WAIT_POLICY=passive taskset -c 0 python -m launch.bench --what=features --workdir=runs/bench
+
+    unet        a training step and one-step sampling against diffusers.UNet2DModel
+    features    Inception-v3 features of a set and its Frechet distance, against torch-fidelity
+    statistics  moments, Frechet distance, precision and recall of sets of 50,000: seconds, memory
+    pruned      an expert's training step and network call against its base's
+
+Both sides of a comparison compute the same function with the same weights; the record has the
+difference of their outputs. The sides take turns, call by call, so that other load on the machine
+affects both; a ratio divides the seconds of a side by those of the first side in the same round.
+
+OpenMP threads spin by default while they wait, which makes PyTorch many times slower on a busy
+machine: OMP_WAIT_POLICY=passive avoids this. One core (taskset) gives the smallest variance.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+from absl import flags, logging
+
+from cheapscale.training.loop import provenance
+from configs.models import preset
+from launch.command import execute, start, write_record
+
+# (fields of our U-Net, batch size); `groups` sets one number of groups for all norms, as diffusers
+# does
+SIZES = {
+    "cifar32": (
+        dict(
+            resolution=32, channels=64, channel_mult=(1, 2, 2), num_blocks=2, attention=(16,),
+            groups=16,
+        ),
+        16,
+    ),
+    "tiny16": (preset("tiny16", groups=8), 32),
+}  # fmt: skip
+PEERS = {
+    "unet": "diffusers",
+    "features": "torch-fidelity",
+}  # the package that each part compares with
+SHARES = (0.6, 0.8)  # shares of the base's FLOPs that the experts keep
+
+
+def paired(calls: dict[str, Callable], rounds: int) -> dict:
+    """The `summary` of the seconds of all sides, which take turns for `rounds` rounds."""
+    seconds = {side: [] for side in calls}
+    for turn in range(-2, rounds):  # two warm-up rounds: memory still grows in the second
+        for side, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if turn >= 0:
+                seconds[side].append(time.perf_counter() - began)
+    return summary(seconds)
+
+
+def summary(seconds: dict[str, list[float]]) -> dict:
+    """{side: {"seconds": median, "ratio": median, "range": [least, largest]}}.
+
+    A ratio divides the seconds of a side by those of the first side in the same round.
+    """
+    first = next(iter(seconds.values()))
+    rows = {}
+    for side, taken in seconds.items():
+        ratios = sorted(t / f for t, f in zip(taken, first, strict=True))
+        rows[side] = {
+            "seconds": round(statistics.median(taken), 5),
+            "ratio": round(statistics.median(ratios), 3),
+            "range": [round(ratios[0], 3), round(ratios[-1], 3)],
+        }
+    return rows
+
+
+def compare(name: str, rounds: int, *args) -> dict:
+    """The figures of the module launch.bench.`name`: its facts, and {use: `summary`}.
+
+    Raises ValueError if the other package is not installed.
+    """
+    try:
+        module = importlib.import_module(f"launch.bench.{name}")
+    except ImportError as error:
+        raise ValueError(
+            f"the comparison needs {PEERS[name]} ({error}): pip install {PEERS[name]} torch"
+        ) from None
+    facts, calls = module.prepare(*args)
+    figures = facts | {"uses": {use: paired(sides, rounds) for use, sides in calls.items()}}
+    for use, rows in figures["uses"].items():
+        for side, row in rows.items():
+            print(f"{use:>12} {side:>15} {1e3 * row['seconds']:10.1f} ms  x {row['ratio']:.2f}")
+    return figures
+
+
+def run(parts: dict[str, Callable[[], dict]], rounds: int, record: pathlib.Path) -> dict:
+    """The figures of all parts, which are also written to the record."""
+    versions = {}
+    for package in {PEERS[name] for name in parts if name in PEERS} | {"torch"}:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = ""
+    cores = len(os.sched_getaffinity(0))
+    content = {"provenance": provenance() | versions, "cores": cores, "rounds": rounds}
+    for name, part in parts.items():
+        logging.info("bench: %s, %d rounds on %d cores", name, rounds, cores)
+        content[name] = part()
+    runs = json.loads(record.read_text()) if record.exists() else {}
+    write_record(record, runs | {f"{cores}_cores": content})  # one entry for each number of cores
+    return {"record": str(record)} | content
+
+
+def define() -> None:
+    flags.DEFINE_string("workdir", None, "Folder of the summary.")
+    flags.DEFINE_string("record", "", "Path of the record (.json); default: record.json there.")
+    flags.DEFINE_multi_enum(
+        "what", ["unet"], ["unet", "features", "statistics", "pruned"], "What to measure."
+    )
+    flags.DEFINE_integer("rounds", 10, "Rounds, in which each side runs once.", lower_bound=1)
+    flags.DEFINE_multi_enum(
+        "sizes", list(SIZES), list(SIZES), "unet: these networks; pruned: the first one."
+    )
+    flags.DEFINE_integer("images", 128, "features: images in the set.", lower_bound=2)
+    flags.DEFINE_integer("batch", 64, "features: images per call of the network.", lower_bound=1)
+    flags.DEFINE_integer("rows", 50_000, "statistics: features in each set.", lower_bound=6)
+    flags.mark_flags_as_required(["workdir"])
+
+
+def body(given) -> dict:
+    jax.config.update("jax_platforms", "cpu")  # even if there is an accelerator
+    from launch.bench import statistics as large
+
+    parts = {
+        "unet": lambda: {s: compare("unet", given.rounds, *SIZES[s]) for s in given.sizes},
+        "features": lambda: compare("features", given.rounds, given.images, given.batch),
+        "statistics": lambda: large.measure(given.rows),
+        "pruned": lambda: compare("pruned", given.rounds, *SIZES[given.sizes[0]], SHARES),
+    }
+    chosen = {name: part for name, part in parts.items() if name in given.what}
+    record = pathlib.Path(given.record or pathlib.Path(given.workdir) / "record.json")
+    return execute("bench", given.workdir, lambda: run(chosen, given.rounds, record))
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the benchmark; returns its figures."""
+    return start(define, body, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The loss networks as the stages build them: random projections, class table, pooling."""
+
+import jax
+import numpy as np
+import pytest
+
+from cheapscale.data.sources import SceneSource
+from cheapscale.features.network import FeatureNetwork
+from cheapscale.pagoda import loss_networks
+from configs import fields
+
+
+def network(settings, source):
+    """In place of the classifier: block means at three strides, linearly mixed."""
+
+    def apply(params, x):
+        b, h, w, c = x.shape
+        blocks = (x.reshape(b, h // s, s, w // s, s, c).mean((2, 4)) for s in (2, 4, 8))
+        return tuple(block @ params["mix"] for block in blocks)
+
+    mix = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    return [FeatureNetwork("blocks", apply, {"mix": mix}, sha256="b")], {}
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    monkeypatch.setattr(loss_networks, "load_features", network)
+    source = SceneSource("train", 8, size=4)
+
+    def make(**discriminator):
+        settings = fields.defaults("distill").features.to_dict()
+        given = {"width": 4} | discriminator
+        return loss_networks.make_loss_networks(
+            source, settings=settings, discriminator=given, distance="feature"
+        )
+
+    return make
+
+
+def test_the_discriminator_and_the_distance_draw_separate_projections(networks):
+    """Both use the same backbone with different random mixing, as PaGoDA's published code does."""
+    frozen, used = networks().load(jax.random.key(0))
+    assert used == {"blocks": "b"}
+    one, other = (frozen[part]["blocks"] for part in ("discriminator", "distance"))
+    np.testing.assert_array_equal(one["network"]["mix"], other["network"]["mix"])
+    kernels = zip(jax.tree.leaves(one["mixing"]), jax.tree.leaves(other["mixing"]), strict=True)
+    assert not any(np.allclose(a, b) for a, b in kernels)
+
+
+def test_the_class_table_starts_as_the_file_and_stays_trainable(networks, tmp_path):
+    """A given table is the initial class embedding of the discriminator."""
+    table = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+    np.save(tmp_path / "table.npy", table)
+    np.savez(tmp_path / "table.npz", embed=table)
+    for name in ("table.npy", "table.npz"):
+        params, _ = jax.jit(networks(class_table=str(tmp_path / name)).init)(jax.random.key(0))
+        for head in params["blocks"].values():
+            np.testing.assert_array_equal(head["embedding"], table)
+    np.save(tmp_path / "short.npy", table[:3])
+    with pytest.raises(ValueError, match="give one row per class"):
+        networks(class_table=str(tmp_path / "short.npy"))
+    with pytest.raises(ValueError, match="there is no file"):
+        networks(class_table=str(tmp_path / "none.npy"))
+    np.savez(tmp_path / "two.npz", a=table, b=table)
+    with pytest.raises(ValueError, match="an .npz of one array"):
+        networks(class_table=str(tmp_path / "two.npz"))
+
+
+def test_the_weights_of_a_loss_may_lie_in_several_files(tmp_path):
+    """VGG16 and LPIPS' heads, as config.features.paths names them: joined by "+"."""
+    layers = zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), [3] + 12 * [4], strict=True)
+    weights = {}
+    for number, inputs in layers:
+        weights[f"features.{number}.weight"] = np.ones((4, inputs, 3, 3), np.float32)
+        weights[f"features.{number}.bias"] = np.ones(4, np.float32)
+    for name in ("vgg.npz", "vgg+16.npz"):
+        np.savez(tmp_path / name, **weights)
+    heads = {f"lin{k}.model.1.weight": np.ones((1, 4, 1, 1), np.float32) for k in range(5)}
+    np.savez(tmp_path / "heads.npz", **heads)
+    settings = fields.defaults("distill").features.to_dict() | {"names": ("vgg16_lpips",)}
+
+    def load(path):
+        (found,), unfitted = loss_networks.load_features(
+            settings | {"paths": {"vgg16_lpips": str(path)}}, None
+        )
+        assert not unfitted
+        return found.params
+
+    assert len(load(f"{tmp_path / 'vgg.npz'}+{tmp_path / 'heads.npz'}")["lin"]) == 5
+    assert "lin" not in load(tmp_path / "vgg+16.npz")  # a "+" in a file's own name
