@@ -7,15 +7,19 @@ again = model.reconstruct(z, labels)
 scales, labels = model.cascade("2x,4x", num=16)            # teachers: beyond the trained size
 """
 
+import os
 import pathlib
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from cheapscale import teacher
 from cheapscale.cascade.sample import CascadeSamples, cascade
+from cheapscale.data.numbers import consecutive, whole
+from cheapscale.data.pixels import check_finite, from_uint8, pictures
 from cheapscale.teacher.cost import sampler_cost
-from cheapscale.teacher.sampling import Samples, inverter, one_step, sample
+from cheapscale.teacher.sampling import Samples, check_labels, inverter, one_step, sample
 from cheapscale.teacher.teacher import Generator
 from cheapscale.training.mesh import in_batches
 
@@ -43,7 +47,7 @@ class Model:
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of their labels."""
-        return list(self.network.meta["data"]["class_names"])
+        return list(self.network.meta["data"].get("class_names", ()))
 
     def sample(
         self,
@@ -63,7 +67,7 @@ class Model:
             options: `batch_size`, and for teachers steps, method, cfg_scale, spacing; see
                 `teacher.sampling.sampler`.
         """
-        ids = np.arange(start, start + num)
+        ids = consecutive(start, num, (self.resolution, self.resolution, 3))
         return sample(self.network, ids, labels=self.labels(labels, num), seed=seed, **options)
 
     def invert(
@@ -71,10 +75,12 @@ class Model:
     ) -> np.ndarray:
         """z [n, h, w, c] at scale sigma_max: the noise that the ODE maps to the images.
 
-        images: float32 [n, h, w, c] in [-1, 1] at the trained size. labels: the classes of the
-        images, 0 by default. options: nodes (40), clip, batch_size.
+        images: [n, h, w, c] at the trained size, uint8 or floats in [-1, 1]. labels: one class for
+        all images or one for each, 0 by default. options: nodes (40), clip, batch_size.
         """
         self._needs_ode("invert")
+        images = pictures(images)
+        images = from_uint8(images) if images.dtype == np.uint8 else images
         return self._solve("invert", images, labels, options)
 
     def reconstruct(
@@ -83,8 +89,9 @@ class Model:
         """The images of noise z: a teacher solves the ODE back on `invert`'s nodes, a generator
         returns G(z)."""
         if isinstance(self.network, Generator):
-            rows = (np.asarray(z), self._labels_or_zeros(labels, len(z)))
-            return in_batches(one_step, self.network, *rows, **{"batch_size": 64, **options})
+            rows = self._rows(z, labels)
+            images = in_batches(one_step, self.network, *rows, **{"batch_size": 64, **options})
+            return check_finite(images)
         return self._solve("round_trip", z, labels, options)
 
     def cascade(
@@ -112,32 +119,48 @@ class Model:
         """int32 [num] from numbers or class names, repeated in turn; None stays None."""
         if labels is None:
             return None
-        given = [labels] if isinstance(labels, (int, str)) else list(labels)
+        given = [labels] if isinstance(labels, str) or np.ndim(labels) == 0 else list(labels)
+        if not given:
+            raise ValueError("labels are empty: name one class or several, or leave labels out")
+        num = whole(num, "num", 1)
         return np.resize(np.asarray([self._label(label) for label in given], np.int32), num)
 
     def _label(self, label: Any) -> int:
         text = str(label).strip()
-        if text.isdigit():
-            return int(text)
-        if text in self.class_names:
-            return self.class_names.index(text)
+        if isinstance(label, str) and text in self.class_names:
+            number = self.class_names.index(text)
+            if _is_number(text) and int(text) != number:
+                logging.warning("class %s is taken by its name: its number is %d", text, number)
+            return number
+        if _is_number(text):
+            return whole(int(text), "label", high=2**31 - 1)
         known = ", ".join(f"{i} {name}" for i, name in enumerate(self.class_names)) or "none"
         raise ValueError(f"{text!r} is no class: give a number or a name; the classes are {known}")
 
-    def _labels_or_zeros(self, labels: Any, num: int) -> np.ndarray:
-        found = self.labels(labels, num)
-        return np.zeros(num, np.int32) if found is None else found
+    def _rows(self, x: np.ndarray, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(x as float32 [n, h, w, c] of the network's shape, int32 [n] classes)."""
+        x = np.asarray(x, np.float32)
+        if x.shape[1:] != self.network.shape or not len(x):
+            raise ValueError(f"the shape is {x.shape}: give [n, *{self.network.shape}] with n > 0")
+        if np.ndim(labels) and len(labels) not in (1, len(x)):
+            raise ValueError(f"{len(labels)} labels for {len(x)} images: give one for each")
+        found = self.labels(0 if labels is None else labels, len(x))
+        check_labels(found, self.network.num_classes)
+        return check_finite(x, "inputs", fix="give finite numbers"), found
 
     def _solve(self, direction: str, x: np.ndarray, labels: Any, options: dict) -> np.ndarray:
-        run = inverter(self.network, direction=direction, **options)
-        return run(np.asarray(x, np.float32), self._labels_or_zeros(labels, len(x)))
+        return inverter(self.network, direction=direction, **options)(*self._rows(x, labels))
 
     def _needs_ode(self, what: str) -> None:
         if isinstance(self.network, Generator):
             raise ValueError(
                 f"{self.network.workdir} holds a one-step generator, which has no ODE to {what}: "
-                "load the work directory of its teacher (stage=pretrain)"
+                "load the work directory of its teacher, a pretrain run"
             )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def load(workdir: str | pathlib.Path, *, ema: bool = True, step: int | None = None) -> Model:
@@ -146,4 +169,6 @@ def load(workdir: str | pathlib.Path, *, ema: bool = True, step: int | None = No
     ema: load the averaged weights instead of the raw ones. step: the checkpoint's training step, by
     default the newest.
     """
-    return Model(teacher.load(workdir, ema=ema, step=step))
+    if not isinstance(workdir, str | os.PathLike):
+        raise ValueError(f"{workdir!r} is no folder: give the work directory of a run")
+    return Model(teacher.load(os.path.expanduser(workdir), ema=ema, step=step))

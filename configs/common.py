@@ -4,7 +4,9 @@ A config file has three functions. get_config("stage=grow,resolution=64,size=sma
 complete config of one stage; stages(arg) returns the argument strings of a pipeline's stages;
 sweep(name) returns those of a study. An argument string is a list of NAME=VALUE, where NAME is one
 of ARGUMENTS or a field of configs/fields.py, such as prune.k=0.3, total_steps=500 or
-features.paths.inception_v3=FILE. A pipeline sets a field in every stage that has it.
+features.paths.inception_v3=FILE. A comma ends a word, except in brackets or in quotes around the
+whole VALUE. A pipeline sets a field in every stage that has it. Commands also take a field as
+--config.NAME=VALUE.
 """
 
 import ast
@@ -34,9 +36,25 @@ ARGUMENTS = {
     "levels": 0,  # number of resolution levels of the teacher's U-Net; 0: the preset's
     "smoke": False,  # three steps on tiny scenes
 }
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", dict: "a dictionary"}
 PIPELINES = ("pagoda", "one_step", "cascade", "experts")
 # Factors of the learning rate for some tunings of self-cascade, which train few weights.
 TUNING_RATE = {"gain": 10, "2k": 10}
+
+
+# NAME="VALUE" with any commas, or text whose commas stand in brackets.
+WORD = re.compile(r"""[^,=]+=(['"]).*?\1(?=,|$)|(?:\([^)]*\)|[^,])+""", re.DOTALL)
+
+
+def split(arg: str | None) -> list[str]:
+    """The words NAME=VALUE of an argument string."""
+    return [match[0] for match in WORD.finditer(arg or "")]
+
+
+def unquoted(text: str) -> str:
+    """The text without the quotes around it, if it has them."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
 
 
 def parse(arg: str | None) -> tuple[ConfigDict, dict[str, str]]:
@@ -45,62 +63,100 @@ def parse(arg: str | None) -> tuple[ConfigDict, dict[str, str]]:
     A NAME without a value sets a boolean to True. Raises ValueError for an unknown name.
     """
     args, changes = ConfigDict(ARGUMENTS), {}
-    for word in re.split(r",(?![^(]*\))", arg or ""):  # commas in brackets belong to tuples
+    for word in split(arg):
         name, _, text = word.partition("=")
         if name in ARGUMENTS:
             args[name] = typed(name, text or "True", ARGUMENTS[name])
+            if type(args[name]) is int and not 0 <= args[name] <= 2**14:
+                raise ValueError(f"config argument {word}: give a number from 0 to {2**14}")
         elif any(find(name, stage) for stage in fields.STAGES):
             changes[name] = text
         elif name:
             near = difflib.get_close_matches(name, [*ARGUMENTS, *fields.every_field()], 1)
-            hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(ARGUMENTS)}"
-            raise ValueError(f"config argument {name!r} is unknown: {hint}")
+            hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(ARGUMENTS)}."
+            raise ValueError(
+                f"config argument {name!r} is unknown: {hint} A comma ends a word, except in "
+                "quotes around its value, such as 'a,b'"
+            )
     for name, known in (("stage", tuple(fields.STAGES)), ("pipeline", PIPELINES)):
         if args[name] not in known:
             raise ValueError(f"{name} {args[name]!r} is unknown: choose one of {', '.join(known)}")
     return args, changes
 
 
+def word(item: tuple[str, str]) -> str:
+    """The word "NAME=VALUE" of an argument string for a field that a command line gives."""
+    name, text = item
+    known = [field for stage in fields.STAGES if (field := find(name, stage))]
+    if known and isinstance(known[0].default, tuple):
+        text = f"({text.strip('()')})"  # its commas are no new words
+    elif re.search("[,(]", text) and text == unquoted(text):
+        text = f"'{text}'" if "'," not in text else f'"{text}"'
+    return f"{name}={text}"
+
+
 def find(name: str, stage: str) -> fields.Field | None:
-    """The field `name` of a stage, or a field for a key of a free dictionary; None if unknown."""
-    rows = fields.fields(stage)
-    section = name.rpartition(".")[0]
-    holder = rows.get(section)
-    if holder and isinstance(holder.default, dict):
-        return fields.Field(None, f"of {section}")
-    return rows.get(name)
+    """The field `name` of a stage, which may be a key of a dictionary; None if unknown."""
+    return fields.find(name, fields.fields(stage))
 
 
 def typed(name: str, text: str, default: Any) -> Any:
-    """`text` converted to the type of `default`; if that is None, to the Python literal it is."""
+    """`text` converted to the type of `default`; if that is None, to the Python literal it is.
+
+    One entry of a tuple needs no brackets, and its strings need no quotes.
+    """
+    if isinstance(default, (str, dict)):
+        text = unquoted(text)
     if isinstance(default, str):
         return text
     if isinstance(default, bool) and text.lower() in ("1", "true", "0", "false"):
         return text.lower() in ("1", "true")
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
+    if isinstance(default, tuple):
+        if isinstance(value, str):
+            value = tuple(filter(None, re.split("[, ]+", value.strip("()[] "))))
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if isinstance(default, float) and isinstance(value, int):
         value = float(value)
     if default is not None and type(value) is not type(default):
-        kind = type(default).__name__
-        raise ValueError(f"config argument {name}={text}: {text!r} is no {kind}: give a {kind}")
+        kind = KINDS[type(default)]
+        raise ValueError(f"{name}={text}: {text!r} is not {kind}: give one, as {name}={default}")
     return value
 
 
-def change(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
-    """The config with values such as {"optim.lr": 1e-3}, as far as its stage has the fields."""
+def change(config: ConfigDict, values: dict[str, Any], *, strict: bool = False) -> ConfigDict:
+    """The config with values such as {"optim.lr": 1e-3}, as far as its stage has the fields.
+
+    strict: raise ValueError for a field that the stage lacks.
+    """
     for name, value in values.items():
         field = find(name, config.stage)
+        if field is None and strict:
+            raise ValueError(fields.unknown(name, config.stage))
         if field is None:
             continue
         *sections, last = name.split(".")
         place = config
         for section in sections:
+            if section not in place:  # a dictionary in a dictionary, such as data.options.where
+                place[section] = ConfigDict()
             place = place[section]
-        place[last] = typed(name, value, field.default) if isinstance(value, str) else value
+        value = typed(name, value, field.default) if isinstance(value, str) else value
+        with place.ignore_type():  # `fields.check` knows the types
+            place[last] = value
     return config
+
+
+def options(words: list[str]) -> dict[str, Any]:
+    """The options of a data set from words such as "skip_corrupt=True"."""
+    config = fields.defaults("pretrain")
+    pairs = (one.partition("=") for one in words)
+    change(config, {f"data.options.{name}": text for name, _, text in pairs}, strict=True)
+    fields.check(config)
+    return config.data.options.to_dict()
 
 
 def train(steps: int, lr: float, batch: int, more: dict[str, Any] | None = None) -> dict:
@@ -199,6 +255,8 @@ def widths(known: dict[int, int], resolution: int, first: int) -> tuple[int, ...
 
 def keep_levels(model: ConfigDict, levels: int) -> None:
     """Keep only the `levels` highest resolutions of the U-Net."""
+    if levels > len(model.channel_mult):
+        raise ValueError(f"levels={levels}: this size has {len(model.channel_mult)}, give fewer")
     sides = [model.resolution >> level for level in range(levels)]
     model.channel_mult = model.channel_mult[:levels]
     model.attention = tuple(side for side in model.attention if side in sides)
@@ -250,10 +308,11 @@ def image_stages(
         top = args.top or 2 * base
         return [*first, *(f"stage=cascade,resolution={r}" for r in doublings(base, top))]
     first += ["stage=invert", "stage=distill"]
-    top = args.top or row.get("top", data.top)
-    if args.pipeline == "one_step" or top <= base:
+    if args.pipeline == "one_step":
         return first
-    reached = [top] if args.jump else doublings(base, top)
+    top = args.top or max(row.get("top", data.top), base)
+    reached = doublings(base, top)
+    reached = reached[-1:] if args.jump else reached
     return first + [f"stage=grow,resolution={r}" for r in reached]
 
 
@@ -261,7 +320,7 @@ def doublings(base: int, top: int) -> list[int]:
     """The resolutions 2 * base, 4 * base, ... `top`."""
     if top not in [base << n for n in range(12)]:
         near = base << max((top // base).bit_length() - 1, 1)
-        raise ValueError(f"top={top} is no doubling of the base {base}: give top={near}, say")
+        raise ValueError(f"top={top} is no doubling of the base {base}: give --arg=top={near}, say")
     return [base << n for n in range(1, (top // base).bit_length())]
 
 

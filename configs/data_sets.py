@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 
 class DataSet(NamedTuple):
-    """A data set. name: that of `cheapscale.data.sources`. base, top: resolutions at which its
+    """A data set. name: that of `cheapscale.data.sources`. num_classes: -1 for as many as the
+    images have. base, top: resolutions at which its
     pipelines begin and end. flip: whether mirror images are valid. options: of the source."""
 
     name: str
@@ -39,19 +40,23 @@ DATA_SETS = {
 }  # fmt: skip
 
 
-def folder(data_dir: str) -> tuple[str, str, int]:
-    """(training split, evaluation split, number of classes) of a folder of images.
+def folder(data_dir: str) -> tuple[str, str]:
+    """(training split, evaluation split) of a folder of images.
 
     The layout is DIR/train/<class>/*.png with DIR/val or DIR/test; or DIR/<class>/*.png or
     DIR/*.png, where the last tenth of the images is used for evaluation. Sub-folders are classes.
+    Without a name the latter, so that the fields can be printed.
     """
+    if not data_dir:
+        return "all[:90%]", "all[90%:]"
+    if os.path.isfile(data_dir):
+        raise ValueError(
+            f"{data_dir!r} is a file: unpack it, and give --arg=data_dir=DIR, its folder"
+        )
     if not os.path.isdir(data_dir):
-        raise ValueError(f"there is no folder {data_dir!r}: give data_dir=DIR, your images")
+        raise ValueError(f"there is no folder {data_dir!r}: give --arg=data_dir=DIR, your images")
     found = {entry.name for entry in os.scandir(data_dir) if entry.is_dir()}
     if "train" in found:
         held = [split for split in ("val", "test", "validation") if split in found]
-        splits = ("train", held[0]) if held else ("train[:90%]", "train[90%:]")
-        root = os.path.join(data_dir, "train")
-    else:
-        splits, root = ("all[:90%]", "all[90%:]"), data_dir
-    return *splits, sum(entry.is_dir() for entry in os.scandir(root))
+        return ("train", held[0]) if held else ("train[:90%]", "train[90%:]")
+    return "all[:90%]", "all[90%:]"

@@ -10,16 +10,20 @@ checked here. A stage itself checks the rest, for example that a teacher fits th
 
 import difflib
 import math
+import sys
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 
 class Field(NamedTuple):
-    """A field of a config. Its type is that of its default; {} is a dictionary with any keys, such
-    as --config.features.paths.NAME.
+    """A field of a config. Its type is that of its default; None is any type.
 
-    choices, low, high: allowed values, or least and largest value; for a tuple, of each entry.
+    choices, low, high: allowed values, or least and largest value; for a tuple, of each entry. The
+      entries of a tuple are whole numbers if it has a range, else texts. Numbers are finite, and
+      whole ones have 32 bits.
+    keys: for a dictionary the fields of its keys, which a config need not have; or one field for
+      all keys, such as --config.features.paths.NAME.
     """
 
     default: Any
@@ -27,10 +31,24 @@ class Field(NamedTuple):
     choices: tuple = ()
     low: float = -math.inf
     high: float = math.inf
+    keys: Any = None
 
 
+ANY = Field(None, "any value")
+OPTIONS = {  # of open_source (cheapscale/data/sources.py)
+    "cache": Field(True, "keep decoded images in memory; left out: if they take at most 1 GiB"),
+    "unlabelled": Field(False, "ignore the labels"),
+    "size": Field(20000, "scenes: number of images", low=1),
+    "seed": Field(0, "scenes: seed of the images", low=0, high=2**32 - 1),
+    "single": Field(False, "scenes: draw only the main object"),
+    "where": Field({}, "TFDS: fields that a record must have, as where.NAME=VALUE", keys=ANY),
+    "allow_upscale": Field(False, "enlarge images that are too small"),
+    "skip_corrupt": Field(False, "folder: leave out images that do not decode"),
+    "probe": Field(True, "folder: read every header at the start"),
+    "train_split": Field("train", "folder: split whose classes have the numbers of all splits"),
+}
 RUN = {
-    "seed": Field(0, "seed of weights, data order and noise", low=0),
+    "seed": Field(0, "seed of weights, data order and noise", low=0, high=2**32 - 1),
     "total_steps": Field(1000, "number of updates of the whole run", low=0),
     "batch_size": Field(64, "images per update, over all devices", low=1),
     "log_every": Field(50, "steps between two lines of the log", low=1),
@@ -38,6 +56,7 @@ RUN = {
     "save_every": Field(1000, "steps between two checkpoints", low=1),
     "keep": Field(2, "number of newest checkpoints to keep", low=1),
     "resume": Field("", "work directory of another run of this stage to continue"),
+    "accept_other_data": Field(False, "resume although the images have changed"),
 }
 MESH = {
     "fsdp": Field(1, "devices over which large parameters are split", low=1),
@@ -47,32 +66,38 @@ DATA = {
     "split": Field("train", "split of the training images; also a slice, train[:50%]"),
     "eval_split": Field("test", "split of the images for evaluation"),
     "data_dir": Field("", "folder of the images, or of the TFDS data sets"),
-    "resolution": Field(8, "height and width of the images in pixels", low=1),
+    "resolution": Field(8, "height and width of the images in pixels", low=1, high=2**14),
     "flip": Field(True, "mirror half of the images"),
-    "num_threads": Field(1, "threads that read images", low=1),
-    "options": Field({}, "options of the source (cheapscale/data/sources.py)"),
+    "num_threads": Field(1, "threads that read images", low=1, high=1024),
+    "options": Field({}, "options of the source", keys=OPTIONS),
 }
 EMA = {"decay": Field(0.999, "decay of the moving average of the weights", low=0, high=1)}
 
-MODEL = Field({}, "fields of the U-Net (cheapscale/models/plan.py, UNetConfig)")
+MODEL = Field(
+    {},
+    "fields of the U-Net (cheapscale/models/plan.py); num_classes=-1: those of the images",
+    keys=ANY,
+)
 DIFFUSION = {  # Karras et al. 2022 (arXiv 2206.00364), Table 1, in PaGoDA's range
     "process": Field("edm", "noise process", ("edm", "linear", "scaled_linear", "cosine")),
     "prediction": Field(
         "x0", "VP only: the quantity that the network predicts", ("x0", "eps", "v")
     ),
-    "sigma_min": Field(0.002, "lowest noise level of sampling", low=0),
-    "sigma_max": Field(80.0, "highest noise level, that of the prior", low=0),
-    "rho": Field(7.0, "exponent of Karras' grid", low=1),
-    "sigma_data": Field(0.5, "standard deviation of the data in EDM's preconditioning", low=0),
-    "P_mean": Field(-1.2, "mean of ln sigma in training"),
-    "P_std": Field(1.2, "standard deviation of ln sigma in training", low=0),
+    "sigma_min": Field(0.002, "lowest noise level of sampling", low=1e-6, high=1e6),
+    "sigma_max": Field(80.0, "highest noise level, that of the prior", low=1e-6, high=1e6),
+    "rho": Field(7.0, "exponent of Karras' grid", low=1, high=100),
+    "sigma_data": Field(
+        0.5, "standard deviation of the data in EDM's preconditioning", low=1e-3, high=1e3
+    ),
+    "P_mean": Field(-1.2, "mean of ln sigma in training", low=-20, high=20),
+    "P_std": Field(1.2, "standard deviation of ln sigma in training", low=1e-3, high=20),
 }
 OPTIM = {
     "name": Field("adam", "update rule", ("adam", "adamw", "radam", "sgd")),
     "lr": Field(1e-3, "learning rate", low=0),
     "warmup_steps": Field(0, "updates during which the rate rises linearly", low=0),
     "decay_steps": Field(0, "update at which a cosine decay reaches 0; 0: no decay", low=0),
-    "b2": Field(0.999, "decay of the second moment", low=0, high=1),
+    "b2": Field(0.999, "decay of the second moment", low=0, high=0.999999),
 }
 PRETRAIN = {
     "label_dropout": Field(0.0, "probability of dropping a label, for guidance", low=0, high=1),
@@ -83,9 +108,9 @@ INVERT = {
     "direction": Field(
         "invert", "images to noise, or (sample) noise to images for L_dstl", ("invert", "sample")
     ),
-    "nodes": Field(40, "number of noise levels of Heun's method", low=2),
+    "nodes": Field(40, "number of noise levels of Heun's method", low=2, high=10_000),
     "clip": Field(False, "clamp the denoiser's output to [-1, 1]"),
-    "cfg_scale": Field(1.0, "guidance scale; 1: no guidance"),
+    "cfg_scale": Field(1.0, "guidance scale; 1: no guidance", low=0),
     "dtype": Field("float32", "precision of the stored latents", ("float32", "float16")),
     "per_shard": Field(1024, "latents per file; resuming continues at a file", low=1),
 }
@@ -114,15 +139,19 @@ LOSS = {  # PaGoDA (arXiv 2405.14822): L_rec + lambda L_adv
         False, "step on L_rec, then on L_adv (published code from 256 px on)"
     ),
     "data_proportion": Field(
-        1.0, "share of each class whose pairs are used in L_rec", low=0, high=1
+        1.0, "share of each class whose pairs are used in L_rec", low=1e-6, high=1
     ),
 }
 WIDTHS = Field((32,), "channels of the grown blocks, one entry per doubling", low=1)
 FEATURES = {
     "names": Field(("classifier",), "frozen networks of discriminator and distance"),
-    "paths": Field({}, "weight files by network"),
-    "sha256": Field({}, "SHA-256 of the weight files by network"),
-    "input_size": Field(0, "smaller images are enlarged to this size; 0: the network's", low=0),
+    "paths": Field({}, "weight files by network", keys=Field("", "weight file of a network")),
+    "sha256": Field(
+        {}, "SHA-256 of the weight files by network", keys=Field("", "SHA-256 of a weight file")
+    ),
+    "input_size": Field(
+        0, "smaller images are enlarged to this size; 0: the network's", low=0, high=2**14
+    ),
     "fit_steps": Field(0, "updates of a fitted classifier; 0: its default", low=0),
 }
 DISCRIMINATOR = {
@@ -133,7 +162,7 @@ DISCRIMINATOR = {
 CASCADE = {  # self-cascade (arXiv 2402.10491), Algorithm 1
     "tune": Field("neck", "weights that are trained", ("neck", "gain", "2k", "full", "lora", "ft")),
     "k": Field("t0.7", "restart level, as in --cascade_k"),
-    "sizes": Field((), "resolutions trained together; () is data.resolution"),
+    "sizes": Field((), "resolutions trained together; () is data.resolution", low=1),
     "mode": Field(
         "S",
         "add features to decoder skips, or to its stream (published code)",
@@ -147,7 +176,7 @@ CASCADE = {  # self-cascade (arXiv 2402.10491), Algorithm 1
     "init_from": Field("", "work directory of the tuning at the previous resolution"),
 }
 ASSESS = {  # step-adaptive training (arXiv 2312.13307)
-    "groups": Field(5, "number of experts", low=1),
+    "groups": Field(5, "number of experts", low=1, high=10_000),
     "partition": Field(
         "equal", "equal counts, equal decibels, or clusters of a curve",
         ("equal", "decibels", "snr", "loss", "gradient"),
@@ -158,7 +187,7 @@ ASSESS = {  # step-adaptive training (arXiv 2312.13307)
         ("snr_up", "snr_down", "mid", "flat"),
     ),
     "mean": Field(0.0, "mean share of FLOPs, which replaces k; 0: use k", low=0, high=1),
-    "steps": Field(40, "steps of the sampler that the experts are made for", low=2),
+    "steps": Field(40, "steps of the sampler that the experts are made for", low=2, high=10_000),
     "spacing": Field(
         "karras", "spacing of its levels; all but karras need VP",
         ("karras", "leading", "trailing", "quadratic"),
@@ -223,7 +252,7 @@ STAGE_DEFAULTS = {
 
 def fields(stage: str) -> dict[str, Field]:
     """{"optim.lr": Field, ...}: every field of a stage, with the stage's own default."""
-    if stage not in STAGES:
+    if not isinstance(stage, str) or stage not in STAGES:
         raise ValueError(f"stage {stage!r} is unknown: choose one of {', '.join(STAGES)}")
     rows = {"stage": Field(stage, "name of the stage", tuple(STAGES))}
     for name, row in (COMMON | STAGES[stage]).items():
@@ -236,9 +265,14 @@ def fields(stage: str) -> dict[str, Field]:
     return rows
 
 
-def every_field() -> set[str]:
-    """The names of the fields of all stages."""
-    return {name for stage in STAGES for name in fields(stage)}
+def every_field(*stages: str) -> list[str]:
+    """The names of the fields of some stages, or of all; with the named keys of dictionaries."""
+    names: dict[str, None] = {}
+    for stage in stages or STAGES:
+        for name, field in fields(stage).items():
+            keys = field.keys if isinstance(field.keys, dict) else {}
+            names |= dict.fromkeys([name, *(f"{name}.{key}" for key in keys)])
+    return list(names)
 
 
 def defaults(stage: str) -> ConfigDict:
@@ -255,30 +289,44 @@ def defaults(stage: str) -> ConfigDict:
     return config
 
 
+def find(name: str, rows: dict[str, Field]) -> Field | None:
+    """The field `name`, which may be a key of a dictionary; None if `rows` has no such field."""
+    if name in rows:
+        return rows[name]
+    section, _, key = name.rpartition(".")
+    holder = find(section, rows) if section else None
+    if holder is None or holder.keys is None:
+        return ANY if holder is ANY else None
+    return holder.keys.get(key) if isinstance(holder.keys, dict) else holder.keys
+
+
 def check(config: ConfigDict) -> None:
     """Raise ValueError for the first field that is unknown or missing or has an invalid value."""
     if "stage" not in config:
         raise ValueError(f"the config has no stage: choose one of {', '.join(STAGES)}")
     rows = fields(config.stage)
     given = flat(config, rows)
-    for name in given:
-        if name not in rows:
-            raise ValueError(unknown(name, config.stage, rows))
+    for name, value in given.items():
+        field = find(name, rows)
+        if field is None:
+            raise ValueError(unknown(name, config.stage))
+        if why := fault(value, field):
+            raise ValueError(f"config.{name} is {value!r}, {why}: {remedy(name, field)}")
     for name, field in rows.items():
-        if name not in given:
+        if name not in given and not any(key.startswith(f"{name}.") for key in given):
             raise ValueError(
                 f"the config has no {name}: give it, as --config.{name}={field.default}"
             )
-        if why := fault(given[name], field):
-            raise ValueError(f"config.{name} is {given[name]!r}, {why}: {remedy(name, field)}")
 
 
 def flat(config: ConfigDict, rows: dict[str, Field], prefix: str = "") -> dict[str, Any]:
-    """{"optim.lr": value, ...} of a config; a dictionary with free keys is one value."""
+    """{"optim.lr": value, ...} of a config; a dictionary without named keys is one value."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         path = prefix + name
-        if isinstance(value, (dict, ConfigDict)) and path not in rows:
+        field = find(path, rows)
+        inside = field is None or field.keys not in (None, ANY)
+        if isinstance(value, (dict, ConfigDict)) and value and inside:
             found |= flat(value, rows, f"{path}.")
         else:
             found[path] = value.to_dict() if isinstance(value, ConfigDict) else value
@@ -287,16 +335,25 @@ def flat(config: ConfigDict, rows: dict[str, Field], prefix: str = "") -> dict[s
 
 def fault(value: Any, field: Field) -> str:
     """The reason why `value` is invalid for the field, or ""."""
-    kind, default = type(field.default), field.default
+    kind = type(field.default)
+    if field.default is None:
+        return ""
     kinds = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
     if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
         return f"not of type {kind.__name__}"
-    entries = value if isinstance(default, tuple) else (value,)
+    entries = value if kind is tuple else (value,)
+    entry_kind = int if math.isfinite(field.low) else str
+    if kind is tuple and any(type(entry) is not entry_kind for entry in entries):
+        return f"with entries not of type {entry_kind.__name__}"
     if field.choices and any(entry not in field.choices for entry in entries):
         return f"not one of {', '.join(repr(choice) for choice in field.choices)}"
-    numbers = [entry for entry in entries if isinstance(entry, (int, float))]
-    if not all(field.low <= number <= field.high for number in numbers):
-        return limits(field)
+    most = sys.float_info.max if kind is float else 2**31 - 1
+    most = field.high if math.isfinite(field.high) else most
+    for number in (entry for entry in entries if isinstance(entry, (int, float))):
+        if not field.low <= number <= field.high:  # a NaN is in no range
+            return f"not {limits(field) or 'a number'}"
+        if abs(number) > most:
+            return "not finite" if kind is float else f"above {most}"
     return ""
 
 
@@ -313,12 +370,22 @@ def remedy(name: str, field: Field) -> str:
     return f"give another, as --config.{name}={value}"
 
 
-def unknown(name: str, stage: str, rows: dict[str, Field]) -> str:
+def unknown(name: str, stage: str) -> str:
     """The error for a field that a stage lacks, with the most similar field that it has."""
-    near = difflib.get_close_matches(name, rows, 1, 0.5)
-    section = name.rpartition(".")[0]
-    known = near or [row for row in rows if row.rpartition(".")[0] == section] or list(rows)
-    return f"config.{name} is no field of stage {stage}: leave it out, or did you mean {known[0]}?"
+    names = every_field(stage)
+    section, _, key = name.rpartition(".")
+    holder = find(section, fields(stage))
+    if holder and isinstance(holder.keys, dict):
+        near = [f"{section}.{one}" for one in difflib.get_close_matches(key, holder.keys, 1)]
+        if not near:
+            return f"--config.{name} is no field: {section} takes {', '.join(holder.keys)}"
+    else:
+        near = difflib.get_close_matches(name, names, 1, 0.5)
+    known = near or [row for row in names if row.rpartition(".")[0] == section] or names
+    return (
+        f"--config.{name} is no field of stage {stage}: leave it out, or did you mean "
+        f"--config.{known[0]}?"
+    )
 
 
 def describe(config: ConfigDict) -> str:
@@ -326,13 +393,12 @@ def describe(config: ConfigDict) -> str:
     rows = fields(config.stage)
     given = flat(config, rows)
     lines, section = [], None
-    for name, field in rows.items():
-        if name == "stage":
-            continue
+    for name in every_field(config.stage)[1:]:  # all but the stage
         if section != (section := name.rpartition(".")[0]):
             lines.append("")
+        field = find(name, rows)
         may = " | ".join(str(choice) or "''" for choice in field.choices) or limits(field)
-        kind = "any keys" if isinstance(field.default, dict) else type(field.default).__name__
+        kind = "NAME=VALUE" if field.keys else type(field.default).__name__
         note = f"{field.meaning} ({may or kind})"
         lines.append(f"--config.{name}={given.get(name, field.default)}".ljust(52) + f"  {note}")
     return "\n".join([f"stage {config.stage}", *lines])

@@ -5,8 +5,8 @@
 
 Data: DIR/<class>/*.jpg, or DIR/*.jpg without classes. With DIR/train and DIR/val these are the
 splits; otherwise the last tenth of the images is used for evaluation. The shorter side of every
-image must have at least `top` pixels (or set data.options.allow_upscale=True);
-data.options.skip_corrupt=True leaves out unreadable files.
+image must have at least `top` pixels (or set --config.data.options.allow_upscale=True);
+--config.data.options.skip_corrupt=True leaves out unreadable files.
 base: the teacher's resolution: 8, 16 or 32 px (size=cpu), 16, 32 or 64 px (size=gpu).
 Hardware: size=cpu with 1,500 images from 16 to 64 px takes about an hour on 2 cores.
 """
@@ -23,8 +23,9 @@ RUNS = {"cpu": common.CPU, "gpu": common.GPU}
 
 def tables(arg: str) -> tuple[dict[str, dict], data_sets.DataSet]:
     """({size: row}, data set) for the folder and the base resolution in `arg`."""
-    args, _ = common.parse(arg)
-    split, eval_split, classes = data_sets.folder(args.data_dir)
+    args, changes = common.parse(arg)
+    data_dir = common.typed("data.data_dir", changes.get("data.data_dir", args.data_dir), "")
+    split, eval_split = data_sets.folder(data_dir)
     base = args.base or 16
     rows = {
         size: RUNS[size] | {"model": models[base], "split": split}
@@ -33,7 +34,7 @@ def tables(arg: str) -> tuple[dict[str, dict], data_sets.DataSet]:
     }
     if not rows:
         raise ValueError(f"base={base} has no preset: choose 8, 16, 32 or 64")
-    data = data_sets.DataSet("folder", classes, base, top=4 * base, eval_split=eval_split)
+    data = data_sets.DataSet("folder", -1, base, top=4 * base, eval_split=eval_split)
     return rows, data
 
 

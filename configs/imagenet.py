@@ -4,7 +4,8 @@ Paper: Kim et al. 2024 (arXiv 2405.14822), section 5 and Table 1: FID 1.21 / 1.4
 / 128 / 256 / 512 px in one step. Not run here: the paper used one node of 8 H100 up to 256 px and
 64 A100 for 512 px; for the 64-px teacher it took EDM's, 32 A100 at batch 4096.
 
-Data: an image folder, DIR/train/<class>/*.JPEG and DIR/val/<class>/*.JPEG. Feature networks: weight
+Data: an image folder, DIR/train/<class>/*.JPEG and DIR/val/<class>/*.JPEG; one that does not have
+1,000 classes needs --config.model.num_classes=-1, as many as it has. Feature networks: weight
 files of DeiT-B distilled and EfficientNet-lite0 (timm's names, see the README).
 
     python -m launch.train --config=configs/imagenet.py:stage=pretrain,data_dir=DIR --workdir=teacher

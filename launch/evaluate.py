@@ -1,6 +1,6 @@
 """Score any checkpoint, folder or file of images against a data set.
 
-    python -m launch.evaluate --model=runs/quick/grow32 --num=5000 --workdir=runs/eval
+    python -m launch.evaluate --model=runs/quickstart/grow32 --num=5000 --workdir=runs/eval
     python -m launch.evaluate --model=runs/teacher --steps=18 --workdir=runs/eval_teacher \\
         --network=inception_v3=pt_inception.pth --reference=imagenet64.npz --metrics=fd,score
     python -m launch.evaluate --images=samples.npz --data=cifar10 --data_dir=DIR --resolution=32 \\
@@ -25,6 +25,7 @@ from absl import flags
 from cheapscale import features
 from cheapscale.data import sources
 from cheapscale.data.digest import digest
+from cheapscale.data.numbers import LARGEST
 from cheapscale.data.pixels import from_uint8
 from cheapscale.diffusion.noise import SPACINGS
 from cheapscale.diffusion.samplers import METHODS
@@ -42,19 +43,22 @@ from cheapscale.features import clip as clip_network
 from cheapscale.features import tokenizer
 from cheapscale.features.fitted import fit_classifier
 from cheapscale.teacher.cost import sampler_cost
+from cheapscale.teacher.data import match_classes
 from cheapscale.teacher.load import load
-from cheapscale.teacher.sampling import ODE_OPTIONS, Model, check_labels
+from cheapscale.teacher.sampling import MOST_STEPS, ODE_OPTIONS, Model, check_labels
 from cheapscale.teacher.teacher import Generator
 from cheapscale.training import jobs
 from cheapscale.training.log import image_grid, save_png
 from cheapscale.training.loop import provenance
 from cheapscale.training.mesh import barrier
-from launch.command import execute, named_file, start
+from configs import common
+from launch.command import execute, named_file, required, start
 
 DEFAULT_METRICS, TRAIN_METRICS = ("fd", "kid", "prdc"), ("memorisation", "floor")
 SAME_NAME = ("insist", "resize", "patch", "num_reference", "num_train", "batch_size", "per_shard")
 COST = ("nfe", "parameters", "flops_per_image", "seconds_per_image", "peak_bytes",
         "training_flops", "training_device_seconds")  # fmt: skip
+MOST_IMAGES = 10_000_000  # to sample or measure in one run; a larger number is a mistake
 FLAGS = flags.FLAGS
 
 
@@ -65,25 +69,33 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder for shards and results.")
     flags.DEFINE_string("data", None, "Data set to compare with (default: the model's).")
     flags.DEFINE_string("data_dir", "", "Folder of that data set (default: the model's).")
-    flags.DEFINE_string("split", "test", "Split with held-out images.")
-    flags.DEFINE_string("train_split", "train", "Split with training images; '' for none.")
-    flags.DEFINE_integer("resolution", 0, "Resolution of --images (default: the model's).")
-    flags.DEFINE_list("metrics", [], f"Some of {', '.join(METRICS)}.")
-    flags.DEFINE_integer("num", 50_000, "Images to generate, or most to read.", lower_bound=2)
-    flags.DEFINE_integer("num_reference", 50_000, "Largest number of real images.", lower_bound=2)
-    flags.DEFINE_integer(
-        "num_train", 50_000, "Largest number of training images, for memorisation and floor."
+    flags.DEFINE_multi_string(
+        "options", [], "NAME=VALUE of the data set, also as --config.data.options.probe=False."
     )
+    flags.DEFINE_string("split", "test", "Split with held-out images (default: the model's).")
+    flags.DEFINE_string(
+        "train_split", "train", "Split with training images (default: the model's); '' for none."
+    )
+    flags.DEFINE_integer(
+        "resolution", 0, "Resolution of --images (default: the model's).", 0, 2**14
+    )
+    flags.DEFINE_list("metrics", [], f"Some of {', '.join(METRICS)}.")
+    flags.DEFINE_integer("num", 50_000, "Images to generate, or most to read.", 2, MOST_IMAGES)
+    flags.DEFINE_integer("num_reference", 50_000, "Largest number of real images.", 2, MOST_IMAGES)
+    flags.DEFINE_integer(
+        "num_train", 50_000, "Largest number of training images, for memorisation and floor.", 2,
+        MOST_IMAGES,
+    )  # fmt: skip
     flags.DEFINE_multi_string("network", [], "NAME or NAME=FILE of a feature network.")
     flags.DEFINE_multi_string("sha256", [], "NAME=HASH that the file of network NAME must have.")
     flags.DEFINE_multi_string("reference", [], "Statistics (.npz) to use in place of real images.")
     flags.DEFINE_enum(
         "resize", "network", ["network", "clean", "tf1"], "Resizing to the network's input size."
     )
-    flags.DEFINE_integer("batch_size", 64, "Images per call.", lower_bound=1)
-    flags.DEFINE_integer("per_shard", 1000, "Images per shard.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed of the latents.")
-    flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", lower_bound=2)
+    flags.DEFINE_integer("batch_size", 64, "Images per call.", 1, LARGEST)
+    flags.DEFINE_integer("per_shard", 1000, "Images per shard.", 1, LARGEST)
+    flags.DEFINE_integer("seed", 0, "Seed of the latents.", 0, LARGEST)
+    flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", 2, MOST_STEPS)
     flags.DEFINE_enum(
         "method", "heun", METHODS,
         "Teacher: solver; euler is DDIM, ancestral DDPM's.",
@@ -91,11 +103,13 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "spacing", "karras", SPACINGS, "Teacher: spacing of levels; all but karras need VP."
     )
-    flags.DEFINE_float("cfg_scale", 1.0, "Teacher: guidance scale; 1 is none.")
+    flags.DEFINE_float("cfg_scale", 1.0, "Teacher: guidance scale; 1 is none.", 0)
     flags.DEFINE_bool("ema", True, "Use the EMA weights.")
-    flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).")
-    flags.DEFINE_integer("patch", 0, "Side of the crops of the metric 'patch'.")
-    flags.DEFINE_integer("base", 0, "Base resolution of the metric 'base' (default: the model's).")
+    flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).", 0, LARGEST)
+    flags.DEFINE_integer("patch", 0, "Side of the crops of the metric 'patch'.", 0, 2**14)
+    flags.DEFINE_integer(
+        "base", 0, "Base resolution of the metric 'base' (default: the model's).", 0, 2**14
+    )
     flags.DEFINE_string("clip", None, "NAME=FILE of a CLIP network, for the metric 'clip'.")
     flags.DEFINE_list("vocabulary", [], "CLIP's bpe_simple_vocab file, or vocab.json,merges.txt.")
     flags.DEFINE_string("prompt", "a photo of a {}", "Text for 'clip'; {} is the class's name.")
@@ -105,7 +119,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("insist", False, "Allow a network that a loss used; metric names mark it.")
     flags.DEFINE_bool("cost", True, "Measure seconds, FLOPs and memory of the sampler too.")
     flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
-    flags.mark_flag_as_required("workdir")
+    required("workdir", "runs/eval")
 
 
 def solver_flags(model: Model) -> dict:
@@ -121,16 +135,20 @@ def open_pairs(model: Model | None, real, train) -> image_sets.Pairs:
     if model is None:
         if not FLAGS.targets:
             raise ValueError("reconstruction of --images compares with --targets=FOLDER_OR_NPZ")
-        images, targets = (
-            image_sets.file_images(path, FLAGS.resolution, FLAGS.num)
-            for path in (FLAGS.images, FLAGS.targets)
-        )
+        images, targets = (open_images(path) for path in (FLAGS.images, FLAGS.targets))
         return image_sets.file_pairs(images, targets)
     if not isinstance(model, Generator):
         return image_sets.teacher_pairs(model, real, nodes=FLAGS.steps, **options)
     if not FLAGS.latents:
         raise ValueError("reconstruction by a generator needs its latent store: give --latents=DIR")
     return image_sets.generator_pairs(model, train, FLAGS.latents, **options)
+
+
+def open_images(path: str) -> image_sets.Images:
+    """The images of a folder or file, opened with those of the data set's options that apply."""
+    given = common.options(FLAGS.options).items()
+    options = {name: value for name, value in given if name in image_sets.FOLDER_OPTIONS}
+    return image_sets.file_images(path, FLAGS.resolution, FLAGS.num, **options)
 
 
 def open_network(entry: str, **options) -> features.FeatureNetwork:
@@ -159,6 +177,13 @@ def open_networks(train, steps: int | None) -> tuple[list[features.FeatureNetwor
         "set, so the numbers are not comparable with published ones"
     )
     return [fit_classifier(train, purpose="metric", steps=steps)], [text]
+
+
+def class_names(model: Model | None, real) -> list[str]:
+    """The names of the classes whose numbers the images' labels are."""
+    if model:
+        return list(model.meta["data"]["class_names"])
+    return list(real.class_names) if real else []
 
 
 def open_clip(class_names: list[str]) -> Clip:
@@ -216,24 +241,39 @@ def open_splits(model: Model | None) -> tuple[Any, Any]:
         raise ValueError("--images needs --resolution: a data set is opened at it")
     same = name == own.get("name")
     data = own if same else {"split": "", "options": {}}
-    data = data | {"name": name, "data_dir": FLAGS.data_dir or own.get("data_dir", "")}
+    options = data["options"] | common.options(FLAGS.options)
+    split = own["eval_split"] if same and not FLAGS["split"].present else FLAGS.split
+    own_dir = "" if name == "scenes" else own.get("data_dir", "")
+    data = data | {"name": name, "data_dir": FLAGS.data_dir or own_dir}
+    data["options"] = options
     if same and not FLAGS["train_split"].present:
         train_split = own["split"]
     resolution = model.net.config.output_resolution if model else FLAGS.resolution
-    return tuple(
+    opened = tuple(
         sources.open_data(data, split=split, resolution=resolution) if split else None
-        for split in (FLAGS.split, train_split)
+        for split in (split, train_split)
     )
+    for source in opened if model else ():
+        if source and source.num_classes:
+            match_classes(model.meta, model.num_classes, source, FLAGS.model)
+    return opened
 
 
 def images_to_measure(model: Model | None, real, train) -> image_sets.Images:
     """The model's samples, with the class frequencies of its training images, or --images."""
     if model is None:
-        return image_sets.file_images(FLAGS.images, FLAGS.resolution, FLAGS.num)
+        return open_images(FLAGS.images)
     labels = None
     if model.num_classes:
         # Other class frequencies than those of the data would raise the Frechet distance.
-        labels = (train or real).class_mix(FLAGS.num)
+        mix = next((source for source in (train, real) if source and source.num_classes), None)
+        if mix is None:
+            raise ValueError(
+                f"{FLAGS.model} has {model.num_classes} classes, but no images are given whose "
+                "labels say how many samples each gets: give labelled images in --train_split, "
+                "or sample it first and give --images"
+            )
+        labels = mix.class_mix(FLAGS.num)
         check_labels(labels, model.num_classes)
     options = {"seed": FLAGS.seed, "batch_size": FLAGS.batch_size} | solver_flags(model)
     resolution = model.net.config.output_resolution
@@ -266,7 +306,7 @@ def run() -> dict:
         train,
         references=FLAGS.reference,
         used_in_loss=model.meta.get("frozen_networks", {}) if model else {},
-        clip=open_clip(list(real.class_names) if real else []) if FLAGS.clip else None,
+        clip=open_clip(class_names(model, real)) if FLAGS.clip else None,
         pairs=open_pairs(model, real, train) if "reconstruction" in metrics else None,
         # The published LPIPS does not resize images; input_size=0 keeps their size.
         lpips=open_network(FLAGS.lpips, input_size=0) if FLAGS.lpips else None,
@@ -290,7 +330,7 @@ def report(summary: dict, warnings: list[str], model: Model | None, evaluation: 
         summary["images"] = FLAGS.images
     summary |= {
         "data": evaluation.real and evaluation.real.name,
-        "split": FLAGS.split,
+        "split": evaluation.real and evaluation.real.split,
         "resolution": evaluation.generated.resolution,
         "references": list(FLAGS.reference),
         "resize": FLAGS.resize,

@@ -20,15 +20,20 @@ import importlib.util
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags, logging
+from flax.traverse_util import flatten_dict
 
 from cheapscale import features
+from cheapscale.data.sources import open_data
 from cheapscale.evaluation import report
 from cheapscale.teacher.experts import group_folder
+from cheapscale.training.checkpoint import PLACES, has_results, read_meta, saved_steps
 from cheapscale.training.log import duration
-from launch.command import execute, named_file, start, write_record
+from configs import common, fields
+from launch.command import execute, named_file, pipeline_flags, required, start, write_record
 from launch.train import run
 
 
@@ -40,7 +45,12 @@ def load_module(path: str):
         )
     spec = importlib.util.spec_from_file_location("config_file", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it may raise anything
+        raise ValueError(
+            f"the config file {path} is not in order: {type(error).__name__}: {error}"
+        ) from error
     return module
 
 
@@ -49,6 +59,11 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
     module = load_module(path)
     if not hasattr(module, "stages"):
         raise ValueError(f"{path} describes no pipeline: it has no stages(arg)")
+    if is_stage(arg):
+        raise ValueError(
+            f"a pipeline runs all of its stages: leave stage=... out of {arg!r}, or run "
+            f"launch.train --config={path}:{arg}"
+        )
     root = pathlib.Path(workdir)
     places = {"teacher": root / "pretrain", "latents": root / "latents", "experts": root / "set"}
     planned = []
@@ -70,7 +85,36 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
             config.cascade.init_from = str(places.get("tuned", ""))
             places["tuned"] = folder
         planned.append((folder, config))
+    for name in common.parse(arg)[1]:
+        if not any(common.find(name, config.stage) for _, config in planned):
+            raise ValueError(f"no stage of this pipeline has the field {name}: leave it out")
+    for _, config in planned:  # at once, and not hours later when the stage begins
+        fields.check(config)
     return planned
+
+
+def check_order(planned: list[tuple[str, Any]]) -> None:
+    """Raise ValueError if a finished stage would train on, from which a later one has begun."""
+    for position, (folder, config) in enumerate(planned):
+        if not saved_steps(folder):
+            continue
+        step, meta = read_meta(folder)
+        asked = meta.get("config", {}).get("total_steps", config.total_steps)
+        if not (step < config.total_steps and asked < config.total_steps):
+            continue
+        for place, later in planned[position + 1 :]:
+            words = flatten_dict(later.to_dict(), sep=".")
+            made = filter(None, (place, words.get("latents"), words.get("experts")))
+            if folder in map(words.get, PLACES) and any(map(has_results, made)):
+                raise ValueError(
+                    f"total_steps is {config.total_steps}, but {folder} ended at step {step}, from "
+                    f"which {place} was made: name a new --workdir, or leave it at {asked}"
+                )
+
+
+def is_stage(arg: str) -> bool:
+    """Whether an argument string has a stage."""
+    return any(word.startswith("stage=") for word in common.split(arg))
 
 
 def pipeline(
@@ -87,12 +131,31 @@ def pipeline(
     prune; () for all.
     """
     began = time.monotonic()
+    planned = stage_configs(path, arg, workdir)
+    stages = {config.stage for _, config in planned}
+    if measure and "distill" not in stages:
+        raise ValueError(f"--measure={measure[0]} is for pipelines with generators: leave it out")
+    experts = [config.prune.group for _, config in planned if config.stage == "prune"]
+    if absent := sorted(set(groups) - set(experts)):
+        has = f"the groups 0 ... {len(experts) - 1}" if experts else "no experts: leave it out"
+        raise ValueError(f"--groups={absent[0]}: this pipeline has {has}")
+    if groups:
+        planned = [
+            (folder, config)
+            for folder, config in planned
+            if config.stage != "prune" or config.prune.group in groups
+        ]
+    check_order(planned)
     measures = [features.load(*named_file(entry)) for entry in measure]
-    planned = [
-        (folder, config)
-        for folder, config in stage_configs(path, arg, workdir)
-        if not groups or config.stage != "prune" or config.prune.group in groups
-    ]
+    last = planned[-1][1].data
+    # What the last stage cannot read is refused before the first one begins.
+    for split in (last.split, last.eval_split) if "distill" in stages else (last.split,):
+        source = open_data(last, split=split)
+        if "distill" in stages and len(source) < 2:
+            raise ValueError(
+                f"the split {split} holds 1 image, and the report compares with at least 2: add "
+                "images, or give --config.data.eval_split=SPLIT"
+            )
     runs = []
     for position, (folder, config) in enumerate(planned, start=1):
         elapsed, name = duration(time.monotonic() - began), pathlib.Path(folder).name
@@ -110,16 +173,18 @@ def pipeline(
 
 def define() -> None:
     """The command's flags."""
-    flags.DEFINE_string("config", None, "Config file with get_config and stages.")
-    flags.DEFINE_string("arg", "", "Argument string for the config file, e.g. size=quick,seed=1.")
+    pipeline_flags()
     flags.DEFINE_string("workdir", None, "Folder for the folders of all stages.")
-    flags.DEFINE_integer("num_samples", 1000, "Generated images per network in the report.")
+    flags.DEFINE_integer(
+        "num_samples", 1000, "Generated images per network in the report.", 8, 10_000_000
+    )
     flags.DEFINE_multi_string(
         "measure", [], "NAME=FILE of a further feature network for the top resolution."
     )
-    flags.DEFINE_multi_integer("groups", [], "Prune only this expert; may be repeated.")
+    flags.DEFINE_multi_integer("groups", [], "Prune only this expert; may be repeated.", 0, 10_000)
     flags.DEFINE_string("record", None, "Also write the figures to this file.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    required("config", "configs/scenes.py")
+    required("workdir", "runs/mine")
 
 
 def main(argv: list[str] | None = None) -> dict:

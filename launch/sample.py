@@ -9,7 +9,7 @@ or a teacher beyond the size it was trained at, by self-cascade (Guo et al. 2024
     python -m launch.sample --model=runs/quickstart/pretrain --cascade=2x --pivot=photo.png --labels=3
     python -m launch.sample --model=runs/quickstart/pretrain --cascade=2x --tuned=runs/tuned
 
-Image i depends only on the seed and i, not on the batch size or the devices. The command writes
+Image i depends only on the seed and i, not on batch size, devices or JAX_ENABLE_X64. It writes
 samples.npz (uint8 `images`, `labels`, `ids`) and samples.png; the last line is one JSON object. A
 cascade also writes base.npz, the images of its first scale, and preview.png. The rows of the
 preview are: the base enlarged, direct sampling at the last size, the tuning-free cascade, and (with
@@ -29,19 +29,21 @@ from cheapscale.cascade.pivot import KERNELS, read_pivots, resize
 from cheapscale.cascade.plan import named
 from cheapscale.cascade.sample import EXPERT_RULES, make_cascade
 from cheapscale.data.files import atomic_write
+from cheapscale.data.numbers import LARGEST, consecutive
 from cheapscale.data.pixels import to_uint8
 from cheapscale.diffusion.noise import SPACINGS
 from cheapscale.diffusion.samplers import METHODS
 from cheapscale.model import Model
-from cheapscale.teacher.sampling import ODE_OPTIONS
+from cheapscale.teacher.sampling import MOST_STEPS, ODE_OPTIONS, check_labels
 from cheapscale.teacher.teacher import Generator
 from cheapscale.training.log import image_grid, save_png
-from launch.command import execute, start
+from launch.command import execute, required, start
 
 CASCADE_FLAGS = (
     "cascade_k", "coupled", "resize_kernel", "pivot", "pivot_resolution", "expert_rule", "tuned",
     "baseline", "direct", "preview",
 )  # fmt: skip
+BEGINNING = "sampling %d images; every size compiles once, most of a short run"
 
 
 def define() -> None:
@@ -50,21 +52,21 @@ def define() -> None:
         "model", None, "Work directory of a run, or the folder of a set of experts."
     )
     flags.DEFINE_string("out", None, "Folder for the results (default: <model>/samples).")
-    flags.DEFINE_integer("num", 64, "How many images.", lower_bound=1)
-    flags.DEFINE_integer("start", 0, "Number of the first image.", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "Seed of the noise and of random labels.")
+    flags.DEFINE_integer("num", 64, "How many images.", 1, LARGEST)
+    flags.DEFINE_integer("start", 0, "Number of the first image.", 0, LARGEST)
+    flags.DEFINE_integer("seed", 0, "Seed of the noise and of random labels.", 0, LARGEST)
     flags.DEFINE_list("labels", None, "Classes by number or name, repeated; default: at random.")
-    flags.DEFINE_integer("batch_size", 64, "Images per call.", lower_bound=1)
-    flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", lower_bound=2)
+    flags.DEFINE_integer("batch_size", 64, "Images per call.", 1, LARGEST)
+    flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", 2, MOST_STEPS)
     flags.DEFINE_enum(
         "method", "heun", METHODS, "Teacher: solver; euler is DDIM, ancestral DDPM's with noise."
     )
     flags.DEFINE_enum(
         "spacing", "karras", SPACINGS, "Teacher: spacing of levels; all but karras need VP."
     )
-    flags.DEFINE_float("cfg_scale", 1.0, "Teacher: guidance scale; 1 is none.")
+    flags.DEFINE_float("cfg_scale", 1.0, "Teacher: guidance scale; 1 is none.", 0)
     flags.DEFINE_bool("ema", True, "Use the EMA weights.")
-    flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).")
+    flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).", 0, LARGEST)
     flags.DEFINE_string(
         "cascade", "", "Factors per side, 2x,4x, or the last size as height x width, 64x96."
     )
@@ -81,40 +83,47 @@ def define() -> None:
         "How experts are chosen at larger sizes: by noise level or SNR.",
     )
     flags.DEFINE_string("pivot", "", "Picture or .npz that replaces the base samples.")
-    flags.DEFINE_integer("pivot_resolution", 0, "Shrink pivots to this side; 0 keeps their size.")
+    flags.DEFINE_integer(
+        "pivot_resolution", 0, "Shrink pivots to this side; 0 keeps their size.", 0, 2**14
+    )
     flags.DEFINE_list(
         "tuned", [], "Work directories of tuned runs: one for all stages or for each."
     )
     flags.DEFINE_enum("baseline", "", ["", *BASELINES], "Another method for the larger sizes.")
     flags.DEFINE_bool("direct", False, "Also write direct.npz: direct sampling at the last size.")
-    flags.DEFINE_integer("preview", 8, "Columns of preview.png; 0: none.", lower_bound=0)
-    flags.mark_flag_as_required("model")
+    flags.DEFINE_integer("preview", 8, "Columns of preview.png; 0: none.", 0, 1000)
+    required("model", "runs/quickstart/grow32")
 
 
 def sample(given) -> dict:
     """The summary, after sampling and writing the files."""
     stray = [f"--{name}" for name in CASCADE_FLAGS if given[name].present and not given.cascade]
     if stray:
-        raise ValueError(f"{', '.join(stray)} say how to cascade: give --cascade=2x,4x as well")
+        raise ValueError(f"{', '.join(stray)}: only for a cascade: give --cascade=2x,4x as well")
     model = cheapscale.load(given.model, ema=given.ema, step=given.step)
     ode = [f"--{name}" for name in ODE_OPTIONS if given[name].present]
     if ode and isinstance(model.network, Generator):
         raise ValueError(
-            f"{', '.join(ode)} say how to solve a teacher's ODE, but {given.model} holds a "
-            "one-step generator: leave them out"
+            f"{', '.join(ode)}: only for a teacher's ODE, but {given.model} holds a one-step "
+            f"generator: leave out {', '.join(ode)}"
         )
     out = pathlib.Path(given.out or pathlib.Path(given.model) / "samples")
-    ids = np.arange(given.start, given.start + given.num)
+    ids = consecutive(given.start, given.num, (model.resolution, model.resolution, 3))
+    labels = model.labels(given.labels, given.num)
+    if labels is not None:
+        check_labels(labels, model.network.num_classes)
+    if (out / "samples.npz").is_file():
+        logging.info("the samples in %s will be replaced: --out=DIR keeps them", out)
     began = time.monotonic()
-    logging.info("sampling %d images; every size compiles once, most of a short run", given.num)
     if given.cascade:
-        images, labels, more = sample_cascade(model, given, ids, out)
+        images, labels, more = sample_cascade(model, given, ids, labels, out)
     else:
         options = {"batch_size": given.batch_size}
         if not isinstance(model.network, Generator):
             options |= {name: given[name].value for name in ODE_OPTIONS}
+        logging.info(BEGINNING, given.num)
         images, labels = model.sample(
-            given.num, start=given.start, labels=given.labels, seed=given.seed, **options
+            given.num, start=given.start, labels=labels, seed=given.seed, **options
         )
         more = {}
     seconds = time.monotonic() - began
@@ -132,12 +141,13 @@ def sample(given) -> dict:
 
 
 def sample_cascade(
-    model: Model, given, ids: np.ndarray, out: pathlib.Path
+    model: Model, given, ids: np.ndarray, labels: np.ndarray | None, out: pathlib.Path
 ) -> tuple[np.ndarray, np.ndarray, dict]:
     """(images of the last scale, labels, the cascade's entries of the summary)."""
-    labels, pivots = model.labels(given.labels, given.num), None
+    pivots = None
     if given.pivot:
-        pivots, known = read_pivots(given.pivot, ids, given.pivot_resolution)
+        side = model.network.resolution
+        pivots, known = read_pivots(given.pivot, ids, given.pivot_resolution, side)
         labels = known if labels is None else labels
     make = functools.partial(
         make_cascade,
@@ -155,6 +165,8 @@ def sample_cascade(
     chosen = make(tuned=given.tuned, baseline=given.baseline)
     path = zip(map(named, chosen.plan.sizes), chosen.nfe)
     logging.info("cascade: %s", ", ".join(f"{size} px in {n} calls" for size, n in path))
+    ids, labels = chosen.rows(ids, labels)
+    logging.info(BEGINNING, given.num)
     scales, labels = chosen.draw(ids, labels, pivots)
     save_images(out / "base.npz", scales[0], labels, ids)
     if given.direct:
@@ -178,6 +190,7 @@ def sample_cascade(
         rows[name] = scales[-1][few]
         pictures = np.concatenate([*rows.values()])
         save_png(out / "preview.png", image_grid(pictures, columns=few.stop))
+        logging.info("preview.png: from the top %s", ", ".join(rows))
         summary |= {"preview_rows": list(rows)}
     return scales[-1], labels, summary
 

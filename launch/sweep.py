@@ -13,14 +13,15 @@ directory, which launch.evaluate can measure; running the same command again res
 
 import pathlib
 import re
-import sys
+import shlex
 from collections.abc import Sequence
 
 import jax
 from absl import flags, logging
 
-from launch.command import execute, start
-from launch.pipeline import load_module, pipeline
+from configs import common
+from launch.command import execute, pipeline_flags, required, start
+from launch.pipeline import is_stage, load_module, pipeline
 from launch.train import run
 
 
@@ -37,25 +38,23 @@ def planned(path: str, name: str, arg: str) -> list[tuple[str, str]]:
 
 
 def folder(number: int, words: str) -> str:
-    """The folder of a run, such as "02-stage=distill,distance=pixel,seed=1"."""
-    # Field names lose their section, and characters outside [\w=.,-] become "_".
-    short = (word.partition("=")[0].rpartition(".")[0] for word in words.split(","))
-    kept = (w.removeprefix(f"{section}.") for section, w in zip(short, words.split(",")))
-    return f"{number:02d}-" + re.sub(r"[^\w=.,-]+", "_", ",".join(kept))
+    """The folder of a run, such as "02-stage=distill_distance=pixel_seed=1"."""
+    # Field names lose their section, and characters outside [\w=.-] become "_".
+    kept = (re.sub(r"^[\w.]+\.(?=\w+=)", "", word) for word in common.split(words))
+    return f"{number:02d}-" + re.sub(r"[^\w=.-]+", "_", ",".join(kept))
 
 
-def is_stage(arg: str) -> bool:
-    """Whether an argument string has a stage."""
-    return any(word.startswith("stage=") for word in arg.split(","))
+def chosen(runs: list, only: Sequence[int]) -> Sequence[int]:
+    """The numbers `only`, or of all runs; ValueError for one that is no run."""
+    if unknown := sorted(set(only) - set(range(len(runs)))):
+        raise ValueError(f"--index={unknown[0]}: the sweep's runs are 0 ... {len(runs) - 1}")
+    return only or range(len(runs))
 
 
 def sweep(runs: list[tuple[str, str]], path: str, workdir: str, only: Sequence[int] = ()) -> list:
     """[{"folder", "arg", **summary}] after all runs, or those with the numbers `only`."""
-    unknown = sorted(set(only) - set(range(len(runs))))
-    if unknown:
-        raise ValueError(f"--index={unknown[0]}: the sweep's runs are 0 ... {len(runs) - 1}")
     rows = []
-    for number in only or range(len(runs)):
+    for number in chosen(runs, only):
         name, arg = runs[number]
         place = pathlib.Path(workdir) / name
         logging.info("run %d of %d: %s", number, len(runs), name)
@@ -70,18 +69,18 @@ def sweep(runs: list[tuple[str, str]], path: str, workdir: str, only: Sequence[i
 
 def define() -> None:
     """The command's flags."""
-    flags.DEFINE_string("config", None, "Config file with get_config and sweep.")
+    pipeline_flags()
     flags.DEFINE_string("sweep", None, "Name of the study (configs/sweeps.py).")
-    flags.DEFINE_string("arg", "", "Argument string that all runs share, e.g. size=quick.")
     flags.DEFINE_string("workdir", None, "Folder for the folders of all runs.")
-    flags.DEFINE_integer("index", None, "Run only this one, counted from 0.", lower_bound=0)
+    flags.DEFINE_integer("index", None, "Run only this one, counted from 0.", 0, 10_000)
     flags.DEFINE_bool("list", False, "Print the runs as commands and stop.")
     flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
-    flags.mark_flags_as_required(["config", "sweep"])
+    required("config", "configs/scenes.py")
+    required("sweep", "losses")
     flags.register_multi_flags_validator(
         ["workdir", "list"],
         lambda given: given["workdir"] or given["list"],
-        message="give --workdir=DIR for the folders of the runs, or --list to print them",
+        message="--workdir is missing: give --workdir=DIR for the runs, or --list to print them",
     )
 
 
@@ -89,22 +88,20 @@ def main(argv: list[str] | None = None) -> dict | None:
     """Run the study that the flags name; returns {"runs": their summaries}."""
 
     def body(given) -> dict | None:
-        try:
-            runs = planned(given.config, given.sweep, given.arg)
-        except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
+        runs = planned(given.config, given.sweep, given.arg)
+        only = [] if given.index is None else [given.index]
         if given.list:
-            for name, arg in runs:
-                config = f"{given.config}:{arg}" if is_stage(arg) else f"{given.config} --arg={arg}"
+            for name, arg in (runs[number] for number in chosen(runs, only)):
                 command = "train" if is_stage(arg) else "pipeline"
                 place = pathlib.Path(given.workdir or f"runs/{given.sweep}") / name
-                print(f"python -m launch.{command} --config={config} --workdir={place}")
+                words = [f"--config={given.config}", f"--arg={arg}", f"--workdir={place}"]
+                print(shlex.join(["python", "-m", f"launch.{command}", *words]))
             return None
-        only = [] if given.index is None else [given.index]
         name = "sweep" if given.index is None else f"sweep-{given.index}"
         return execute(
             name, given.workdir,
             lambda: {"runs": sweep(runs, given.config, given.workdir, only)},
+            alone=False,  # the tasks of an array job write different folders in it
         )  # fmt: skip
 
     return start(define, body, argv)

@@ -22,8 +22,8 @@ from cheapscale.teacher import pretrain
 from cheapscale.training import jobs, loop
 from cheapscale.training.stage import Job, Stage
 from configs import fields
-from launch import plan
-from launch.command import config_flag, execute, start
+from launch import dry_run
+from launch.command import config_flag, execute, required, start
 
 STAGES = {
     "pretrain": pretrain.build,
@@ -72,7 +72,7 @@ def define() -> None:
     flags.DEFINE_bool("dry_run", False, "Only print the cost: parameters, FLOPs, memory, disk.")
     flags.DEFINE_bool("compile", False, "With --dry_run: also compile the step, for its memory.")
     flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
-    flags.mark_flag_as_required("config")
+    required("config", "configs/scenes.py:stage=pretrain")
     flags.register_multi_flags_validator(
         ["workdir", "describe"],
         lambda given: given["workdir"] or given["describe"],
@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> dict | None:
             compiled = given.compile
             return execute(
                 "plan", workdir,
-                lambda: plan.describe(config, build(config), workdir, compiled=compiled),
-                keep=compiled,
+                lambda: dry_run.describe(config, build(config), workdir, compiled=compiled),
+                keep=compiled, alone=False,
             )  # fmt: skip
         return execute(config.stage, workdir, lambda: run(config, workdir))
 

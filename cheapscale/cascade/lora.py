@@ -27,7 +27,7 @@ def init_lora(params: PyTree, rank: int, key: jax.Array) -> PyTree:
         rows, out = math.prod(value.shape[:-1]), value.shape[-1]
         r = min(rank, rows, out)
         limit = math.sqrt(3 / rows)  # variance 1 / rows
-        a = jax.random.uniform(jax.random.fold_in(key, i), (rows, r), minval=-limit, maxval=limit)
+        a = jax.random.uniform(jax.random.fold_in(key, i), (rows, r), jnp.float32, -limit, limit)
         adapters[(*path, "a")] = a
         adapters[(*path, "b")] = jnp.zeros((r, out))
     return unflatten_dict(adapters)

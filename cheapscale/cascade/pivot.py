@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
 
-from cheapscale.cascade.plan import Size, named
-from cheapscale.data.pixels import check_images, from_uint8
-from cheapscale.data.resize import downsample, to_rgb
+from cheapscale.cascade.plan import Size, check_pivot, named
+from cheapscale.data.arrays import read_npz
+from cheapscale.data.pixels import from_uint8, pictures
+from cheapscale.data.resize import downsample, open_rgb
+from cheapscale.data.source import UNREADABLE
 from cheapscale.teacher.sampling import prior
 
 KERNELS = {"bilinear": "linear", "bicubic": "cubic", "nearest": "nearest", "lanczos": "lanczos3"}
@@ -82,7 +83,7 @@ def scale_noise(
 
 
 def read_pivots(
-    path: str, ids: np.ndarray, resolution: int = 0
+    path: str, ids: np.ndarray, resolution: int = 0, side: int = 0
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """(images [n, h, w, 3] in [-1, 1], their labels or None) for the ids of a cascade.
 
@@ -91,6 +92,7 @@ def read_pivots(
             `images` (uint8, or floats in [-1, 1]), one for each id: the row with that number in
             the file's `ids`, or the row of that index if the file has no `ids`.
         resolution: shrink images to squares of this side, as the training data; 0 keeps sizes.
+        side: that of the teacher's images; a picture that is much larger is refused. 0: unknown.
     """
     place, labels = pathlib.Path(path), None
     if not place.is_file():
@@ -99,29 +101,34 @@ def read_pivots(
         images, labels = _read_rows(place, ids)
     else:
         try:
-            with Image.open(place) as picture:
-                upright = ImageOps.exif_transpose(picture)  # as a viewer shows a photograph
-                images = np.repeat(to_rgb(upright)[None], len(ids), axis=0)
-        except OSError as error:
+            images = open_rgb(place)[None]
+        except UNREADABLE as error:
             raise ValueError(f"{path} is not a picture that can be read ({error})") from error
-    if images.dtype != np.uint8 and np.abs(images).max() > 1:
-        raise ValueError(
-            f"pivots of {path} reach {np.abs(images).max():.4g}: floats must lie in [-1, 1]"
-        )
+        if resolution:
+            images = downsample(images[0], resolution)[None]
+        elif side:
+            check_pivot(images.shape[1:3], side)
+        images, resolution = np.repeat(images, len(ids), axis=0), 0
     if resolution:
         return np.stack([downsample(image, resolution) for image in images]), labels
     if images.dtype == np.uint8:
         return from_uint8(images), labels
-    return images.astype(np.float32), labels
+    return images, labels
 
 
 def _read_rows(place: pathlib.Path, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    with np.load(place) as stored:
-        if "images" not in stored:
-            raise ValueError(f"{place} holds {', '.join(stored)}, no array called images")
-        images = check_images(stored["images"], f"pivots of {place}")
-        held = stored["ids"] if "ids" in stored else np.arange(len(images))
-        labels = stored["labels"] if "labels" in stored else None
+    stored = read_npz(place)
+    if "images" not in stored:
+        raise ValueError(f"{place} holds {', '.join(stored)}, no array called images")
+    images = pictures(stored["images"], f"pivots of {place}")
+    held, labels = stored.get("ids", np.arange(len(images))), stored.get("labels")
+    for name, numbers in (("ids", held), ("labels", labels)):
+        if numbers is not None and (
+            numbers.shape != images.shape[:1] or numbers.dtype.kind not in "iu"
+        ):
+            raise ValueError(
+                f"{name} of {place} are {numbers.dtype} {numbers.shape}: give integers [n]"
+            )
     absent = np.setdiff1d(ids, held)
     if len(absent):
         raise ValueError(

@@ -18,10 +18,12 @@ from absl import logging
 from cheapscale.diffusion.noise import decibels, vp_schedule
 from cheapscale.diffusion.samplers import nfe
 from cheapscale.teacher.experts import Experts
+from cheapscale.teacher.sampling import levels
 from cheapscale.teacher.teacher import Generator, Teacher
 
 Size = tuple[int, int]
 
+LARGEST_SIDE = 2**12  # in pixels; a larger canvas is a mistake
 ROUNDING = 1e-6  # levels are compared with K up to rounding: K may have been given in decibels
 
 
@@ -68,20 +70,20 @@ def cascade_plan(
         )
     side, stride, given = model.resolution, model.net.config.stride, pivot_size is not None
     start = pivot_size or (side, side)
-    if max(start) > 16 * side:  # a photograph that was not shrunk would fill the memory
-        raise ValueError(
-            f"a pivot of {named(start)} px is more than 16 times the {side} px that this teacher "
-            "was trained at: shrink it first (--pivot_resolution)"
-        )
+    check_pivot(start, side)
     scales = read_sizes(sizes, start, stride, given=given)
+    if max(scales[-1]) > LARGEST_SIDE:
+        raise ValueError(
+            f"{named(scales[-1])} px is more than {LARGEST_SIDE} a side: ask for a smaller size"
+        )
     stages = len(scales) - 1
-    k = k.split(",") if isinstance(k, str) else list(k)
+    k = k.split(",") if isinstance(k, str) else list(map(str, np.atleast_1d(k)))
     if len(k) not in (1, stages):
         raise ValueError(
             f"{len(k)} values of K ({', '.join(k)}) for {stages} stages "
             f"({', '.join(map(named, scales[1:]))}): give one, or one for each stage"
         )
-    grid = model.process.grid(steps, spacing)
+    grid = levels(model.process, steps, spacing=spacing)
     top = max(grid[0], model.process.sigma_max)
     shifts = [schedule_shift(model, size) if shifted else 1.0 for size in scales]
     restarts = []
@@ -89,6 +91,12 @@ def cascade_plan(
         area_ratio = math.prod(scales[r]) / math.prod(scales[r - 1])
         sigma_K = restart_sigma(k[(r - 1) % len(k)], model, area_ratio)
         restarts.append(restart_grid(shifts[r] * grid, sigma_K, shifts[r] * top))
+        if restarts[-1][0] < sigma_K / 4:
+            logging.warning(
+                "stage %d restarts at sigma %.3g, the highest of %d levels below K = %.3g, and "
+                "hardly changes the enlarged pivot: give more --steps",
+                r, restarts[-1][0], steps, sigma_K,
+            )  # fmt: skip
     calls = (1,) * len(scales)
     return CascadePlan(scales, grid, tuple(restarts), shifts[-1] * grid, given, calls)
 
@@ -120,6 +128,20 @@ def network_calls(
 # Sizes
 
 
+def check_pivot(size: Size, side: int) -> None:
+    """Raise ValueError for a picture that would fill the memory of a teacher of `side` px; log one
+    that is larger than what the teacher draws."""
+    advice = f"--pivot_resolution={side} shrinks it"
+    if max(size) > 16 * side:
+        raise ValueError(
+            f"a pivot of {named(size)} px is more than 16 times the {side} px that this teacher "
+            f"was trained at: {advice}"
+        )
+    if max(size) > 2 * side:
+        text = "the pivot has %s px, and the teacher draws %d: %s"
+        logging.log_first_n(logging.INFO, text, 1, named(size), side, advice)
+
+
 def read_sizes(text: str, start: Size, stride: int, *, given: bool = False) -> tuple[Size, ...]:
     """Sizes of scales 0 ... R.
 
@@ -127,11 +149,11 @@ def read_sizes(text: str, start: Size, stride: int, *, given: bool = False) -> t
     "64x96", height first, reached as `stage_sizes` says. stride: the network runs at sides that
     are multiples of it.
     """
-    last = re.fullmatch(r"(\d+)x(\d+)", text)
+    last = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     if last:
         return stage_sizes(start, (int(last[1]), int(last[2])), stride, given=given)
     words = [word.strip() for word in text.split(",")]
-    if not all(re.fullmatch(r"\d+(\.\d+)?x", word) for word in words):
+    if not all(re.fullmatch(r"\d{1,5}(\.\d+)?x", word) for word in words):
         raise ValueError(
             f"{text!r} names no sizes: give scales per side such as 2x,4x, or a size such as 64x96 "
             "(height x width)"
@@ -226,11 +248,12 @@ def restart_sigma(k: str, model: Teacher | Experts, area_ratio: float = 4.0) -> 
             f"K {k!r} is unreadable: give a time t0.7 or t0.7@cosine, sigma3.32, snr-10.4dB, "
             "block-4.4dB or sd6.64"
         )
+    low, high = (-200, 200) if unit else (0, 1 if is_time else 1e6)
+    if not low <= value <= high:
+        raise ValueError(f"K {k!r} is out of range: give a number from {low} to {high:g}")
     if unit:
         gain = area_ratio if kind == "block" else 1.0
         return math.sqrt(gain) * 10 ** (-value / 20)
-    if value < 0 or (is_time and value > 1):
-        raise ValueError(f"K {k!r} is out of range: times go from 0 to 1, sigmas upwards from 0")
     if is_time and value > 0:
         table = vp_schedule(schedule or "scaled_linear")
         return float(table.sigma(value * table.num_steps - 1)) * data_deviation(model)

@@ -28,6 +28,8 @@ from cheapscale.cascade.plan import (
     schedule_shift,
 )
 from cheapscale.cascade.tuned import Tuned, load_tuned, tuned_denoisers
+from cheapscale.data.numbers import consecutive, image_ids, whole
+from cheapscale.data.pixels import check_finite, from_uint8, pictures
 from cheapscale.diffusion.noise import decibels
 from cheapscale.diffusion.samplers import Segment, solve
 from cheapscale.teacher.cost import segment_calls
@@ -118,6 +120,8 @@ class Cascade:
 
     def __post_init__(self):
         check_guidance(self.teacher, self.cfg_scale)
+        whole(self.seed, "seed")
+        whole(self.batch_size, "batch_size", 1)
 
     @property
     def teacher(self) -> Teacher | Experts:
@@ -132,7 +136,7 @@ class Cascade:
         model: Any = None,
     ) -> CascadeSamples:
         """The images numbered `ids` at every scale; `model`: other weights of the same model."""
-        ids, labels = self._rows(ids, labels)
+        ids, labels = self.rows(ids, labels)
         images = [] if pivots is None else [np.asarray(pivots, np.float32)]
         shape = (len(ids), *self.plan.sizes[0], self.teacher.shape[-1])
         found, wanted = [x.shape for x in images], [shape] if self.plan.given else []
@@ -143,6 +147,8 @@ class Cascade:
             )
         model = self.model if model is None else model
         scales = in_batches(self._draw, model, ids, labels, *images, batch_size=self.batch_size)
+        for z0, size in zip(scales, self.plan.sizes):
+            check_finite(z0, f"samples of {named(size)} px", ids)
         return CascadeSamples([np.clip(z0, -1.0, 1.0) for z0 in scales], labels)
 
     def direct(
@@ -150,9 +156,9 @@ class Cascade:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(images, labels) of the paper's baseline: a full run at the last size, from the noise of
         the last stage, so that images can be compared in pairs."""
-        rows = self._rows(ids, labels)
+        rows = self.rows(ids, labels)
         (images,) = in_batches(self._direct, self.model, *rows, batch_size=self.batch_size)
-        return np.clip(images, -1.0, 1.0), rows[1]
+        return np.clip(check_finite(images, "samples", rows[0]), -1.0, 1.0), rows[1]
 
     @property
     def nfe(self) -> tuple[int, ...]:
@@ -171,8 +177,9 @@ class Cascade:
             "nfe_direct": direct,
         }
 
-    def _rows(self, ids: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        ids, classes = np.asarray(ids, np.int32), self.teacher.num_classes
+    def rows(self, ids: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, their classes), checked; classes that are None are drawn."""
+        ids, classes = image_ids(ids), self.teacher.num_classes
         if labels is None and self.plan.given and classes:
             raise ValueError(
                 f"the teacher has {classes} classes, but the pivots have no labels: "
@@ -225,15 +232,20 @@ def cascade(
             first, see `plan.read_sizes`.
         start: number of the first image; image i depends only on (seed, i).
         labels: int [num] classes; drawn uniformly by default.
-        pivots: float [num, h, w, c] in [-1, 1], images to enlarge instead of the model's samples; a
-            conditional model needs their labels.
+        pivots: [num, h, w, c], uint8 or floats in [-1, 1]: images to enlarge instead of the model's
+            samples; a conditional model needs their labels.
         options: of `make_cascade`: k, seed, steps, method, cfg_scale, tuned, baseline, ...
 
     Raises ValueError before anything compiles where sizes, K, labels or pivots do not fit.
     """
-    size = None if pivots is None else tuple(pivots.shape[1:3])
+    size = None
+    if pivots is not None:
+        pivots = pictures(pivots, "pivots")
+        pivots = from_uint8(pivots) if pivots.dtype == np.uint8 else pivots
+        size = pivots.shape[1:3]
+    ids = consecutive(start, num, model.shape)
     chosen = make_cascade(model, sizes, pivot_size=size, **options)
-    return chosen.draw(np.arange(start, start + num), labels, pivots)
+    return chosen.draw(ids, labels, pivots)
 
 
 def make_cascade(

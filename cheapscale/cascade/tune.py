@@ -34,6 +34,7 @@ from cheapscale.data.sources import open_data
 from cheapscale.diffusion.denoiser import Denoiser, denoising_loss
 from cheapscale.diffusion.guidance import drop_labels
 from cheapscale.models.unet import init_params
+from cheapscale.teacher.data import match_classes
 from cheapscale.teacher.load import load_network_teacher
 from cheapscale.teacher.teacher import Origin, Teacher
 from cheapscale.training.log import enlarge, image_grid
@@ -50,11 +51,7 @@ def build(config: Any) -> Stage:
     """The stage of `config.cascade.tune`. Raises ValueError where teacher and data do not fit."""
     teacher = load_network_teacher(config.teacher, "its members hold different features")
     source = open_data(config.data)
-    if teacher.num_classes not in (0, source.num_classes):
-        raise ValueError(
-            f"the teacher has {teacher.num_classes} classes, but {source.name} has "
-            f"{source.num_classes}: use the data set that the teacher was trained on"
-        )
+    match_classes(teacher.meta, teacher.num_classes, source, config.teacher)
     settings = resolve_settings(config.cascade.to_dict(), teacher, source.resolution)
     net, fields = NETS[settings["tune"]], network_fields(settings, teacher)
     meta = {
@@ -112,13 +109,14 @@ def resolve_settings(settings: dict, teacher: Teacher, resolution: int) -> dict:
         doublings = np.log2(side / teacher.resolution)
         if resolution % side or doublings < 1 or doublings % 1:
             raise ValueError(
-                f"cascade.sizes has {side} px: sizes divide data.resolution {resolution} and are "
+                f"cascade.sizes has {side} px: sizes divide the data's {resolution} px and are "
                 f"the trained {teacher.resolution} px times powers of {RATIO}"
             )
     sigma_K = restart_sigma(settings["k"], teacher, RATIO**2)
     if not sigma_K > 0:
         raise ValueError(
-            f"cascade.k is {settings['k']!r}, below which there is nothing to tune at: raise it"
+            f"cascade.k is {settings['k']!r}, below which there is nothing to tune at: give "
+            "--config.cascade.k=t0.7, say"
         )
     everywhere = settings["tune"] in ("lora", "ft")
     return settings | {"sizes": sizes, "sigma_K": None if everywhere else sigma_K}

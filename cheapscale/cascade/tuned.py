@@ -207,5 +207,5 @@ def _check_stage(settings: dict, small: Size, large: Size, grid: np.ndarray) -> 
         raise ValueError(
             f"the stage to {named(large)} restarts at sigma {grid[0]:.4g}, but its run was tuned "
             f"up to K {settings['k']}, sigma {settings['sigma_K']:.4g}: lower --cascade_k, or tune "
-            "with a higher cascade.k"
+            "with a higher --config.cascade.k"
         )

@@ -61,18 +61,18 @@ class UpsamplerConfig:
         if self.design == "neck" and self.init == "identity":
             raise ValueError(
                 "cascade.init 'identity' cannot pass through a neck narrower than its features: "
-                "use init 'zero', or tune=full"
+                "give --config.cascade.init=zero, or --arg=tune=full"
             )
         if self.design == "neck" and self.width % self.norm_groups(self.width):
             raise ValueError(
                 f"cascade.width {self.width} does not divide into {self.norm_groups(self.width)} "
-                f"norm groups: make it a multiple of {self.group_size}"
+                f"norm groups: give --config.cascade.width={8 * self.group_size}"
             )
         for name, channels in self.channels:
             if self.design == "2k" and channels % SHARED:
                 raise ValueError(
                     f"tune=2k shares a gain among {SHARED} channels, but {name} has {channels}: "
-                    "use tune=gain"
+                    "give --arg=tune=gain"
                 )
 
     def norm_groups(self, width: int) -> int:

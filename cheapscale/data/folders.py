@@ -1,26 +1,26 @@
 """A folder of image files as a source, without preparation."""
 
-import collections
+import functools
 import os
 import pathlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from absl import logging
 from PIL import Image
 
-from cheapscale.data.digest import digest
-from cheapscale.data.resize import to_rgb
-from cheapscale.data.source import TOO_SMALL, UNREADABLE, Source, decode, split_name
+from cheapscale.data.content import content_hash, in_threads
+from cheapscale.data.listing import ARCHIVES, below, class_names, counted, list_images
+from cheapscale.data.resize import TOO_SMALL, open_rgb
+from cheapscale.data.source import UNREADABLE, Source, decode, shown, split_name
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CORRUPT = "repair or remove it, or set --config.data.options.skip_corrupt=True"
 
 
 class FolderSource(Source):
-    """Image files. Sub-folders are the classes in sorted order; a flat folder is unlabelled.
+    """Image files; `listing` says which are read and what their classes are.
 
-    The split is a sub-folder of data_dir; the split "all" reads data_dir itself.
+    The split is a sub-folder of data_dir; the split "all" reads data_dir itself. train_split: the
+    split whose classes give the numbers in every split; without it a split numbers its own.
     skip_corrupt: leave out images that do not decode, and list them in `skipped`. probe: read every
     header at the start, so that a bad file raises an error before training.
     """
@@ -34,42 +34,54 @@ class FolderSource(Source):
         allow_upscale: bool = False,
         skip_corrupt: bool = False,
         probe: bool = True,
+        train_split: str = "train",
         **options,
     ):
         root = _split_folder(data_dir, split_name(split))
-        by_class = _image_files(root)
-        classes = tuple(name for name in by_class if name)
+        labelled = not options.get("unlabelled")
+        found = list_images(root, labelled=labelled)
+        train = root.parent / train_split if split_name(split) != "all" else root
+        names = _numbering(root, list(found.classes), train) if labelled else []
+        numbers = {name: number for number, name in enumerate(names)}
         # Image number `rank` of n gets the position (rank + 0.5) / n. Sorting all classes by it
         # interleaves them in proportion to their sizes, so that a slice is balanced.
         place = [
-            ((rank + 0.5) / len(paths), k, path)
-            for k, paths in enumerate(by_class.values())
+            ((rank + 0.5) / len(paths), k, path, numbers.get(name, 0))
+            for k, (name, paths) in enumerate(found.classes.items())
             for rank, path in enumerate(paths)
         ]
-        pairs = [(path, k) for _, k, path in sorted(place)]
+        pairs = [(path, label) for _, _, path, label in sorted(place)]
         self.skipped: tuple[str, ...] = ()
         if skip_corrupt:
-            whole = [_decodes(path) for path, _ in pairs]
+            whole = in_threads(_decodes, [path for path, _ in pairs])
             self.skipped = tuple(str(path) for (path, _), ok in zip(pairs, whole) if not ok)
             pairs = [pair for pair, ok in zip(pairs, whole) if ok]
         self._files, self._labels = zip(*pairs) if pairs else ((), ())
-        if probe:
-            for path, (height, width) in zip(self._files, _sizes(self._files)):
-                if min(height, width) < resolution and not allow_upscale:
-                    raise ValueError(
-                        f"{path} is {height}x{width}, smaller than resolution {resolution}: "
-                        f"remove it, {TOO_SMALL}"
-                    )
+        sides = in_threads(_shorter_side, self._files) if probe else []
+        for path, side in zip(self._files, sides):
+            if side < resolution and not allow_upscale:
+                raise ValueError(
+                    f"{path} has only {side} pixels along its shorter side, fewer than resolution "
+                    f"{resolution}: remove it, {TOO_SMALL}"
+                )
         self._upscale = allow_upscale
-        listing = [[str(path.relative_to(root)), path.stat().st_size] for path in self._files]
+        content = content_hash(self._files, [below(path, root) for path in self._files])
         super().__init__(
             "folder",
             split,
             resolution,
             length=len(self._files),
-            class_names=classes,
-            identity=["folder", digest(listing)],
+            class_names=names,
+            identity=["folder", content, self._labels],
             **options,
+        )
+        _say(
+            f"{root}: {len(self._files)} images of {len(names) or 'no'} classes"
+            + (f", shorter sides {min(sides)} to {max(sides)} px" if sides else "")
+            + f"; the split {split} holds {len(self)}"
+            + (f"; left out: {text}" if (text := counted(found.left_out)) else "")
+            + (f"; unreadable: {len(self.skipped)}" if self.skipped else "")
+            + (f"; without images, so no class: {shown(found.empty)}" if found.empty else "")
         )
 
     def path(self, i: int) -> pathlib.Path:
@@ -78,7 +90,8 @@ class FolderSource(Source):
 
     def _load(self, index: int) -> np.ndarray:
         path = self._files[index]
-        return decode(path, str(path), self.resolution, allow_upscale=self._upscale)
+        options = {"allow_upscale": self._upscale, "fix": CORRUPT}
+        return decode(path, str(path), self.resolution, **options)
 
     def _label(self, index: int) -> int:
         return self._labels[index]
@@ -86,66 +99,70 @@ class FolderSource(Source):
 
 def _split_folder(data_dir: str | None, split: str) -> pathlib.Path:
     if data_dir is None:
-        raise ValueError("an image folder needs data.data_dir: the folder that holds the images")
-    root = pathlib.Path(data_dir)
+        raise ValueError(
+            "no folder of images is named: give --config.data.data_dir=DIR, or --data_dir=DIR in "
+            "launch.evaluate"
+        )
+    root = pathlib.Path(os.path.expanduser(data_dir))
     if not root.is_dir():
-        raise ValueError(f"data.data_dir {root} is not a folder")
+        archive = root.is_file() and root.suffix.lower() in ARCHIVES
+        raise ValueError(
+            f"data.data_dir {root} is "
+            + (
+                "an archive: unpack it, and name the folder"
+                if archive
+                else "not a folder: name one"
+            )
+        )
     if split == "all":
         return root
     if (root / split).is_dir():
         return root / split
+    held = sorted(path.name for path in root.iterdir() if path.is_dir())
     raise ValueError(
-        f"{root} has no split {split!r}: its sub-folders are "
-        f"{', '.join(_sub_folders(root)) or 'none'}, and split 'all' reads the whole folder"
+        f"{root} has no split {split!r}: its sub-folders are {shown(held) or 'none'}, and split "
+        "'all' reads the whole folder: give --config.data.split=all, or in launch.evaluate "
+        "--split='all[90%:]' --train_split='all[:90%]'"
     )
 
 
-def _sub_folders(root: pathlib.Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir())
+def _numbering(root: pathlib.Path, own: list[str], train: pathlib.Path) -> list[str]:
+    """The names of all classes in the order of their numbers; `own` are those below `root`.
 
-
-def _image_files(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """{class: sorted files}, classes sorted; {"": files} for a folder without class folders."""
-    by_class = collections.defaultdict(list)
-    for folder, _, names in os.walk(root):
-        inside = pathlib.Path(folder).relative_to(root).parts
-        for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                by_class[inside[0] if inside else ""].append(pathlib.Path(folder, name))
-    if not by_class:
-        raise ValueError(f"no image files ({', '.join(IMAGE_SUFFIXES)}) under {root}")
-    found = {name: sorted(by_class[name]) for name in sorted(by_class)}
-    if "" in found and len(found) > 1:
+    A split that lacks a class would number the others differently, so `train`, the folder of the
+    training images, gives the numbers if it exists. Raises ValueError for a class that it lacks.
+    """
+    if own == [""]:
+        return []
+    names = class_names(train if train.is_dir() else root) or class_names(root)
+    if unknown := sorted(set(own) - set(names)):
         raise ValueError(
-            f"{root} mixes images ({found[''][0].name} ...) with class folders "
-            f"({list(found)[1]} ...): move the images into a class folder"
+            f"{root} has the class {shown(unknown)}, which the training images in {train} do not "
+            "have: rename it to one of theirs, or move it away"
         )
-    return found
+    return names
 
 
-def _sizes(files: Sequence[pathlib.Path]) -> list[tuple[int, int]]:
-    """(height, width) of each image, from the headers; ValueError for a file that is no image."""
-
-    def size(path: pathlib.Path) -> tuple[int, int]:
-        try:
-            with Image.open(path) as image:
-                return image.height, image.width
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{path} is not a readable image ({error}): repair or remove it, or set "
-                "data.options.skip_corrupt=True"
-            ) from error
-
-    with ThreadPoolExecutor(16) as pool:  # threads overlap the waits for the disk
-        return list(pool.map(size, files))
+def _shorter_side(path: pathlib.Path) -> int:
+    """Pixels, from the header; the same in every orientation. ValueError for no image."""
+    try:
+        with Image.open(path) as image:
+            return min(image.size)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is not a readable image ({error}): {CORRUPT}") from error
 
 
 def _decodes(path: pathlib.Path) -> bool:
     """Whether the whole image decodes: a truncated file still has a valid header."""
     try:
-        with Image.open(path) as image:
-            to_rgb(image)
+        open_rgb(path)
     except UNREADABLE as error:
-        logging.warning("skipping %s: %s", path, error)
+        _say(f"skipping {path}: {error}")
         return False
     return True
+
+
+@functools.lru_cache(1000)
+def _say(text: str) -> None:
+    """Log a text once, although a run opens the same images several times."""
+    logging.info("%s", text)

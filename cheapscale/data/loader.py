@@ -43,7 +43,7 @@ def batches(
     if not 1 <= batch_size <= len(source):
         raise ValueError(
             f"batch_size {batch_size} must lie between 1 and the {len(source)} items of the "
-            "source: use more data, or lower it (batch_size=8 among the words of --arg, say)"
+            f"source: use more data, or give --config.batch_size={len(source)}"
         )
     if batch_size % count:
         raise ValueError(

@@ -18,6 +18,7 @@ continues with the missing shards.
 
 import collections
 import functools
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from cheapscale.data.augment import flip as mirror
-from cheapscale.data.files import atomic_write
+from cheapscale.data.files import atomic_write, damaged, read_json
 from cheapscale.data.source import Source
 
 FORMAT = "cheapscale-pairs/1"
@@ -41,13 +42,21 @@ class PairStore:
 
     def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]):
         if "://" in str(folder):
-            raise ValueError(f"{folder} is not a local path: put config.latents on a mounted disk")
+            raise ValueError(
+                f"{folder} is not a local path: give --config.latents=DIR on a mounted disk"
+            )
         self.folder, self.manifest = pathlib.Path(folder), dict(manifest)
         self.sigma_max = np.float32(manifest["sigma_max"])
         # z = scale * (stored value). float16 stores z / sigma_max: the largest float16 is 65504 and
         # its precision falls below 6e-5, so values near 1 are the safe range for any sigma_max.
         self._scale = self.sigma_max if manifest["dtype"] == "float16" else np.float32(1)
         self.orientations = manifest["orientations"]
+        least = min(manifest["num_images"], manifest["per_shard"], *manifest["shape"])
+        if self.orientations not in (1, 2) or least < 1:
+            raise ValueError(
+                f"{folder} is no store of latents: its manifest has orientations="
+                f"{self.orientations} and sizes of {least}: invert again into a new folder"
+            )
         self.num_shards = math.ceil(len(self) / manifest["per_shard"])
         latent = ("z", np.dtype(manifest["dtype"]).newbyteorder("<"), tuple(manifest["shape"]))
         self._record = np.dtype([("id", "<i8"), ("flip", "<i4"), ("label", "<i4"), latent])
@@ -79,14 +88,20 @@ class PairStore:
         from a value in `expect`."""
         if not (pathlib.Path(folder) / "manifest.json").exists():
             raise ValueError(f"no pair store in {folder}: run the stage 'invert' first")
-        store = cls(folder, _read_manifest(pathlib.Path(folder)))
+        manifest = _read_manifest(pathlib.Path(folder))
+        with damaged(pathlib.Path(folder) / "manifest.json"):
+            store = cls(folder, manifest)
         _refuse_difference(store.folder, expect or {}, store.manifest)
-        missing = [n for n in range(store.num_shards) if not store.is_done(n)]
-        if missing:
+        numbers = (path.stem[6:] for path in store.folder.glob("shard-*.npy"))
+        held = {int(n) for n in numbers if n.isdecimal() and int(n) < store.num_shards}
+        if len(held) < store.num_shards:
+            absent = (n for n in range(store.num_shards) if n not in held)
+            missing = list(itertools.islice(absent, 9))
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise ValueError(
-                f"the pair store {folder} lacks {len(missing)} of {store.num_shards} shards "
-                f"({shown}): run the stage 'invert' again, which makes only these"
+                f"the pair store {folder} lacks {store.num_shards - len(held)} of "
+                f"{store.num_shards} shards ({shown}): run the stage 'invert' again, which makes "
+                "only these"
             )
         return store
 
@@ -143,7 +158,7 @@ class PairStore:
             image, flip = self.key(numbers[int(np.argmin(finite))])
             raise ValueError(
                 f"the latent of image {image} with flip {flip} is not finite: check the teacher's "
-                "weights and invert.nodes"
+                "weights, or invert with more levels (--config.invert.nodes)"
             )
         rms = float(np.sqrt(np.mean(np.square(z / self.sigma_max, dtype=np.float64))))
         try:
@@ -165,7 +180,7 @@ class PairStore:
         """(label, z) of one key, z float32 [h, w, c] with standard deviation about sigma_max."""
         n = self.orientations * int(id) + int(flip)
         if flip not in range(self.orientations) or not 0 <= n < len(self):
-            raise KeyError(
+            raise ValueError(
                 f"no latent of image {id} with flip {flip} in {self.folder}, which holds images "
                 f"0..{self.manifest['num_images'] - 1} with flips 0..{self.orientations - 1}"
             )
@@ -217,7 +232,7 @@ class PairStore:
 
     def _statistics(self) -> Iterator[dict[str, Any]]:
         for shard in range(self.num_shards):
-            yield json.loads(self._path(shard).with_suffix(".json").read_text())
+            yield read_json(self._path(shard).with_suffix(".json"), "rms", "cost")
 
 
 class InvertedPairs:
@@ -235,8 +250,8 @@ class InvertedPairs:
         self.orientations = 2 if flips else 1
         if self.orientations > store.orientations:
             raise ValueError(
-                f"{store.folder} holds no latents of mirror images: set data.flip to False, or "
-                "invert again with data.flip"
+                f"{store.folder} holds no latents of mirror images: give --config.data.flip=False, "
+                "or invert again with --config.data.flip=True"
             )
         same = ("name", "split", "fingerprint", "num_classes", "resize")
         wanted = {name: value for name, value in source.describe().items() if name in same}
@@ -246,8 +261,8 @@ class InvertedPairs:
         base = store.manifest["source"]["resolution"]
         if source.resolution % base:
             raise ValueError(
-                f"images of {source.resolution} px cannot pair with latents of {base} px: set "
-                f"data.resolution to a multiple of {base}"
+                f"images of {source.resolution} px cannot pair with latents of {base} px: give "
+                f"--config.data.resolution a multiple of {base}"
             )
         self.source, self.store = source, store
         self.ids = np.arange(len(source))
@@ -302,10 +317,11 @@ def drawn_latent(manifest: Mapping[str, Any], n: int) -> np.ndarray:
 
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if manifest.get("format") != FORMAT:
+    manifest = read_json(folder / "manifest.json")
+    found = manifest.get("format")
+    if found != FORMAT:
         raise ValueError(
-            f"{folder} holds format {manifest.get('format')!r}, this version reads {FORMAT!r}: "
+            f"{folder} holds format {found!r:.60}, this version reads {FORMAT!r}: "
             "invert again into a new folder"
         )
     return manifest
@@ -322,8 +338,8 @@ def _refuse_difference(
     differing = list(_differences(json.loads(json.dumps(wanted)), found))  # tuples become lists
     if differing:
         raise ValueError(
-            f"the pair store {folder} was made for something else ({'; '.join(differing)}): choose "
-            "another folder for config.latents, or delete this one and invert again"
+            f"the pair store {folder} was made for something else ({'; '.join(differing)}): give "
+            "another folder as --config.latents, or delete this one and invert again"
         )
 
 

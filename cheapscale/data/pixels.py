@@ -1,4 +1,4 @@
-"""Checks of images, eight-bit conversion, and the distances PSNR and SSIM.
+"""Arrays that become pictures: their checks, eight-bit conversion, and the distances PSNR and SSIM.
 
     PSNR = 10 log10(4 / mean (x - y)^2)
     SSIM = mean of (2 m_x m_y + c_1) (2 s_xy + c_2) / ((m_x^2 + m_y^2 + c_1) (s_x^2 + s_y^2 + c_2))
@@ -8,6 +8,8 @@ dynamic range L = 2, as images lie in [-1, 1] (Wang et al. 2004, IEEE TIP 13(4),
 window and constants).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage
@@ -15,25 +17,69 @@ from scipy import ndimage
 WINDOW, WINDOW_SIGMA = 11, 1.5  # side and standard deviation of SSIM's Gaussian window, in pixels
 K1, K2 = 0.01, 0.03
 PEAK = 2.0
+ROUNDING = 1e-3  # what rounding, as of float16, may add to an image in [-1, 1]
 
 
 def check_images(images: np.ndarray, name: str = "images") -> np.ndarray:
     """The same images, if they are finite and [n, h, w, 3] with n > 0; else ValueError."""
-    if images.ndim != 4 or not len(images):
+    if images.ndim != 4 or not images.size:
         raise ValueError(f"{name} must be [n, h, w, 3] with n > 0, got shape {images.shape}")
     if images.shape[3] != 3:
-        raise ValueError(
-            f"{name} have {images.shape[3]} channels: give RGB (data.resize.to_rgb converts)"
+        turned = images.shape[1] == 3
+        fix = (
+            f"transpose {images.shape} by (0, 2, 3, 1)"
+            if turned
+            else "give RGB (data.resize.to_rgb converts)"
         )
-    if not np.issubdtype(images.dtype, np.integer):
-        finite = np.isfinite(np.asarray(images, np.float32)).reshape(len(images), -1).all(axis=1)
-        if not finite.all():
-            raise ValueError(
-                f"image {int(np.argmin(finite))} of {len(images)} {name} holds a NaN or an "
-                f"infinity, as do {int((~finite).sum())} in all: the sampler or the checkpoint "
-                "has diverged"
-            )
+        raise ValueError(f"{name} have {images.shape[3]} channels: {fix}")
+    return check_finite(images, name)
+
+
+DIVERGED = "choose an earlier checkpoint (--step), a weaker --cfg_scale, or float32"
+
+
+def check_finite(
+    images: np.ndarray, name: str = "images", ids: Sequence | None = None, fix: str = DIVERGED
+) -> np.ndarray:
+    """The same images [n, ...], if they are finite; else ValueError, which names the first that is
+    not, by its entry in `ids` if they are given."""
+    finite = np.isfinite(images)
+    if not finite.all():
+        finite = finite.reshape(len(images), -1).all(axis=1)
+        first = int(np.argmin(finite))
+        raise ValueError(
+            f"image {first if ids is None else ids[first]} of {len(images)} {name} holds a NaN or "
+            f"an infinity, as do {np.sum(~finite)} in all: {fix}"
+        )
     return images
+
+
+def pictures(values: ArrayLike, name: str = "images") -> np.ndarray:
+    """Somebody's images [n, h, w, 3] as uint8, or as float32 in [-1, 1].
+
+    Accepts integers of any type in 0 ... 255, and floats in [-1, 1]. Raises ValueError, with what
+    was found and what to do, for everything else: floats without a negative value may lie in
+    [0, 1], those above 1 in [0, 255], and integers that are only 0 and 1 may be masks or pictures
+    in [0, 1], which would be other pictures.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"{name} are {values.dtype}: give uint8, or floats in [-1, 1]")
+    check_images(check_finite(values, name, fix="leave it out"), name)
+    low, high = values.min(), values.max()
+    found = f"{name} are {values.dtype} from {low:.5g} to {high:.5g}"
+    if values.dtype.kind != "f":
+        if low < 0 or high > 255 or high == 1:
+            raise ValueError(f"{found}: scale integers to 0 ... 255")
+        return values.astype(np.uint8)
+    if low < -1 - ROUNDING or high > 1 + ROUNDING:
+        bytes_ = low >= 0 and high <= 255
+        raise ValueError(f"{found}: give {'x / 127.5 - 1' if bytes_ else 'floats in [-1, 1]'}")
+    if low >= -ROUNDING:
+        raise ValueError(
+            f"{found}: give 2 * x - 1 if they lie in [0, 1], pixels.to_uint8(x) if in [-1, 1]"
+        )
+    return values.astype(np.float32)
 
 
 def to_uint8(images: ArrayLike) -> np.ndarray:
@@ -41,9 +87,9 @@ def to_uint8(images: ArrayLike) -> np.ndarray:
 
     Real images and samples are both converted here, so that a metric cannot see a difference in
     rounding. 1e-3 is added before truncation: the float32 value of u / 127.5 - 1 may be slightly
-    too small, and would otherwise come back as u - 1.
+    too small, and would otherwise come back as u - 1. A NaN has no picture: it raises ValueError.
     """
-    images = np.clip(np.asarray(images, np.float32), -1, 1)
+    images = np.clip(check_finite(np.asarray(images, np.float32)), -1, 1)
     return np.trunc((images + 1) * 127.5 + 1e-3).clip(0, 255).astype(np.uint8)
 
 

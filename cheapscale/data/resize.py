@@ -10,19 +10,34 @@ side s and a target R:
 
 Block means compose: downsample(downsample(x, 4R), R) = downsample(x, R). The second case computes
 in float and rounds 8-bit input once, at its end: PIL on bytes rounds half levels up at each
-halving, which makes images brighter each time. EXIF orientation is ignored, as in the code of ADM
-and EDM.
+halving, which makes images brighter each time.
 """
 
+import contextlib
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 Array = Any  # NumPy or JAX: area_mean uses methods that both have
 
+TOO_SMALL = "ask for a lower resolution, or set --config.data.options.allow_upscale=True"
 # This name of the operator is part of fingerprints and manifests: change it with any pixel.
 RESIZE_ID = "area-mean|box-bicubic-crop/1"
+
+
+def open_rgb(file: Any) -> np.ndarray:
+    """uint8 [h, w, 3] of an encoded picture, a path or a binary stream, upright as viewers show it.
+
+    EXIF orientation is applied here and nowhere else. Of an animation this is the first picture.
+    PIL raises one of `source.UNREADABLE` for a file that does not decode.
+    """
+    with Image.open(file) as image:
+        image.load()
+        # Damaged EXIF data raise many types of errors, and say nothing about the pixels.
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -76,8 +91,7 @@ def downsample(image: np.ndarray, resolution: int, *, allow_upscale: bool = Fals
     short = min(height, width)
     if short < resolution and not allow_upscale:
         raise ValueError(
-            f"an image of {height}x{width} is smaller than resolution {resolution}: "
-            "lower data.resolution or set data.options.allow_upscale=True"
+            f"an image of {height}x{width} is smaller than resolution {resolution}: {TOO_SMALL}"
         )
     eight_bit = image.dtype == np.uint8
     if short % resolution:

@@ -173,8 +173,8 @@ def check_resolution(resolution: int) -> None:
     """Raise ValueError for a resolution that does not divide the lattice."""
     if resolution < 1 or LATTICE % resolution:
         raise ValueError(
-            f"scenes are drawn at resolutions that divide {LATTICE}, not at {resolution}: set "
-            f"data.resolution to a power of two up to {LATTICE}"
+            f"scenes are drawn at resolutions that divide {LATTICE}, not at {resolution}: "
+            f"give --config.data.resolution a power of two up to {LATTICE}"
         )
 
 

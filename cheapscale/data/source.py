@@ -6,18 +6,17 @@ are float32 [R, R, 3] in [-1, 1].
 
 import abc
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from cheapscale.data.digest import digest
-from cheapscale.data.resize import RESIZE_ID, downsample, to_rgb
+from cheapscale.data.resize import RESIZE_ID, downsample, open_rgb
 
-SOURCE_ID = "source/1"  # part of every fingerprint: change it with any index or pixel
+SOURCE_ID = "source/2"  # part of every fingerprint: change it with any index or pixel
 CACHE_LIMIT = 2**30  # bytes of float32 images; larger sources are decoded again in each epoch
-TOO_SMALL = "lower data.resolution or set data.options.allow_upscale=True"
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
 
 
@@ -49,6 +48,7 @@ class Source(abc.ABC):
         self.name, self.split, self.resolution = name, split, int(resolution)
         self.class_names = () if unlabelled else tuple(class_names)
         self.num_classes = len(self.class_names)
+        self._numbers = list(range(self.num_classes))  # that of each class; see number_classes
         span = self._span.start, self._span.stop
         self._fingerprint = digest([SOURCE_ID, RESIZE_ID, name, base, *span, identity])
         if cache is None:
@@ -61,6 +61,33 @@ class Source(abc.ABC):
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         image, label = self._item(i)
         return {"image": image.copy(), "label": np.int32(label), "id": np.int64(i)}
+
+    def number_classes(self, names: Sequence[str]) -> None:
+        """Give every class its place in `names`: the list that a model was trained with.
+
+        Classes are found by name. If one of the lists is only "0", "1", ... as of a label file and
+        the other has names, the numbers stand, and the lists must be of one length. Raises
+        ValueError for a class that `names` lacks. An unlabelled source stays as it is.
+        """
+        if not self.num_classes or self.class_names == tuple(names):
+            return
+        own = [self.class_names[number] for number in self._numbers]
+        unknown, where = sorted(set(own) - set(names)), f"{self.name}:{self.split}"
+        if not unknown:
+            self._numbers = [list(names).index(name) for name in own]
+        elif _only_numbers(own) == _only_numbers(names):
+            raise ValueError(
+                f"{where} has the class {shown(unknown)}, which the model does not know: rename "
+                f"it to one of the model's ({shown(names)}), or move it away"
+            )
+        elif len(own) != len(names):
+            raise ValueError(
+                f"{where} has {len(own)} classes ({shown(own)}) and the model {len(names)} "
+                f"({shown(names)}), and no names match: name its class folders as the model does"
+            )
+        self.class_names, self.num_classes = tuple(names), len(names)
+        if self._cache:
+            self._cache.clear()  # it holds labels
 
     def labels(self) -> np.ndarray:
         """The labels of all images, int32 [n], without decoding an image."""
@@ -122,12 +149,13 @@ class Source(abc.ABC):
         if not self.num_classes:
             return 0
         label = self._label(self._index(i))
-        if not 0 <= label < self.num_classes:
+        if not 0 <= label < len(self._numbers):
             raise ValueError(
                 f"image {i} of {self.name}:{self.split} has label {label}, outside "
-                f"0..{self.num_classes - 1}: set data.options.unlabelled=True or another split"
+                f"0..{len(self._numbers) - 1}: choose another split, or set "
+                "--config.data.options.unlabelled=True"
             )
-        return int(label)
+        return self._numbers[int(label)]
 
     @abc.abstractmethod
     def _load(self, index: int) -> np.ndarray:
@@ -140,6 +168,16 @@ class Source(abc.ABC):
     def _caption(self, index: int) -> str:
         del index
         return ""
+
+
+def _only_numbers(names: Sequence[str]) -> bool:
+    return list(names) == [str(n) for n in range(len(names))]
+
+
+def shown(names: Sequence[str], most: int = 8) -> str:
+    """The first names as a text, and how many there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def split_name(split: str) -> str:
@@ -159,22 +197,31 @@ def parse_split(split: str, length: int) -> tuple[str, range]:
     def border(number: str, percent: str, default: int) -> int:
         if not number:
             return default
+        if percent and int(number) > 100:
+            raise ValueError(f"split {split!r} goes beyond 100%: give percents from 0 to 100")
         return min(round(int(number) * length / 100) if percent else int(number), length)
 
     start = border(match[1], match[2], 0)
     return name, range(start, max(start, border(match[3], match[4], length)))
 
 
-def decode(file: Any, place: str, resolution: int, *, allow_upscale: bool) -> np.ndarray:
+def decode(
+    file: Any,
+    place: str,
+    resolution: int,
+    *,
+    allow_upscale: bool,
+    fix: str = "repair or remove it",
+) -> np.ndarray:
     """One encoded image, a path or a binary stream, as float32 [R, R, 3] in [-1, 1].
 
-    Raises ValueError, which names `place`, if it does not decode or is too small.
+    Raises ValueError, which names `place`, if it does not decode (with the remedy `fix`) or is too
+    small.
     """
     try:
-        with Image.open(file) as image:
-            pixels = to_rgb(image)
+        pixels = open_rgb(file)
     except UNREADABLE as error:
-        raise ValueError(f"{place} does not decode ({error}): repair or remove it") from error
+        raise ValueError(f"{place} does not decode ({error}): {fix}") from error
     try:
         return downsample(pixels, resolution, allow_upscale=allow_upscale)
     except ValueError as error:

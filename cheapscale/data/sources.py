@@ -22,8 +22,11 @@ from typing import Any
 import numpy as np
 
 from cheapscale.data import scenes
+from cheapscale.data.content import content_hash
 from cheapscale.data.folders import FolderSource
-from cheapscale.data.source import TOO_SMALL, Source, decode, split_name
+from cheapscale.data.numbers import whole
+from cheapscale.data.resize import TOO_SMALL
+from cheapscale.data.source import Source, decode, split_name
 
 SCENE_SIZES = {"train": 20_000, "test": 5_000}
 
@@ -38,8 +41,10 @@ def open_source(
       cache: keep decoded images in memory; None does so if they take at most 1 GiB.
       unlabelled: ignore the labels.
     Further options: size, seed and single of `SceneSource`; where and allow_upscale of
-    `TfdsSource`; allow_upscale, skip_corrupt and probe of `FolderSource`.
+    `TfdsSource`; allow_upscale, skip_corrupt, probe and train_split of `FolderSource`.
     """
+    if name == "scenes" and data_dir:
+        raise ValueError(f"scenes are drawn, not read from {data_dir}: leave data_dir out")
     if name == "scenes":
         kind, place = SceneSource, {}
     elif name == "folder":
@@ -49,7 +54,7 @@ def open_source(
     allowed = {*kind.__init__.__kwdefaults__, "cache", "unlabelled"} - {"name", "data_dir"}
     if unknown := sorted(set(options) - allowed):
         raise ValueError(
-            f"source {name!r} has no option {', '.join(unknown)}: data.options takes "
+            f"source {name!r} has no option {', '.join(unknown)}: it takes "
             f"{', '.join(sorted(allowed))}"
         )
     return kind(split, resolution, **place, **options)
@@ -61,8 +66,11 @@ def open_data(
     """The source that `config.data` describes, with `split` or `resolution` overridden if given.
 
     `options.size` is the size of the split `data.split`; other splits have their default size.
+    Class folders are numbered by `data.split` in every split.
     """
     options = dict(data["options"])
+    if data["name"] == "folder" and data["split"]:
+        options.setdefault("train_split", split_name(data["split"]))
     if split not in (None, data["split"]):
         options.pop("size", None)
     return open_source(
@@ -94,12 +102,12 @@ class SceneSource(Source):
         if base not in scenes.SPLITS:
             raise ValueError(f"scenes has no split {base!r}: choose {' or '.join(scenes.SPLITS)}")
         scenes.check_resolution(resolution)
-        self.seed, self.single = seed, single
+        self.seed, self.single = whole(seed, "seed"), single
         super().__init__(
             "scenes",
             split,
             resolution,
-            length=SCENE_SIZES[base] if size is None else size,
+            length=whole(SCENE_SIZES[base] if size is None else size, "size", 1),
             class_names=scenes.SHAPES,
             # The size is left out: a larger set begins with the same images.
             identity=[scenes.SCENES_ID, seed] + ["single"] * single,
@@ -167,13 +175,14 @@ class TfdsSource(Source):
         self._kept: Any = range(len(self._records))
         if where:
             self._kept = [i for i in self._kept if _matches(self._record(i), where)]
+        files = [pathlib.Path(file) for file in builder.info.splits[base].filepaths]
         super().__init__(
             name,
             split,
             resolution,
             length=len(self._kept),
             class_names=tuple(features["label"].names) if "label" in features else (),
-            identity=["tfds", str(builder.version), len(self._records), where],
+            identity=["tfds", content_hash(files, [file.name for file in files]), where],
             **options,
         )
 
@@ -211,7 +220,8 @@ def _newest_version(name: str, data_dir: str | None) -> pathlib.Path:
         found = {path.relative_to(root).parts[0] for path in root.glob("*/**/dataset_info.json")}
         raise ValueError(
             f"no data set {name!r} in {root}, where {', '.join(sorted(found)) or 'nothing'} is "
-            "prepared: set data.data_dir to its folder, or data.name to 'scenes' or 'folder'"
+            "prepared: give --config.data.data_dir=DIR, its folder (--data_dir=DIR in "
+            "launch.evaluate), or --config.data.name=scenes"
         )
     return max(versions, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 

@@ -81,6 +81,13 @@ class EDM(_OneStepAndGrids):
     P_mean: float = -1.2
     P_std: float = 1.2
 
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max < np.inf:
+            raise ValueError(
+                f"diffusion.sigma_min {self.sigma_min} and sigma_max {self.sigma_max}: need "
+                "0 < sigma_min < sigma_max, as 0.002 and 80"
+            )
+
     def denoise(
         self,
         F: Network,
@@ -133,7 +140,7 @@ class EDM(_OneStepAndGrids):
             a, b = (np.log([low, high]) - self.P_mean) / self.P_std
         # Invert the distribution function from the nearer tail: near 1 float32 has too few values.
         side = -1.0 if -a < b else 1.0
-        a, b = ndtr(np.sort([side * a, side * b]))
+        a, b = map(float, ndtr(np.sort([side * a, side * b])))
         quantile = a + (b - a) * _uniform(key, n, antithetic)
         return jnp.exp(self.P_mean + side * self.P_std * jax.scipy.special.ndtri(quantile))
 
@@ -294,6 +301,6 @@ def _uniform(key: jax.Array, n: int, antithetic: bool) -> jax.Array:
     """[n] in (0, 1); antithetic: u and 1 - u in two halves."""
     # minval excludes 0, the quantile of an infinite ln sigma.
     if not antithetic:
-        return jax.random.uniform(key, (n,), minval=1e-7)
-    u = jax.random.uniform(key, ((n + 1) // 2,), minval=1e-7)
+        return jax.random.uniform(key, (n,), jnp.float32, minval=1e-7)
+    u = jax.random.uniform(key, ((n + 1) // 2,), jnp.float32, minval=1e-7)
     return jnp.concatenate([u, 1 - u])[:n]

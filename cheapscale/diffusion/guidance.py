@@ -55,4 +55,6 @@ def drop_labels(key: jax.Array, label: jax.Array, probability: float, null: int)
     """label [b], each replaced by `null` with this probability, to train a network for guidance."""
     if not probability:
         return label
-    return jnp.where(jax.random.bernoulli(key, probability, label.shape), null, label)
+    # The draw would be another in float64, the type of a Python number under JAX_ENABLE_X64.
+    dropped = jax.random.bernoulli(key, jnp.float32(probability), label.shape)
+    return jnp.where(dropped, null, label)

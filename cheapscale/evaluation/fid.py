@@ -126,8 +126,8 @@ def frechet(a: Moments | Gaussian | np.ndarray, b: Moments | Gaussian | np.ndarr
     warning = ""
     if fewest <= dimension:
         warning = (
-            f"{fewest} samples for {dimension} dimensions: their Frechet distance reads about "
-            f"{bias:.3g} too high; give {2 * dimension}, or use the kernel distance"
+            f"{fewest} samples for {dimension} dimensions: their Frechet distance reads at "
+            f"least roughly {bias:.3g} too high; give {2 * dimension}, or use the kernel distance"
         )
     return Frechet(distance, bias, warning)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from cheapscale.data.arrays import read_npz
 from cheapscale.data.files import atomic_write
 from cheapscale.data.pixels import check_images, to_uint8
 from cheapscale.evaluation import measure, patches
@@ -36,6 +37,7 @@ from cheapscale.evaluation.request import (
 )
 from cheapscale.evaluation.statistics import Statistics, cache_path, reference_statistics
 from cheapscale.features import FeatureNetwork
+from cheapscale.teacher.sampling import check_labels
 from cheapscale.training.mesh import broadcast_from_host0
 from cheapscale.training.stage import Job
 
@@ -130,6 +132,9 @@ def embed_part(e: Evaluation, part: Part) -> dict[str, np.ndarray]:
             out = outputs(network, view_images, **options)
             found |= {f"{network.name}/{view}/{key}": value for key, value in out.items()}
     captions = source.captions(ids) if e.condition == "caption" and source.captions else None
+    known = reads_compositions(e, part.set) or ("clip" in e.metrics and part.set == GENERATED)
+    if known and not captions and e.real is not None:  # the class's name is what is asked for
+        check_labels(np.asarray(labels), e.real.num_classes)
     if reads_compositions(e, part.set):
         wanted = captions or [int(label) for label in labels]
         compared = composition.compare_images(images, wanted)
@@ -147,10 +152,9 @@ def read(parts: list[Part], name: str, prefix: str) -> dict[str, np.ndarray]:
     stored: dict[str, list[np.ndarray]] = {}
     for part in parts:
         if part.set == name:
-            with np.load(part.path) as file:
-                for key in file.files:
-                    if key.startswith(prefix) and key != "preview":
-                        stored.setdefault(key, []).append(file[key])
+            for key, array in read_npz(part.path).items():
+                if key.startswith(prefix) and key != "preview":
+                    stored.setdefault(key, []).append(array)
     return {key: np.concatenate(arrays) for key, arrays in stored.items()}
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from cheapscale.data.pixels import check_images, to_uint8
+from cheapscale.data.pixels import pictures, to_uint8
 from cheapscale.evaluation.coverage import KS, nearest, prdc
 from cheapscale.evaluation.embedding import embed, outputs
 from cheapscale.evaluation.fid import (
@@ -54,6 +54,7 @@ def evaluate(
     num_train: int = 10_000,
     batch_size: int = 250,
     resize: str = "network",
+    said: set[str] | None = None,
 ) -> dict[str, float]:
     """{metric: number} of generated images; warnings are logged.
 
@@ -64,11 +65,14 @@ def evaluate(
             or statistics of them (see `statistics_of`).
         network: must not have been part of a training loss; see `checked_name`.
         train: source or array of training images, for "memorisation" and "floor".
-        metrics: some of METRICS; default: all but "score" whose inputs are given.
+        metrics: some of METRICS; default: all but "score" whose inputs are given, and "prdc" for
+            more images than its neighbours.
         used_in_loss, insist: see `checked_name`.
         num_reference, num_train: limits of the number of images read from a source; a larger source
             is reduced to a fixed random choice. A copy of a training image outside the choice is
             not detected.
+        said: the subjects of the warnings that were logged before and are not repeated; the new
+            ones are added.
 
     Returns the numbers that `scores` describes.
     """
@@ -77,7 +81,9 @@ def evaluate(
     options = {"batch_size": batch_size, "resize": resize}
     real = statistics_of(reference, network, num=num_reference, **options)
     if not metrics:
-        metrics = ("fd", "kid", "prdc") if real.features is not None else ("fd",)
+        metrics = ("fd", "kid") if real.features is not None else ("fd",)
+        if real.features is not None and min(len(images), len(real.features)) > max(KS):
+            metrics += ("prdc",)
         metrics = (*metrics, *(("memorisation", "floor") if train is not None else ()))
     resolution = images.shape[1]
     check_match(real, network=network.name, sha256=network.sha256, resolution=resolution)
@@ -99,8 +105,11 @@ def evaluate(
         unseen=unseen,
         resize=resize,
     )
+    said = set() if said is None else said
     for warning in warnings:
-        logging.warning(warning)
+        if (subject := warning.partition(":")[0]) not in said:
+            logging.warning(warning)
+        said.add(subject)
     return numbers
 
 
@@ -322,7 +331,7 @@ def unseen_rows(network: FeatureNetwork, length: int, num: int) -> np.ndarray:
 
 
 def gather(images: np.ndarray | jax.Array | Iterable[Any]) -> np.ndarray:
-    """Images, uint8 or float in [-1, 1], or an iterable of batches, as one uint8 [n, R, R, 3]."""
+    """Images as `pixels.pictures` takes them, or an iterable of batches, as one uint8 array."""
     batches = [images] if hasattr(images, "ndim") else images
-    checked = [check_images(np.asarray(batch)) for batch in batches]
+    checked = [pictures(batch) for batch in batches]
     return np.concatenate([b if b.dtype == np.uint8 else to_uint8(b) for b in checked])

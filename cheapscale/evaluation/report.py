@@ -16,20 +16,21 @@ import jax
 import numpy as np
 from absl import logging
 
-from cheapscale.data.pixels import from_uint8, psnr
+from cheapscale.data.pixels import from_uint8, psnr, to_uint8
 from cheapscale.data.resize import area_mean, downsample
 from cheapscale.data.source import Source
 from cheapscale.data.sources import open_data
 from cheapscale.evaluation.coverage import nearest
 from cheapscale.evaluation.embedding import embed
 from cheapscale.evaluation.image_sets import choice
-from cheapscale.evaluation.measure import evaluate, gather, statistics_of
+from cheapscale.evaluation.measure import evaluate, statistics_of
 from cheapscale.evaluation.naming import suffixed
 from cheapscale.features import FeatureNetwork
 from cheapscale.features.fitted import fit_classifier
 from cheapscale.models.growth import grow_params
 from cheapscale.models.unet import init_params
 from cheapscale.teacher import Experts, Generator, Teacher, load, load_teacher
+from cheapscale.teacher.data import match_classes
 from cheapscale.teacher.sampling import round_trip, sample
 from cheapscale.training.log import enlarge, image_grid, save_png
 
@@ -68,16 +69,17 @@ def write(
     top = final.config.data.resolution
 
     sources = [held_out(run) for run in growing]
-    rows = [enlarge(source.read(range(COLUMNS))[0], top) for source in sources]
-    save_png(folder / "data.png", image_grid(np.concatenate(rows), COLUMNS), 1024)
+    rows = [enlarge(first_images(source), top) for source in sources]
+    save_rows(folder / "data.png", rows)
     figures = {"round_trip": inversion(folder / "round_trip.png", teacher, invert), "stages": {}}
 
     logging.info("report: sampling %d images of each network", num_samples)
     images, controls = samples(teacher, invert, growing, num_samples)
     save_png(folder / "teacher.png", image_grid(images["teacher"][:64]))
     rows = [enlarge(images[run.folder][:COLUMNS], top) for run in growing]
-    save_png(folder / "one_step.png", image_grid(np.concatenate(rows), COLUMNS), 1024)
+    save_rows(folder / "one_step.png", rows)
 
+    said: set[str] = set()  # a warning about small numbers is the same for every network
     for run in growing:
         train = open_data(run.config.data)
         steps = run.config.features.fit_steps or None
@@ -87,7 +89,7 @@ def write(
             numbers = {"resolution": images[name].shape[1]}
             for network in (classifier, *(measures if run is final else ())):
                 numbers |= evaluate(
-                    images[name],
+                    to_uint8(images[name]),
                     held_out(run),
                     network,
                     train=train,
@@ -95,6 +97,7 @@ def write(
                     # A larger reference would not reduce the variance of num_samples samples.
                     num_reference=min(5000, 4 * num_samples),
                     num_train=NUM_TRAIN,
+                    said=said,
                 )
             figures["stages"][name] = numbers
         if run is final:
@@ -119,7 +122,9 @@ def samples(
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """({network or control: images [num, R, R, 3]}, {run: names of its controls}), for equal z."""
     ids, base = np.arange(num), growing[0].folder
-    options = {"labels": open_data(invert.config.data).class_mix(num), "batch_size": 250}
+    source = open_data(invert.config.data)
+    match_classes(teacher.meta, teacher.num_classes, source, teacher.workdir)
+    options = {"labels": source.class_mix(num), "batch_size": 250}
     images = {"teacher": sample(teacher, ids, steps=invert.config.invert.nodes, **options)[0]}
     controls = {base: ["teacher"]}  # the teacher has the resolution of the first generator
     for run in growing:
@@ -139,6 +144,11 @@ def held_out(run: Run) -> Source:
     return open_data(run.config.data, split=run.config.data.eval_split)
 
 
+def first_images(source: Source) -> np.ndarray:
+    """The images of one row of a picture: at most COLUMNS."""
+    return source.read(range(min(COLUMNS, len(source))))[0]
+
+
 def bicubic(images: np.ndarray, resolution: int) -> np.ndarray:
     """Images [n, r, r, 3] in [-1, 1], enlarged to [n, R, R, 3]."""
     return np.stack([downsample(image, resolution, allow_upscale=True) for image in images])
@@ -155,10 +165,14 @@ def inversion(path: pathlib.Path, teacher: Teacher | Experts, run: Run, count: i
     """PSNR and rms(z)/sigma_max of held-out images after the teacher's round trip on the same
     nodes; writes a picture of the first images and their reconstructions to `path`."""
     source = held_out(run)
+    if teacher.num_classes and not source.num_classes:
+        logging.warning("the round trip is of training images, as the others have no labels")
+        source = open_data(run.config.data)
+    match_classes(teacher.meta, teacher.num_classes, source, teacher.workdir)
     images, labels = source.read(range(min(count, len(source))))
     nodes = run.config.invert.nodes
     z, again = round_trip(teacher, nodes=nodes, clip=run.config.invert.clip)(images, labels)
-    save_png(path, image_grid(np.concatenate([images[:COLUMNS], again[:COLUMNS]]), COLUMNS))
+    save_rows(path, [images[:COLUMNS], again[:COLUMNS]], 512)
     sigma_max = teacher.process.sigma_max
     return {
         "psnr": float(np.mean(psnr(images, again))),
@@ -170,13 +184,17 @@ def inversion(path: pathlib.Path, teacher: Teacher | Experts, run: Run, count: i
 
 def draw_nearest(path: pathlib.Path, images: np.ndarray, train, network: FeatureNetwork) -> None:
     """Write a picture of the eight samples nearest to a training image, above those images."""
-    images = gather(images)
+    images = to_uint8(images)
     known = statistics_of(train, network, num=NUM_TRAIN).features
     distance, index = nearest(embed(network, images), known)
     order = np.argsort(distance)[:COLUMNS]
     originals, _ = train.read(choice(len(train), NUM_TRAIN)[index[order]])
-    pairs = np.concatenate([from_uint8(images[order]), originals])
-    save_png(path, image_grid(pairs, COLUMNS), 1024)
+    save_rows(path, [from_uint8(images[order]), originals])
+
+
+def save_rows(path: pathlib.Path, rows: Sequence[np.ndarray], min_side: int = 1024) -> None:
+    """Write a picture with one row for each set of images; every set [n, h, w, 3] has one shape."""
+    save_png(path, image_grid(np.concatenate(rows), len(rows[0])), min_side)
 
 
 def table(figures: dict) -> str:
@@ -187,12 +205,13 @@ def table(figures: dict) -> str:
     precision, recall = (suffixed(fd.replace("fd", w, 1), "_k3") for w in ("precision", "recall"))
     head = ["network", "px", fd, "floor", f"1000 {kid}", "precision", "recall", "drift"]
     rows = [head, ["---"] * len(head)]
-    for name, values in figures["stages"].items():
+    for network, values in figures["stages"].items():
         drift = values.get("drift_rms")
         rows.append([
-            name, str(values["resolution"]),
+            network, str(values["resolution"]),
             f"{values[fd]:.3f}", f"{values[suffixed(fd, '_floor')]:.3f}",
-            f"{1000 * values[kid]:.2f}", f"{values[precision]:.2f}", f"{values[recall]:.2f}",
+            f"{1000 * values[kid]:.2f}",
+            *(f"{values[name]:.2f}" if name in values else "" for name in (precision, recall)),
             "" if drift is None else f"{drift:.3f}",
         ])  # fmt: skip
     lines = ["| " + " | ".join(row) + " |" for row in rows]

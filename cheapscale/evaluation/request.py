@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cheapscale.data.content import content_hash
 from cheapscale.evaluation import measure
 from cheapscale.evaluation.coverage import KS
 from cheapscale.evaluation.embedding import check_network
@@ -165,7 +167,10 @@ def mistakes(e: Evaluation) -> Iterator[str]:
     if e.generated.num < 2:
         yield f"num is {e.generated.num}: a distribution needs at least 2 images"
     if asked & {*FEATURE_METRICS, *VIEW_METRICS} and not e.networks:
-        yield f"metrics {sorted(asked)} need a feature network: give --network"
+        yield (
+            f"metrics {sorted(asked)} need a feature network: give --network=NAME=FILE, or --data: "
+            "a data set, on which a small classifier is fitted"
+        )
     if asked & {"kid", "prdc", "floor", *VIEW_METRICS} and e.real is None:
         yield f"metrics {sorted(asked)} compare with real images: give --data"
     if "fd" in asked and e.real is None and not e.references:
@@ -240,7 +245,7 @@ def identity(e: Evaluation) -> dict:
         "networks": {n.name: f"{n.sha256} {n.variant} {n.input_size}" for n in e.networks},
         "real": e.real is not None and e.real.fingerprint(),
         "train": e.train is not None and e.train.fingerprint(),
-        "references": list(e.references),
+        "references": [content_hash([pathlib.Path(path)], [""]) for path in e.references],
         "clip": e.clip and f"{e.clip.network.sha256} {e.clip.fingerprint}",
         "pairs": e.pairs and e.pairs.fingerprint,
         "lpips": e.lpips and e.lpips.sha256,

@@ -10,19 +10,20 @@ Published files can be loaded too: ADM's (mu, sigma, mu_s, sigma_s and the image
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cheapscale.data.arrays import read_npz
 from cheapscale.data.digest import digest
-from cheapscale.data.files import atomic_write
+from cheapscale.data.files import atomic_write, cache_folder, damaged
 from cheapscale.evaluation.fid import Gaussian, Moments, check_features, moments
 
 VERSION = 1  # change it with the format of the file, or with code that changes the numbers
 FOREIGN_NETWORK = "inception_v3"  # the network of published files
+LARGEST_CHECKED = 4096  # dimension up to which eigenvalues are computed, which takes seconds
 
 
 class Identity(NamedTuple):
@@ -77,10 +78,8 @@ def reference_statistics(
 
 def cache_path(identity: Identity, cache_dir: str | pathlib.Path | None = None) -> pathlib.Path:
     """The path of the statistics `identity` in the cache."""
-    if cache_dir is None:
-        cache_dir = os.environ.get("CHEAPSCALE_CACHE", "~/.cache/cheapscale")
     name = f"{identity.network}-{identity.resolution}px-{identity.digest()}.npz"
-    return pathlib.Path(cache_dir).expanduser() / "statistics" / name
+    return pathlib.Path(cache_dir or cache_folder()) / "statistics" / name
 
 
 def save_statistics(path: str | pathlib.Path, features: np.ndarray, identity: Identity) -> None:
@@ -110,20 +109,24 @@ def load_statistics(path: str | pathlib.Path, *, identity: Identity | None = Non
     path = pathlib.Path(path)
     if not path.is_file() or path.suffix != ".npz":
         raise ValueError(f"no reference statistics at {path}: give an .npz of ours, ADM's or EDM's")
-    with np.load(path) as stored:
-        if "identity" in stored:
+    stored = read_npz(path)
+    if "identity" in stored:
+        with damaged(path):
             found = _own(path, stored)
-        elif "mu" in stored and "sigma" in stored:
-            mean, covariance = (np.asarray(stored[k], np.float64) for k in ("mu", "sigma"))
-            found = Statistics(Gaussian(mean, covariance), None, None, str(path))
-        else:
-            raise ValueError(
-                f"{path} holds {', '.join(stored.files)} but no mu and sigma: it is not a file of "
-                "reference statistics"
-            )
-    size = len(found.moments.mean)
-    if found.moments.covariance.shape != (size, size):
-        raise ValueError(f"mean and covariance of {path} do not fit each other: get the file again")
+    elif "mu" in stored and "sigma" in stored:
+        arrays = stored["mu"], stored["sigma"]
+        if any(array.dtype.kind not in "fiu" for array in arrays):
+            kinds = " and ".join(str(array.dtype) for array in arrays)
+            raise ValueError(f"{path} holds mu and sigma as {kinds}: get a file of real numbers")
+        mean, covariance = (array.astype(np.float64) for array in arrays)
+        found = Statistics(Gaussian(mean, covariance), None, None, str(path))
+    else:
+        raise ValueError(
+            f"{path} holds {', '.join(stored)} but no mu and sigma: it is not a file of reference "
+            "statistics"
+        )
+    if fault := _fault(found.moments):
+        raise ValueError(f"{path} holds no statistics ({fault}): get or compute the file again")
     if identity is not None and found.identity != identity:
         raise ValueError(f"{path} holds {found.identity}, not {identity}: delete it")
     return found
@@ -154,6 +157,22 @@ def check_match(statistics: Statistics, **asked: Any) -> None:
                 f"{statistics.path} holds statistics of {field} {recorded[field]!r}, but the "
                 f"features are of {value!r}: give or compute a reference with the same {field}"
             )
+
+
+def _fault(moments: Moments | Gaussian) -> str:
+    """Why these are no mean [d] and covariance [d, d] of features, or ""."""
+    mean, covariance = moments.mean, moments.covariance
+    if mean.ndim != 1 or not mean.size or covariance.shape != 2 * mean.shape:
+        return f"a mean {mean.shape} and a covariance {covariance.shape} do not fit each other"
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        return "some numbers are not finite"
+    if not np.allclose(covariance, covariance.T, atol=1e-6 * np.abs(covariance).max()):
+        return "the covariance is not symmetric"
+    if mean.size <= LARGEST_CHECKED:
+        eigenvalues = np.linalg.eigvalsh(covariance)
+        if eigenvalues[0] < -1e-3 * max(eigenvalues[-1], 0):
+            return f"the covariance has the negative eigenvalue {eigenvalues[0]:.3g}"
+    return ""
 
 
 def _own(path: pathlib.Path, stored: Any) -> Statistics:

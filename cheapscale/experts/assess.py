@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from cheapscale.data.digest import digest
-from cheapscale.data.files import atomic_write
+from cheapscale.data.files import atomic_write, read_json
 from cheapscale.data.sources import open_data
 from cheapscale.diffusion.denoiser import denoising_loss
 from cheapscale.experts import budget, importance, search
@@ -280,7 +280,7 @@ def build(config) -> Job:
     """The job that assesses a set of experts, one group per shard, in the folder config.experts."""
     settings, folder = config.prune.to_dict(), config.experts
     if not folder:
-        raise ValueError("config.experts is empty: name the folder of the set")
+        raise ValueError("experts is empty: give --config.experts=DIR, the folder of the set")
     if checkpoints_folder(folder).is_dir():
         raise ValueError(f"config.experts={folder} holds a training run: name a new folder")
     make_proposer(settings)  # raises ValueError now if the language model is not configured
@@ -348,7 +348,7 @@ def assessment_path(folder: str, group: int) -> pathlib.Path:
 
 def read_assessment(folder: str, group: int) -> dict:
     """The assessment of one group: {widths, keep, share, score, ledger, identity}."""
-    return json.loads(assessment_path(folder, group).read_text())
+    return read_json(assessment_path(folder, group))
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:
@@ -359,13 +359,13 @@ def write_json(path: pathlib.Path, value: dict) -> None:
 
 def _read_checked(path: pathlib.Path, shared: pathlib.Path, origin: dict) -> dict:
     """The content of a file; ValueError if an assessment with another `origin` has written it."""
-    content = json.loads(path.read_text())
+    content = read_json(path, "identity")
     if content["identity"] != digest(origin):
-        before = json.loads(shared.read_text())["origin"] if shared.is_file() else {}
+        before = read_json(shared, "origin")["origin"] if shared.is_file() else {}
         rows = differing_keys(before, json.loads(json.dumps(origin)), ())
         raise ValueError(
-            f"{path} was written with other settings ({'; '.join(rows)}): name another folder in "
-            "config.experts"
+            f"{path} was written with other settings ({'; '.join(rows)}): give another "
+            "folder as --config.experts"
         )
     return content
 

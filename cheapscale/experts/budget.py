@@ -60,6 +60,6 @@ def solve_k(mean: float, order: str, sizes: np.ndarray) -> float:
     if not 0 < k <= 1:
         raise ValueError(
             f"no k gives {N} groups the mean share prune.mean={mean}: choose one above {at_0:.3f} "
-            "and at most 1, or prune.order=flat"
+            "and at most 1, or --config.prune.order=flat"
         )
     return k

@@ -62,8 +62,8 @@ class LanguageModel:
                 ]
         raise ValueError(
             f"the language model {self.model!r} gave no usable widths in {self.attempts} attempts; "
-            f"its last reply was {reply[:200]!r}: use another model, or prune.proposer=greedy "
-            "in another folder"
+            f"its last reply was {reply[:200]!r}: use another model, or "
+            "--config.prune.proposer=greedy in another folder"
         )
 
     def _ask(self, messages: list[dict[str, str]]) -> str:
@@ -81,7 +81,8 @@ class LanguageModel:
         except (OSError, http.client.HTTPException, LookupError, TypeError, ValueError) as e:
             raise ValueError(
                 f"the language model at {self.url} did not answer as expected ({e}): check "
-                f"prune.llm_url and {KEY_VARIABLE}, or use prune.proposer=greedy in another folder"
+                f"--config.prune.llm_url and {KEY_VARIABLE}, or give --config.prune.proposer=greedy"
+                " and another folder"
             ) from e
 
 

@@ -99,8 +99,8 @@ def make_groups(
     levels = process.levels()
     if not 1 <= count <= len(levels):
         raise ValueError(
-            f"{len(levels)} noise levels cannot make {count} groups: set prune.groups to at most "
-            f"{len(levels)}"
+            f"{len(levels)} noise levels cannot make {count} groups: give "
+            f"--config.prune.groups={len(levels)} at most"
         )
     if kind == "equal":
         edges = np.round(len(levels) * np.arange(count + 1) / count).astype(int)
@@ -119,7 +119,7 @@ def make_groups(
     if np.any(np.diff(edges) < 1):
         raise ValueError(
             f"prune.partition={kind} makes groups of {np.diff(edges).tolist()} levels: use fewer "
-            "groups, or prune.partition=equal"
+            "groups, or --config.prune.partition=equal"
         )
     return Groups(levels, edges)
 
@@ -140,8 +140,8 @@ def cluster(cost: np.ndarray, count: int) -> np.ndarray:
     n = len(cost)
     if count > n:
         raise ValueError(
-            f"{n} measured levels cannot make {count} groups: set prune.groups to at most {n}, or "
-            "prune.partition=equal"
+            f"{n} measured levels cannot make {count} groups: give --config.prune.groups={n} at "
+            "most, or --config.prune.partition=equal"
         )
     # best[g, end]: least cost of the positions 0 ... end - 1 in g groups, the last of which begins
     # at start[g, end].

@@ -97,7 +97,7 @@ def make_task(config: UNetConfig, target: float, scores: Mapping[str, np.ndarray
     if target < least - TOLERANCE:
         raise ValueError(
             f"a group's budget is {target:.3f} of the teacher's FLOPs, but the widths inside its "
-            f"blocks shrink to {least:.3f} at least: raise prune.k or prune.mean"
+            f"blocks shrink to {least:.3f} at least: raise --config.prune.k or --config.prune.mean"
         )
     return task
 
@@ -251,7 +251,7 @@ def search(
             file.write("".join(json.dumps(line) + "\n" for line in lines))
     if not memory:
         raise ValueError(
-            f"{rounds} rounds of {per_round} proposals found no widths: raise prune.rounds"
+            f"{rounds} rounds of {per_round} proposals found no widths: raise --config.prune.rounds"
         )
     best = min(memory, key=lambda entry: entry.score)
     if not math.isfinite(best.score):
@@ -281,8 +281,8 @@ def read_memory(path: str | os.PathLike, task: Task) -> tuple[list[Entry], int]:
         )
         if not known or not task.fits(entry.share):
             raise ValueError(
-                f"{path} holds the search of another network or budget: name another folder in "
-                "config.experts"
+                f"{path} holds the search of another network or budget: give another "
+                "folder as --config.experts"
             )
     finished = "".join(json.dumps(row) + "\n" for row in rows)
     if finished != content:

@@ -9,7 +9,6 @@ the forward pass is convolutions only, which XLA:CPU runs well.
 """
 
 import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -19,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cheapscale.data.files import read_json
 from cheapscale.features.layers import conv
 from cheapscale.features.network import FeatureNetwork, enlarge, full_precision
-from cheapscale.features.weights import Weights
+from cheapscale.features.weights import Weights, read_weights
 
 PyTree = Any
 
@@ -154,8 +154,8 @@ def read_classifier(path: pathlib.Path) -> tuple[PyTree, dict]:
     report_path = path.with_suffix(".json")
     if not report_path.is_file():
         raise ValueError(f"there is no report {report_path}: copy it from where {path} was fitted")
-    with np.load(path) as stored:
-        params, report = unflatten_dict(dict(stored), sep="/"), json.loads(report_path.read_text())
+    arrays, report = read_weights(path).arrays, read_json(report_path, "sha256")
+    params = unflatten_dict(arrays, sep="/")
     if weights_hash(params) != report["sha256"]:
         raise ValueError(f"{report_path} does not describe {path}: copy both again, or delete both")
     return params, report

@@ -82,12 +82,12 @@ def init_reassembly(key: jax.Array, width: int) -> list[PyTree]:
     for i, kernel in enumerate((4, 2, 0, 3)):
         channels = width // 8 * 2**i
         key, a, b = jax.random.split(key, 3)
-        layer = {"project": jax.random.normal(a, (width, channels)) * width**-0.5}
+        layer = {"project": jax.random.normal(a, (width, channels), jnp.float32) * width**-0.5}
         if kernel:
             # A transposed convolution as wide as its stride has one input pixel per output pixel.
             fan_in = channels * (9 if kernel == 3 else 1)
             shape = (kernel, kernel, channels, channels)
-            layer["resize"] = jax.random.normal(b, shape) * fan_in**-0.5
+            layer["resize"] = jax.random.normal(b, shape, jnp.float32) * fan_in**-0.5
         layers.append(layer)
     return layers
 

@@ -50,7 +50,7 @@ def parameters(
     for name in policy:
         shape = (batch,) if name in RANGES else (batch, 2)
         low, high = RANGES.get(name, (0.0, 1.0))
-        drawn[name] = jax.random.uniform(keys[name], shape, minval=low, maxval=high)
+        drawn[name] = jax.random.uniform(keys[name], shape, jnp.float32, low, high)
     return drawn
 
 

@@ -18,7 +18,6 @@ as weights (.npz) and a report (.json).
 import functools
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict
 
 from cheapscale.data.digest import digest
-from cheapscale.data.files import atomic_write
+from cheapscale.data.files import atomic_write, cache_folder
 from cheapscale.data.pixels import from_uint8
 from cheapscale.features.classifier import (
     feature_network,
@@ -49,6 +48,7 @@ PyTree = Any
 VERSION = 4  # raise it when the code changes what weights a fit gives
 NATIVE = 32  # images up to this size are trained on as they are,
 VIEW = 16  # larger ones as crops and as reductions of this size
+DIVERGED = 1000.0  # root mean square of features; usually 3 to 30
 PURPOSES = {
     "loss": {"seed": 1, "width": 16, "subset": "all", "degradation_weight": 0.0},
     "metric": {"seed": 2, "width": 12, "subset": "even", "degradation_weight": 1.0},
@@ -110,9 +110,8 @@ def lazy_classifier(
         "max_images": max_images,
     }
     spec |= {k: v for k, v in (("seed", seed), ("width", width)) if v is not None}
-    cache = pathlib.Path(cache_dir or os.environ.get("CHEAPSCALE_CACHE", "~/.cache/cheapscale"))
     name = f"{purpose}-{source.resolution}px-{digest(spec)}.npz"
-    path = cache.expanduser() / "classifiers" / name
+    path = pathlib.Path(cache_dir or cache_folder()) / "classifiers" / name
     # Of several processes only process 0 looks into its cache, and only in `fit`.
     if jax.process_count() == 1 and path.is_file():
         network = feature_network(*read_classifier(path))
@@ -135,7 +134,10 @@ def _read_or_fit(path: pathlib.Path, source: Any, spec: dict) -> tuple[PyTree, d
         temporary.write_text(json.dumps(report, indent=1))
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **flatten_dict(params, sep="/"))
-    logging.info("fitted a classifier: %s", report)
+    logging.info(
+        "fitted a classifier on %d images of %d px: %.0f%% of held-out %ss are right",
+        found["images"], spec["resolution"], 100 * found["accuracy"], spec["task"],
+    )  # fmt: skip
     return params, report
 
 
@@ -201,6 +203,11 @@ def _fit(source: Any, spec: dict) -> tuple[PyTree, dict]:
     parts = [outputs(params, from_uint8(part)) for part in np.array_split(x, -(-held_out // 100))]
     guessed = np.concatenate([part["logits"].argmax(axis=1) for part in parts])
     features = np.concatenate([part["features"] for part in parts])
+    if not np.mean(features**2) < DIVERGED**2:
+        raise ValueError(
+            f"a classifier fitted on {len(images)} images of {source.name!r} has diverged: give "
+            "more images, or the weights of a network (--network or --config.features.names)"
+        )
     return jax.tree.map(np.asarray, params), {
         "accuracy": float(np.mean(guessed == label)),
         "feature_rms": max(float(np.mean(features**2) ** 0.5), 1e-6),

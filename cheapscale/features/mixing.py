@@ -52,8 +52,8 @@ def init_mixing(key: jax.Array, shapes: Sequence[tuple[int, int]], width: int) -
         c_mid = width * 2**i
         for name, fan_in, fan_out in (("ccm", c_in, c_mid), ("csm", c_mid, c_out)):
             key, a, b = jax.random.split(key, 3)
-            kernel = jax.random.normal(a, (fan_in, fan_out)) * fan_in**-0.5
-            bias = jax.random.normal(b, (fan_out,)) * fan_in**-0.5
+            kernel = jax.random.normal(a, (fan_in, fan_out), jnp.float32) * fan_in**-0.5
+            bias = jax.random.normal(b, (fan_out,), jnp.float32) * fan_in**-0.5
             mixing[name].append({"kernel": kernel, "bias": bias})
     return mixing
 

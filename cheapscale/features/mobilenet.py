@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cheapscale.features.layers import conv, depthwise, relu6
 from cheapscale.features.network import FeatureNetwork, enlarge
@@ -34,6 +35,9 @@ def build(weights: Weights, input_size: int = 224) -> FeatureNetwork:
                 f"{weights.path}: operation {op} is not one of {OPERATIONS} with padding 'SAME': "
                 "it is a file of another network"
             )
+    # The graph multiplies int8 numbers by their scales, see `_read`.
+    floats = {n: np.float32(a) if a.dtype == np.int8 else a for n, a in weights.arrays.items()}
+    weights = weights._replace(arrays=floats)
     convs = [op for op in graph if op["op"] in ("conv", "dwconv")]
     params = {f"{op['idx']:02d}": jax.tree.map(jnp.asarray, _read(weights, op)) for op in convs}
     taps, logits = _taps(graph), convs[-1]["out"]

@@ -1,26 +1,47 @@
-"""Weight files as {name: NumPy array}: .npz, .safetensors, and PyTorch's .pth, .pt, .th and .bin.
+"""Weight files as {name: NumPy array}: .npz, .safetensors, and PyTorch's .pth, .pt, .ckpt, .bin.
 
 A network reads its arrays by name and shape, so that the file of another network is refused before
-anything compiles.
+anything compiles. FILE#KEY names one of several sets of weights in a file, such as a checkpoint
+with "model" and "model_ema".
 """
 
+import glob
 import hashlib
+import json
 import os
 import pathlib
+import re
+import shlex
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
-TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin")
+from cheapscale.data.arrays import read_npz
+from cheapscale.features.torch_file import Groups, Refused, read_torch
+
+TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".pkl")
+# What often lies under the name of a weight file, by its first bytes: binary files and texts.
+BINARY = {
+    b"\x1f\x8b": "a gzip archive: unpack it with gzip -d",
+    b"\x89HDF": "an HDF5 file: save its arrays as .npz",
+    b"\x93NUMPY": "a single .npy array: save arrays with their names by np.savez",
+}
+TEXTS = {
+    b"version https://git-lfs": "a Git LFS pointer, not weights: fetch the file with git lfs pull",
+    b"<": "an HTML page, not weights: download the file itself",
+    b"": "a text, not weights: download the file itself",
+}
+NEGLIGIBLE = 1 << 28  # bytes that even a small .npz may unpack to
+IS_TEXT = re.compile(rb"[^\0-\x08\x0e-\x1f\x80-\xff][^\0-\x08\x0e-\x1f]*")
 Paths = str | pathlib.Path | Sequence[str | pathlib.Path]
 
 
 class Weights(NamedTuple):
-    """Arrays by name, the path they came from, and the SHA-256 of the file (several files: their
-    hashes joined by "+")."""
+    """Arrays by name, the path they came from, and the SHA-256 of the file with the "#KEY" that was
+    asked for (several files: joined by "+")."""
 
     arrays: dict[str, np.ndarray]
     path: str
@@ -29,7 +50,7 @@ class Weights(NamedTuple):
     def take(self, name: str, *shape: int) -> np.ndarray:
         """The array `name` as float32; -1 in `shape` stands for any length.
 
-        Raises ValueError where the array is missing or has another shape.
+        Raises ValueError where the array is missing, has another shape or is no float.
         """
         if name not in self.arrays:
             raise ValueError(
@@ -42,7 +63,22 @@ class Weights(NamedTuple):
                 f"{self.path}: weight {name!r} has shape {found} where this network has {wanted}: "
                 "it is a file of another network"
             )
-        return np.asarray(self.arrays[name], np.float32)
+        return as_float32(self.arrays[name], f"{self.path}: weight {name!r}")
+
+
+def is_float(array: np.ndarray) -> bool:
+    """Whether the numbers are floating point, as bfloat16 and float8 are."""
+    return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float8"))
+
+
+def as_float32(array: np.ndarray, what: str) -> np.ndarray:
+    """A float array as float32. Raises ValueError that begins with `what` for other arrays, which
+    are quantised weights without their scales."""
+    if not is_float(array):
+        raise ValueError(
+            f"{what} is {array.dtype}: dequantise it, or give the file from before quantisation"
+        )
+    return np.asarray(array, np.float32)
 
 
 def default_paths(name: str) -> list[pathlib.Path]:
@@ -58,81 +94,223 @@ def default_paths(name: str) -> list[pathlib.Path]:
 def named_files(path: Paths) -> list[pathlib.Path]:
     """The files that `path` names: one, a sequence, or a string of several joined by "+".
 
-    A "+" in the name of a file that exists is part of the name.
+    A "+" in the name of a file that exists is part of the name. Each may end in "#KEY".
     """
-    if isinstance(path, pathlib.Path) or (isinstance(path, str) and pathlib.Path(path).is_file()):
+    if isinstance(path, pathlib.Path) or (isinstance(path, str) and _with_key(path)[0].is_file()):
         return [pathlib.Path(path)]
     if not isinstance(path, str):
         return [pathlib.Path(part) for part in path]
     parts = [pathlib.Path(part) for part in path.split("+")]
     # One existing part is enough: the error then names the part that is missing.
-    return parts if any(part.is_file() for part in parts) else [pathlib.Path(path)]
+    return parts if any(_with_key(part)[0].is_file() for part in parts) else [pathlib.Path(path)]
 
 
-def read_weights(path: Paths, sha256: str | None = None) -> Weights:
-    """The arrays of one weight file, or of several (see `named_files`) together.
+def _with_key(path: str | pathlib.Path) -> tuple[pathlib.Path, str]:
+    """(file, key) of FILE#KEY; a "#" in the name of a file that exists is part of the name."""
+    name, mark, key = str(path).rpartition("#")
+    return (
+        (pathlib.Path(name), key) if mark and not os.path.isfile(path) else (pathlib.Path(path), "")
+    )
 
-    Raises ValueError where a file is missing, unreadable, or has another hash than `sha256`.
+
+def read_weights(path: Paths, sha256: str | None = None, *, every: bool = False) -> Weights:
+    """The arrays of one weight file, or of several (see `named_files`) together; floats as float32.
+
+    every: all sets of weights that the file holds, unconverted, under names such as "ema.conv.bias"
+    and "model.conv.bias", where otherwise several are refused; two files with the same names of
+    arrays give them under the names of the files.
+
+    Raises ValueError where a file is missing, unreadable, or has another hash than `sha256`, and
+    where weights are not finite.
     """
-    paths = named_files(path)
-    for one in paths:
-        if not one.is_file():
-            raise ValueError(f"no weight file at {one}: download it, then give its path")
-    shown = " + ".join(map(str, paths))
-    found = "+".join(hashlib.sha256(one.read_bytes()).hexdigest() for one in paths)
-    if sha256 and sha256.lower() != found:
+    files = [_with_key(one) for one in named_files(path)]
+    for file, _ in files:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: give the path of the weight file in it")
+        if not file.is_file():
+            raise ValueError(f"no weight file at {file}: download it, then give its path")
+    shown = " + ".join(f"{file}#{key}" if key else str(file) for file, key in files)
+    hashes = [_sha256(file) for file, _ in files]
+    if sha256 and sha256.lower() != "+".join(hashes):
         raise ValueError(
-            f"{shown} has SHA-256 {found} but {sha256} was asked for: it is another version or "
-            "is damaged"
+            f"{shown} has SHA-256 {'+'.join(hashes)} but {sha256} was asked for: it is another "
+            "version or is damaged"
         )
+    _check_shards([file for file, _ in files])
     arrays = {}
-    for one in paths:
-        arrays |= _read(one)
-    return Weights(arrays, shown, found)
+    for file, key in files:
+        groups = _read(file)
+        new = _under(file, key, flat(groups)) if key or every else _only(file, groups)
+        both = sorted(arrays.keys() & new.keys())
+        clash = next((n for n in both if not np.array_equal(arrays[n], new[n])), None)
+        stems = [file.stem for file, _ in files]
+        if clash is not None and every and len(set(stems)) == 2 == len(files):
+            # guided-diffusion's model010000.pt and ema_0.9999_010000.pt
+            arrays, new = (
+                {f"{stem}.{name}": array for name, array in one.items()}
+                for stem, one in zip(stems, (arrays, new), strict=True)
+            )
+        elif clash is not None:
+            raise ValueError(f"{shown} hold different weights {clash!r}: give one of the files")
+        arrays |= new
+    if not every:
+        arrays = {name: _plain(array) for name, array in arrays.items()}
+        check_finite(arrays, shown)
+    keyed = [f"{one}#{key}" if key else one for one, (_, key) in zip(hashes, files, strict=True)]
+    return Weights(arrays, shown, "+".join(keyed))
 
 
-def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    if path.suffix in TORCH_SUFFIXES:
-        return _read_torch(path)
-    if path.suffix not in (".npz", ".safetensors"):
+def _check_shards(files: list[pathlib.Path]) -> None:
+    """Refuse a part of a network that was saved in several files."""
+    for file in files:
+        if not (found := re.fullmatch(r"(.*-)\d{5}-of-(\d{5}\..*)", file.name)):
+            continue
+        shards = sorted(file.parent.glob(glob.escape(found[1]) + "*-of-" + found[2]))
+        count = int(found[2][:5])
+        if len(shards) < count:
+            raise ValueError(f"{file} is one of {count} files of a network: fetch them all")
+        if not set(shards) <= set(files):
+            raise ValueError(
+                f'{file} is one of {count} files of a network: give them all, joined by "+": '
+                + "+".join(map(str, shards))
+            )
+
+
+def check_finite(arrays: Mapping[str, np.ndarray], path: str) -> None:
+    """Raises ValueError with the name of the first array that holds infinities, NaN or no reals,
+    and where every matrix is 0."""
+    for name, array in arrays.items():
+        if array.dtype.kind in "biuSU":
+            continue
+        if not is_float(array):
+            raise ValueError(f"{path}: weight {name!r} has the type {array.dtype}: save float32")
+        if wrong := array.size - np.count_nonzero(np.isfinite(array)):
+            raise ValueError(
+                f"{path}: {wrong} of the {array.size} numbers of weight {name!r} are not finite: "
+                "take a checkpoint from before its training diverged"
+            )
+    matrices = [array for array in arrays.values() if array.ndim > 1 and is_float(array)]
+    if matrices and not any(np.count_nonzero(array) for array in matrices):
+        raise ValueError(
+            f"{path}: all weights are 0: give a file that was saved after its network was made"
+        )
+
+
+def flat(groups: Groups) -> dict[str, np.ndarray]:
+    """All arrays of a file under their whole names."""
+    return {
+        f"{path}.{name}" if path else name: array
+        for path, group in groups.items()
+        for name, array in group.items()
+    }
+
+
+def _under(file: pathlib.Path, key: str, arrays: dict) -> dict[str, np.ndarray]:
+    if not key:
+        return arrays
+    found = {n.removeprefix(f"{key}."): a for n, a in arrays.items() if n.startswith(f"{key}.")}
+    if not found:
+        keys = sorted({name.split(".")[0] for name in arrays})
+        raise ValueError(
+            f"{file} has no weights under {key!r}: its keys are {', '.join(keys[:20])}"
+        )
+    return found
+
+
+def _only(file: pathlib.Path, groups: Groups) -> dict[str, np.ndarray]:
+    """The one set of weights in a file: the one with a matrix, beside an optimiser's state."""
+
+    def is_state_dict(path: str, group: dict) -> bool:
+        numbered = any(part.isdigit() for part in path.split("."))
+        return not numbered and any(array.ndim > 1 for array in group.values())
+
+    likely = {p: g for p, g in groups.items() if is_state_dict(p, g)} or groups
+    if not likely:
+        raise ValueError(f"{file} holds no tensors with names: give the file of a state dict")
+    if len(likely) > 1:
+        first = next(filter(None, likely))
+        raise ValueError(
+            f"{file} holds several sets of weights, {', '.join(map(repr, likely))}: name one, as "
+            f"in {file}#{first}"
+        )
+    return next(iter(likely.values()))
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """NumPy has no bfloat16 arithmetic, and a narrow type would decide that of a whole network."""
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities are refused by name
+        return array.astype(np.float32, copy=False) if is_float(array) else array
+
+
+def _sha256(file: pathlib.Path) -> str:
+    with file.open("rb") as stored:
+        return hashlib.file_digest(stored, "sha256").hexdigest()
+
+
+def _read(path: pathlib.Path) -> Groups:
+    """The groups of `read_torch` for all formats, of which the content tells."""
+    if path.name.endswith(".index.json"):
+        shards = sorted(map(str, path.parent.glob(path.name.split(".")[0] + "-*-of-*")))
+        raise ValueError(
+            f'{path} is a list of files, not weights: give them all, joined by "+", as in '
+            + ("+".join(shards) or "A.safetensors+B.safetensors")
+        )
+    if path.suffix.lower() not in (".npz", ".safetensors", *TORCH_SUFFIXES):
         raise ValueError(
             f"{path} ends in {path.suffix!r}: give .npz, .safetensors or one of {TORCH_SUFFIXES}"
         )
+    with path.open("rb") as stored:
+        start = stored.read(512)
+    if not start:
+        raise ValueError(f"{path} is empty: download it again")
+    impostors = BINARY | TEXTS if IS_TEXT.fullmatch(start) else BINARY
+    for mark, what in impostors.items():
+        if start.lstrip().startswith(mark):
+            raise ValueError(f"{path} is {what}")
+    if start[257:262] == b"ustar":
+        raise ValueError(
+            f"{path} is a tar archive, which PyTorch wrote before version 0.1.10: unpack it, or "
+            "load it with that version and save it again"
+        )
     try:
-        if path.suffix == ".safetensors":
-            found = safetensors.numpy.load_file(path)
-            # NumPy itself has no bfloat16 arithmetic.
-            halves = {k: v.astype(np.float32) for k, v in found.items() if v.dtype == "bfloat16"}
-            return found | halves
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
-    except (ValueError, TypeError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        if start[:1] == b"\x80":
+            return read_torch(path)
+        if not start.startswith(b"PK"):
+            return {"": _read_safetensors(path)}
+        with zipfile.ZipFile(path) as stored:
+            names = stored.namelist()
+        return {"": _read_npz(path)} if all(n.endswith(".npy") for n in names) else read_torch(path)
+    except Refused:
+        raise
+    except Exception as error:  # the three readers raise a dozen kinds for damaged files
         raise ValueError(
             f"{path} is not a whole {path.suffix} file of arrays ({error}): copy or save it again"
         ) from error
 
 
-def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        import torch
-    except ImportError as error:
-        raise ValueError(
-            f"{path} is a PyTorch file and torch is not installed: install torch, or convert the "
-            "file to .safetensors or .npz"
+        return safetensors.numpy.load_file(path)
+    except AttributeError as error:
+        if "float" not in str(error):
+            raise
+        new = f"{path.with_suffix('')}-float32.safetensors"
+        code = "from safetensors.torch import load_file, save_file; save_file({k: v.float() for k, "
+        code += f"v in load_file({json.dumps(str(path))}).items()}}, {json.dumps(new)})"
+        raise Refused(
+            f"{path} holds {str(error).split()[-1]}, which NumPy lacks: save float32: "
+            f"python -c {shlex.quote(code)}"
         ) from error
-    if _is_torchscript(path):
-        stored = torch.jit.load(path, map_location="cpu").state_dict()
-    else:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(stored.get(wrapper), dict):
-            stored = stored[wrapper]
-    return {k: v.float().numpy() for k, v in stored.items() if isinstance(v, torch.Tensor)}
 
 
-def _is_torchscript(path: pathlib.Path) -> bool:
-    """Whether a PyTorch file is a compiled module, as OpenAI's CLIP files are."""
-    if not zipfile.is_zipfile(path):
-        return False
+def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as stored:
-        return any(name.endswith("/constants.pkl") for name in stored.namelist())
+        size = sum(entry.file_size for entry in stored.infolist())
+    if size > 100 * path.stat().st_size + NEGLIGIBLE:
+        raise Refused(
+            f"{path} would unpack to {size} bytes, which no weights do: download it again"
+        )
+    try:
+        return read_npz(path)
+    except ValueError as error:
+        raise Refused(str(error)) from error

@@ -8,11 +8,14 @@ Layouts: convolution kernels OIHW -> HWIO; 1x1 convolutions and linear maps [out
 [in, out]; attention's joint query-key-value channels to (three, head, dim).
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from cheapscale.features.weights import as_float32
 
 PyTree = Any
 
@@ -45,7 +48,8 @@ def convert(
     """Nested dict of float32 arrays from a state dict.
 
     ignore: endings of the names of tensors that hold no weights (resampling filters).
-    Raises ValueError listing tensors that are missing and tensors that nothing uses.
+    Raises ValueError listing tensors that are missing and tensors that nothing uses, and naming
+    one that is quantised or of another rank.
     """
     if qkv_layout not in QKV_LAYOUTS:
         raise ValueError(
@@ -61,7 +65,9 @@ def convert(
             f"unused {unused or 'nothing'}; check widths, blocks, attention and growth"
         )
     arrays = {
-        entry.path: _convert_array(np.asarray(state[entry.name], np.float32), entry, qkv_layout)
+        entry.path: _convert_array(
+            as_float32(state[entry.name], f"weight {entry.name!r}"), entry, qkv_layout
+        )
         for entry in entries
     }
     return unflatten_dict(arrays, sep="/")
@@ -83,7 +89,27 @@ def check_shapes(params: PyTree, expected: PyTree) -> None:
         )
 
 
+def _check_rank(array: np.ndarray, entry: Entry) -> None:
+    """Refuse an array that has no axes to transpose, or channels that are not q, k and v."""
+    flat = array.ndim > 0 and array.size == math.prod(array.shape[:2])
+    fits, wanted = {
+        "plain": lambda: (True, ""),
+        "conv": lambda: (array.ndim in (1, 4), "(out, in, height, width)"),
+        "dense": lambda: (flat, "(out, in)"),
+        "qkv": lambda: (
+            flat and array.shape[0] % (3 * entry.heads) == 0,
+            f"(a multiple of 3 x {entry.heads} heads, in)",
+        ),
+    }[entry.kind]()
+    if not fits:
+        raise ValueError(
+            f"the checkpoint does not fit the model config: weight {entry.name!r} has shape "
+            f"{array.shape} for {wanted}; check the model's widths, attention and head_dim"
+        )
+
+
 def _convert_array(array: np.ndarray, entry: Entry, qkv_layout: str) -> np.ndarray:
+    _check_rank(array, entry)
     if entry.kind == "qkv":
         axes = QKV_LAYOUTS[qkv_layout]
         sizes = {"three": 3, "head": entry.heads, "dim": array.shape[0] // (3 * entry.heads)}

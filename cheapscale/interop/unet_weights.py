@@ -20,39 +20,48 @@ from cheapscale.models.unet import UNet
 PyTree = Any
 
 
-def from_edm(
-    state: Mapping[str, np.ndarray], config: UNetConfig, *, qkv_layout: str = "head_dim_three"
-) -> PyTree:
-    """Parameters from an EDM network's state dict (DhariwalUNet or SongUNet).
+# The weights of the classes, and the axis of the tensor that counts them.
+CLASSES = {"edm": ("map_label.weight", 1), "guided_diffusion": ("label_emb.weight", 0)}
 
-    A prefix before "map_layer0" (EDM's preconditioner has "model.") is found and removed.
-    Raises ValueError where names or shapes do not fit `config`, listing them.
+
+def qkv_layout_of(form: str, config: UNetConfig, given: str = "") -> str:
+    """The key of QKV_LAYOUTS for weights of a format: `given`, or what the format says.
+
+    Raises ValueError where the weights do not say it: guided-diffusion's with several heads.
     """
-    prefix = _prefix(state, "map_layer0.weight")
-    entries = [e._replace(name=prefix + e.name) for b in plan(config) for e in _edm(b, config)]
-    return _converted(state, entries, config, qkv_layout, ignore=("resample_filter",))
-
-
-def from_guided_diffusion(
-    state: Mapping[str, np.ndarray], config: UNetConfig, *, qkv_layout: str = "three_head_dim"
-) -> PyTree:
-    """Parameters from a guided-diffusion U-Net's state dict, grown or not.
-
-    `qkv_layout` is not recorded in the weights: "three_head_dim" for consistency models and PaGoDA
-    (flash attention), "head_three_dim" for the original release. Raises as `from_edm`.
-    """
-    if config.family != "adm":
+    if given or form == "edm":
+        return given or "head_dim_three"
+    if any(block.heads > 1 for block in plan(config)):
         raise ValueError(
-            f"guided-diffusion weights are of the family 'adm', not {config.family!r}: "
-            "change model.family"
+            "guided-diffusion's names do not tell the order of q, k and v: give "
+            "--qkv_layout=head_three_dim for OpenAI's guided-diffusion and improved-diffusion, or "
+            "--qkv_layout=three_head_dim for consistency models, PaGoDA and nets with "
+            "use_new_attention_order"
         )
-    prefix = _prefix(state, "time_embed.0.weight")
-    entries = [e._replace(name=prefix + e.name) for e in _guided_diffusion(config)]
-    return _converted(state, entries, config, qkv_layout)
+    return "three_head_dim"
 
 
-def _converted(state, entries, config, qkv_layout, ignore=()):
-    params = convert(state, entries, qkv_layout=qkv_layout, ignore=ignore)
+def has_learned_variance(state: Mapping[str, np.ndarray], form: str, config: UNetConfig) -> bool:
+    """Whether the network of `state`, names without a prefix, returns a variance beside the mean:
+    twice the channels of the config's."""
+    (head,) = [e.name for e in entries_of(form, config) if e.path == "head/conv/bias"]
+    return head in state and len(np.atleast_1d(state[head])) == 2 * config.out_channels
+
+
+def to_params(
+    state: Mapping[str, np.ndarray], config: UNetConfig, form: str, *, qkv_layout: str = ""
+) -> PyTree:
+    """Parameters from a state dict: of EDM's DhariwalUNet or SongUNet (form "edm"), or of a U-Net
+    of guided-diffusion, grown or not. Names have no prefix. A learned variance is left out.
+
+    Raises ValueError where names, shapes or classes do not fit `config`, listing them.
+    """
+    layout, entries = qkv_layout_of(form, config, qkv_layout), entries_of(form, config)
+    _check_classes(state, form, config)
+    if has_learned_variance(state, form, config):
+        heads = {e.name for e in entries if e.path.startswith("head/conv/")}
+        state = {n: a[: config.out_channels] if n in heads else a for n, a in state.items()}
+    params = convert(state, entries, qkv_layout=layout, ignore=("resample_filter",))
     side = config.resolution
     x = jnp.zeros((1, side, side, config.in_channels))
     shapes = jax.eval_shape(UNet(config).init, jax.random.key(0), x, jnp.zeros(1))["params"]
@@ -60,14 +69,27 @@ def _converted(state, entries, config, qkv_layout, ignore=()):
     return params
 
 
-def _prefix(state: Mapping[str, np.ndarray], anchor: str) -> str:
-    for name in state:
-        if name.endswith(anchor):
-            return name.removesuffix(anchor)
-    raise ValueError(
-        f"the checkpoint has no tensor named ...{anchor}: is it of the other kind "
-        "(EDM's or guided-diffusion's names)?"
-    )
+def entries_of(form: str, config: UNetConfig) -> list[Entry]:
+    """The correspondence of a format's tensors with our parameters."""
+    if form == "edm":
+        return [entry for block in plan(config) for entry in _edm(block, config)]
+    if config.family != "adm":
+        raise ValueError(
+            f"guided-diffusion weights are of the family 'adm', not {config.family!r}: "
+            "give --config.model.family=adm"
+        )
+    return list(_guided_diffusion(config))
+
+
+def _check_classes(state: Mapping[str, np.ndarray], form: str, config: UNetConfig) -> None:
+    name, axis = CLASSES[form]
+    found = state[name].shape[axis] if name in state and state[name].ndim == 2 else 0
+    if found != config.num_classes:
+        raise ValueError(
+            f"these weights have {found or 'no'} classes, but model.num_classes is "
+            f"{config.num_classes}: give --config.model.num_classes={found}"
+            + (f" and images of {found} classes" if found else "")
+        )
 
 
 def _pair(path: str, name: str, kind: str, heads: int = 0) -> list[Entry]:

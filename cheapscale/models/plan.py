@@ -48,6 +48,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
+WHOLE_TUPLES = ("channel_mult", "attention", "growth")
+
+
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """Plain values that determine a U-Net and the names and shapes of its parameters.
@@ -99,6 +102,7 @@ class UNetConfig:
     entropy_scaling: bool = False
 
     def __post_init__(self):
+        self._check_values()
         if not self.noise_feature:
             object.__setattr__(self, "noise_feature", FAMILIES[self.family].noise_feature)
         if self.resolution % self.stride:
@@ -113,6 +117,29 @@ class UNetConfig:
                 f"model.attention names {absent}, but the levels have sides {sides}: "
                 "name sides of levels at the native resolution"
             )
+
+    def _check_values(self) -> None:
+        """Raise ValueError for a field of another type, or out of its range."""
+        known = {
+            "family": tuple(FAMILIES), "noise_feature": ("", "openai", "edm"),
+            "dtype": ("float32", "bfloat16", "float16"),
+        }  # fmt: skip
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            whole = (value,) if field.type is int else ()
+            if name in WHOLE_TUPLES:
+                whole = value if isinstance(value, tuple) else (None,)
+            low = 0 if field.default == 0 or name == "head_dim" else 1  # 0: one head
+            if any(type(n) is not int or not low <= n <= 2**20 for n in whole):
+                raise ValueError(
+                    f"model.{name} is {value!r}: give whole numbers from {low} to {2**20}"
+                )
+            if value not in known.get(name, (value,)):
+                raise ValueError(f"model.{name} is {value!r}: choose one of {known[name]}")
+        if not self.channel_mult:
+            raise ValueError("model.channel_mult is (): give a multiple for each level, as (1, 2)")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout!r}: give a probability below 1")
 
     @property
     def stride(self) -> int:

@@ -187,7 +187,9 @@ class SpectralConv(nn.Module):
         # PyTorch's default initialisation, uniform within 1 / sqrt(fan-in), as in the paper's code.
         kernel = self.param("kernel", _uniform(bound), shape)
         u = self.variable(
-            "spectral", "u", lambda: unit(jax.random.normal(self.make_rng("params"), shape[-1:]))
+            "spectral",
+            "u",
+            lambda: unit(jax.random.normal(self.make_rng("params"), shape[-1:], jnp.float32)),
         )
         normalised, u.value = spectral_norm(kernel, u.value)
         x = jax.lax.conv_general_dilated(
@@ -289,6 +291,6 @@ class Head(nn.Module):
 
 def _uniform(bound: float) -> Callable:
     def init(key, shape):
-        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     return init

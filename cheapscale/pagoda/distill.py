@@ -19,7 +19,7 @@ from cheapscale.data.sources import open_data
 from cheapscale.models.growth import last_layer
 from cheapscale.models.unet import unet
 from cheapscale.pagoda.gan import generator_stage
-from cheapscale.teacher.data import check_model
+from cheapscale.teacher.data import check_teacher
 from cheapscale.teacher.load import load_network_teacher
 from cheapscale.training.stage import Stage
 
@@ -31,7 +31,7 @@ def build(config) -> Stage:
     source = open_data(config.data)
     teacher = load_network_teacher(config.teacher, "the generator starts as a copy of one network")
     model = teacher.fields | {"dropout": 0.0}
-    check_model(model, source)
+    check_teacher(teacher, source)
 
     def copy_teacher(params: PyTree) -> PyTree:
         if jax.tree.structure(teacher.params) != jax.tree.structure(params["generator"]):

@@ -195,11 +195,6 @@ def generator_stage(
     name, loss = config.stage, config[config.stage].to_dict()
     compute = {field: value for field, value in config.compute.to_dict().items() if value}
     model = resolve_model(model | compute)
-    if model["num_classes"] not in (0, source.num_classes):
-        raise ValueError(
-            f"the generator has {model['num_classes']} classes, but {source.name} has "
-            f"{source.num_classes}: use the data set that the teacher was trained on"
-        )
     store, pairs = open_pairs(config, source, teacher, loss["pairs"], loss["data_proportion"])
     networks = make_loss_networks(
         source,
@@ -290,7 +285,7 @@ def open_pairs(
     for the L_dstl baseline). proportion: the share of each class whose pairs are used.
     """
     if not config.latents:
-        raise ValueError("config.latents is empty: name the folder of the latent store")
+        raise ValueError("latents is empty: give --config.latents=DIR, the folder of the pairs")
     direction = {"inverted": "invert", "teacher": "sample"}[kind]
     expect = {"teacher": teacher, "direction": direction}
     if kind == "inverted":
@@ -300,8 +295,8 @@ def open_pairs(
         return store, InvertedPairs(source, store, proportion, flips=config.data.flip)
     if proportion != 1.0:
         raise ValueError(
-            f"data_proportion is {proportion}, which chooses among inverted pairs: with "
-            "distill.pairs='teacher' make fewer samples, or set it to 1"
+            f"data_proportion is {proportion}, which chooses among inverted pairs: for "
+            "the teacher's samples give --config.distill.data_proportion=1"
         )
     return store, SampledPairs(store)
 

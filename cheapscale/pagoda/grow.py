@@ -17,6 +17,7 @@ from cheapscale.data.sources import open_data
 from cheapscale.models import growth
 from cheapscale.models.unet import unet
 from cheapscale.pagoda.gan import generator_stage
+from cheapscale.teacher.data import match_classes
 from cheapscale.training.checkpoint import load_network, read_meta
 from cheapscale.training.stage import Stage
 
@@ -27,25 +28,28 @@ def build(config) -> Stage:
     """Stage 3 from its config. Raises ValueError where base, data and resolution do not fit."""
     source = open_data(config.data)
     if not config.base:
-        raise ValueError("config.base is empty: name the work directory of the smaller generator")
+        raise ValueError("base is empty: give --config.base=DIR, the smaller generator's run")
     base = read_meta(config.base)[1]
     if "generator" not in base["networks"]:
         raise ValueError(
             f"config.base {config.base!r} holds {list(base['networks'])}, not a generator: "
-            "point it at the work directory of a distill or grow run"
+            "give --config.base=DIR, a distill or grow run"
         )
     widths = config.grow.widths
     model = dict(base["networks"]["generator"])
+    match_classes(base, model["num_classes"], source, config.base)
     model["growth"] = (*model["growth"], *widths)
     plan = unet(**model).config
     if plan.output_resolution != source.resolution:
         raise ValueError(
             f"growing {config.base} by {len(widths)} doublings reaches {plan.output_resolution} "
-            f"px, but data.resolution is {source.resolution}: give grow.widths one width for each "
-            "doubling"
+            f"px, but data.resolution is {source.resolution}: give --config.grow.widths "
+            "one width for each doubling"
         )
     if config.grow.pairs != "inverted":
-        raise ValueError("grow.pairs must be 'inverted': a teacher has no high-resolution samples")
+        raise ValueError(
+            "a teacher has no high-resolution samples: give --config.grow.pairs=inverted"
+        )
 
     # The discriminator keeps its fresh weights: it sees another resolution.
     def grow(params: PyTree) -> PyTree:

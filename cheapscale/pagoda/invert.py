@@ -21,7 +21,7 @@ import numpy as np
 
 from cheapscale.data.augment import flip
 from cheapscale.data.pairs import PairStore, drawn_latent
-from cheapscale.data.pixels import from_uint8, to_uint8
+from cheapscale.data.pixels import check_finite, from_uint8, to_uint8
 from cheapscale.data.sources import open_data
 from cheapscale.diffusion.samplers import nfe
 from cheapscale.features.network import full_precision
@@ -43,7 +43,7 @@ def build(config) -> Job:
     settings = config.invert
     check_guidance(teacher, settings.cfg_scale)
     if not config.latents:
-        raise ValueError("config.latents is empty: name the folder of the latent store")
+        raise ValueError("latents is empty: give --config.latents=DIR, a folder for the pairs")
     inverting = settings.direction == "invert"
     manifest = make_manifest(
         teacher,
@@ -90,7 +90,7 @@ def build(config) -> Job:
         labels = labels.astype(np.int32)
         z = in_batches(run, teacher, x, labels, batch_size=config.batch_size)
         if not inverting:  # quantise samples to eight bits, as the data are
-            z = from_uint8(to_uint8(z))
+            z = from_uint8(to_uint8(check_finite(z, "samples", records)))
         cost = {
             "flops": flops_per_latent * len(records),
             "device_seconds": (time.monotonic() - began) * mesh.size,

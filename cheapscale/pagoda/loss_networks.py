@@ -12,8 +12,10 @@ import jax
 import numpy as np
 
 from cheapscale import features
+from cheapscale.data.arrays import read_npz
 from cheapscale.features.distances import feature_distance, lpips_distance, pixel_distance
 from cheapscale.features.fitted import LazyClassifier, lazy_classifier
+from cheapscale.features.weights import check_finite
 from cheapscale.pagoda.discriminator import projected_discriminator
 
 PyTree = Any
@@ -58,8 +60,9 @@ def load_features(
         path = settings["paths"].get(name, "")
         if not path:
             raise ValueError(
-                f"features.names has {name!r}, but features.paths.{name} is empty: give its weight "
-                "file, or use features.names=('classifier',) to train a small one on this data"
+                f"features.names has {name!r}, but features.paths.{name} is empty: give "
+                f"--config.features.paths.{name}=FILE, or --config.features.names=classifier to "
+                "train a small one on this data"
             )
         # The published code's LPIPS pools by averages (piq's variant), LPIPS itself by maxima.
         pooling = {"pooling": "avg"} if name == "vgg16_lpips" else {}
@@ -79,14 +82,14 @@ def read_table(path: str) -> np.ndarray:
     """float32 [classes, any] from an .npy file or an .npz of one array."""
     if not pathlib.Path(path).is_file():
         raise ValueError(f"discriminator.class_table: there is no file {path}")
-    stored = np.load(path)
-    if hasattr(stored, "files"):
-        if len(stored.files) != 1:
-            raise ValueError(f"{path} holds {stored.files}: give an .npz of one array")
-        stored = stored[stored.files[0]]
-    if stored.ndim != 2:
-        raise ValueError(f"{path} holds an array of shape {stored.shape}: give [classes, any]")
-    return np.asarray(stored, np.float32)
+    arrays = read_npz(path)
+    check_finite(arrays, path)
+    if len(arrays) != 1:
+        raise ValueError(f"{path} holds {', '.join(arrays)}: give an .npz of one array")
+    (table,) = arrays.values()
+    if table.ndim != 2:
+        raise ValueError(f"{path} holds an array of shape {table.shape}: give [classes, any]")
+    return np.asarray(table, np.float32)
 
 
 def make_loss_networks(

@@ -1,5 +1,7 @@
 """Checks that a network or a trained teacher fits the images, made before anything compiles."""
 
+from typing import Any
+
 from absl import logging
 
 from cheapscale.data.resize import RESIZE_ID
@@ -8,32 +10,52 @@ from cheapscale.teacher.teacher import Teacher
 
 
 def check_model(model: dict, source) -> None:
-    """Refuse a network with another resolution or other classes than the images have."""
+    """Refuse a new network with another resolution or other classes than the images have."""
     if model["resolution"] != source.resolution:
         raise ValueError(
             f"model.resolution is {model['resolution']}, but data.resolution is "
-            f"{source.resolution}: set both to the base resolution"
+            f"{source.resolution}: give --config.data.resolution={model['resolution']}"
         )
-    if model["num_classes"] not in (0, source.num_classes):
+    count = source.num_classes
+    if model["num_classes"] not in (0, count):
         raise ValueError(
-            f"model.num_classes is {model['num_classes']}, but {source.name} has "
-            f"{source.num_classes} classes: set it to that, or to 0 for an unconditional model"
+            f"model.num_classes is {model['num_classes']}, but {source.name} has {count} classes: "
+            f"give --config.model.num_classes={count}"
+            + (", or 0 for an unconditional model" if count else "")
         )
+
+
+def match_classes(meta: dict[str, Any], num_classes: int, source, where: str) -> None:
+    """Number the classes of the images as the model in `where` does, by their names.
+
+    meta: of the model's checkpoint. num_classes: of the model; an unconditional one takes any
+    images. Raises ValueError for classes that it does not know, and for images without labels.
+    """
+    if not num_classes:
+        return
+    if not source.num_classes:
+        raise ValueError(
+            f"the model in {where} has {num_classes} classes, but {source.name}:{source.split} has "
+            "no labels: use one sub-folder for each class, named as in its training images"
+        )
+    names = meta.get("data", {}).get("class_names") or [str(n) for n in range(num_classes)]
+    source.number_classes(names)
 
 
 def check_teacher(teacher: Teacher | Experts, source) -> None:
-    """Refuse a teacher trained at another resolution, with another resize or with other classes.
+    """Number the images' classes as the teacher does, and refuse images that do not fit it.
 
-    Other images of the same data set only log a warning.
+    They fit if resolution, resize and kind of source are those that it was trained with, and it
+    knows their classes. Other images than its own only log a warning.
     """
     model, trained = teacher.fields, teacher.meta["data"]
+    match_classes(teacher.meta, teacher.num_classes, source, teacher.workdir)
     check_model(model, source)
-    for key, value in (("name", source.name), ("class_names", list(source.class_names))):
-        if trained[key] != value:
-            raise ValueError(
-                f"the teacher in {teacher.workdir} was trained on {key} {trained[key]!r}, but "
-                f"these images have {value!r}: choose the data set of the teacher"
-            )
+    if trained["name"] != source.name:
+        raise ValueError(
+            f"the teacher in {teacher.workdir} was trained on name {trained['name']!r}, but "
+            f"these images have {source.name!r}: choose the data set of the teacher"
+        )
     if trained["resize"] != RESIZE_ID:
         raise ValueError(
             f"the teacher in {teacher.workdir} was trained on images made by {trained['resize']}, "

@@ -22,12 +22,13 @@ import flax.struct
 import jax
 import numpy as np
 
-from cheapscale.data.files import atomic_write
+from cheapscale.data.files import atomic_write, damaged, read_json
 from cheapscale.diffusion import samplers
 from cheapscale.teacher.teacher import Origin, Teacher, fingerprint, make_teacher
 from cheapscale.training.checkpoint import load_network
 
 MANIFEST = "manifest.json"
+PARTS = {"edges": list, "boundaries": list, "identity": str, "teacher": str, "ledger": dict}
 SHARED = "budgets.json"  # what all groups share; written before any group is assessed
 VERSION = 4
 
@@ -85,7 +86,7 @@ class Experts(flax.struct.PyTreeNode):
                     f"{method} with {len(grid) - 1} steps calls the expert of group "
                     f"{expert['group']} of {self.workdir} at sigma {outside[-1]:.4g}, but it was "
                     f"trained from {low:.4g} to {high:.4g}: use --steps={expert['steps']} or "
-                    "--method=euler, or train the set for these steps with prune.steps"
+                    "--method=euler, or train the set for these steps with --config.prune.steps"
                 )
 
     def denoise(self, x: jax.Array, sigma: float, label: Any = None, **options) -> jax.Array:
@@ -156,7 +157,7 @@ def join(
 def is_set(folder: str | pathlib.Path) -> bool:
     """Whether a finished assessment lies in the folder. (A pair store has a manifest.json too.)"""
     path = pathlib.Path(folder) / MANIFEST
-    return path.is_file() and "edges" in json.loads(path.read_text())
+    return path.is_file() and "edges" in read_json(path)
 
 
 def is_begun(folder: str | pathlib.Path) -> bool:
@@ -179,15 +180,21 @@ def read_manifest(folder: str | pathlib.Path) -> dict:
     """The manifest of a set. Raises FileNotFoundError where there is none, ValueError where another
     version wrote it."""
     if not folder:
-        raise ValueError("config.experts is empty: name the folder of the set")
+        raise ValueError("experts is empty: give --config.experts=DIR, the folder of the set")
     path = pathlib.Path(folder) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: run stage=assess into that folder first")
-    manifest = json.loads(path.read_text())
+        raise FileNotFoundError(
+            f"there is no {path}: run the stage 'assess' into that folder first"
+        )
+    manifest = read_json(path, "version")
     if manifest["version"] != VERSION:
         raise ValueError(
             f"{path} has version {manifest['version']}, this program reads {VERSION}: assess again"
         )
+    with damaged(path):
+        for name, kind in PARTS.items():
+            if not isinstance(manifest[name], kind):
+                raise TypeError(f"{name} is {manifest[name]!r:.60}")
     return manifest
 
 
@@ -214,7 +221,7 @@ def _load_member(folder, manifest: dict, group: int, count: int, ema: bool) -> T
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} has groups 0 ... {count - 1}, and group {group} is not trained yet: run "
-            f"stage=prune with prune.group={group} into {place}"
+            f"the stage 'prune' with --config.prune.group={group} into {place}"
         ) from error
     of, expert = f"{place} was trained for another", loaded.meta["expert"]
     if loaded.meta["teacher"] != manifest["teacher"]:
@@ -222,5 +229,5 @@ def _load_member(folder, manifest: dict, group: int, count: int, ema: bool) -> T
     if expert["identity"] != manifest["identity"]:
         raise ValueError(f"{of} assessment than {folder} has now: train it in a new folder")
     if expert["group"] != group:
-        raise ValueError(f"{of} group, {expert['group']}: see config.prune.group")
+        raise ValueError(f"{of} group, {expert['group']}: give --config.prune.group={group}")
     return make_teacher(*loaded)

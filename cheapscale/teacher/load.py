@@ -52,12 +52,12 @@ def load_teacher(workdir: str | pathlib.Path, *, dtype: str = "") -> Teacher | E
     dtype: compute in this precision instead of the one trained in.
     """
     if not str(workdir):
-        raise ValueError("config.teacher is empty: name the work directory of a pretrain run")
+        raise ValueError("teacher is empty: give --config.teacher=DIR, a pretrain run")
     model = load(workdir)
     if isinstance(model, Generator):
         raise ValueError(
             f"{workdir} is the work directory of stage {model.meta['stage']}, not a teacher's: "
-            "point config.teacher at that of a pretrain run, or at a set of experts"
+            "give --config.teacher=DIR, a pretrain run or a set of experts"
         )
     return model.in_precision(dtype)
 

@@ -36,7 +36,10 @@ PREVIEW_STEPS = 20
 def build(config) -> Stage:
     """Stage 1 from its config. Raises ValueError where the network does not fit the images."""
     source = open_data(config.data)
-    model = resolve_model(config.model.to_dict())
+    fields = config.model.to_dict()
+    if fields.get("num_classes") == -1:
+        fields["num_classes"] = source.num_classes
+    model = resolve_model(fields)
     check_model(model, source)
     if config.pretrain.augment and model["augment_dim"] != AUGMENT_DIM:
         raise ValueError(

@@ -12,16 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cheapscale.data.numbers import image_ids, real, whole
+from cheapscale.data.pixels import check_finite
 from cheapscale.diffusion.denoiser import Process
 from cheapscale.diffusion.samplers import nfe, solve
 from cheapscale.features.network import full_precision
 from cheapscale.teacher.experts import Experts
 from cheapscale.teacher.teacher import Generator, Teacher
-from cheapscale.training.mesh import in_batches
+from cheapscale.training.mesh import in_batches, pinned
 from cheapscale.training.state import stream_key
 
 Model = Teacher | Experts | Generator
 ODE_OPTIONS = ("steps", "method", "spacing", "cfg_scale")  # a one-step generator takes none of them
+MOST_STEPS = 10_000  # of a sampler; a larger number is a mistake
 
 
 class Samples(NamedTuple):
@@ -31,6 +34,7 @@ class Samples(NamedTuple):
     labels: np.ndarray
 
 
+@pinned()
 def prior(
     seed: int,
     ids: np.ndarray | jax.Array,
@@ -40,17 +44,19 @@ def prior(
 ) -> jax.Array:
     """z [n, *shape] at scale sigma_max, one independent draw for each id of a named stream."""
     # A key for each image, not for each batch: any split into batches draws the same noise.
-    keys = jax.vmap(lambda i: stream_key(seed, stream, i))(jnp.asarray(ids))
-    return sigma_max * jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    keys = jax.vmap(lambda i: stream_key(seed, stream, i))(jnp.asarray(ids, jnp.uint32))
+    unit = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+    return jnp.float32(sigma_max) * unit
 
 
+@pinned()
 def labels_for(seed: int, ids: np.ndarray, num_classes: int) -> np.ndarray:
-    """A uniform class for each id; zeros where there are no classes."""
+    """A uniform class for each id, int32 [n]; zeros where there are no classes."""
     if not num_classes:
         return np.zeros(len(ids), np.int32)
-    keys = jax.vmap(lambda i: stream_key(seed, "label", i))(jnp.asarray(ids))
-    draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes))
-    return np.asarray(draw(keys), np.int32)
+    keys = jax.vmap(lambda i: stream_key(seed, "label", i))(jnp.asarray(ids, jnp.uint32))
+    draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes, jnp.int32))
+    return np.asarray(draw(keys))
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
@@ -65,11 +71,13 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
 
 
 def check_guidance(model: Model, cfg_scale: float) -> None:
-    """Refuse guidance by a teacher that never saw its null class."""
+    """Refuse a scale below 0, and guidance by a teacher that never saw its null class."""
+    real(cfg_scale, "cfg_scale", 0)
     if cfg_scale != 1.0 and not model.meta["config"]["pretrain"]["label_dropout"]:
         raise ValueError(
             f"cfg_scale is {cfg_scale}, but this teacher was trained without label dropout, so it "
-            "has no unconditional estimate: use cfg_scale=1, or train with pretrain.label_dropout"
+            "has no unconditional estimate: give 1, or train one with "
+            "--config.pretrain.label_dropout=0.1"
         )
 
 
@@ -81,6 +89,7 @@ def levels(
     "sample": `steps` levels of a spacing, descending, and a last step to 0. "invert": `steps`
     Karras nodes, ascending. "round_trip": the same nodes back down, with no step to 0.
     """
+    whole(steps, "steps", 1, MOST_STEPS)
     if direction == "sample":
         return process.grid(steps, spacing)
     if spacing != "karras":
@@ -183,13 +192,14 @@ def sampler(
         )
 
     def draw(ids: np.ndarray, labels: np.ndarray | None = None) -> Samples:
-        ids = np.asarray(ids)
+        ids = image_ids(ids)
         if labels is None:
             labels = labels_for(seed, ids, model.num_classes)
         labels = np.asarray(labels, np.int32)
         check_labels(labels, model.num_classes)
-        rows = (np.asarray(prior(seed, ids, model.shape, top)), labels, ids.astype(np.int32))
+        rows = (np.asarray(prior(seed, ids, model.shape, top)), labels, ids)
         images = in_batches(run, model, *rows, batch_size=batch_size)
+        check_finite(images, "samples", ids)
         return Samples(np.clip(images, -1.0, 1.0), labels)
 
     return draw
@@ -215,10 +225,12 @@ def inverter(
     Matrix products are full float32: an accelerator rounds their factors to fewer bits by default,
     and inversion amplifies rounding errors made near sigma_min.
     """
+    levels(teacher.process, nodes, direction)  # refuses a wrong number before anything compiles
     run = full_precision(functools.partial(ode_map, direction=direction, steps=nodes, clip=clip))
 
     def solve_rows(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return in_batches(run, teacher, x, labels, batch_size=batch_size)
+        found = in_batches(run, teacher, x, labels, batch_size=batch_size)
+        return check_finite(found, "solutions of the ODE")
 
     return solve_rows
 

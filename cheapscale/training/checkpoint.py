@@ -4,16 +4,22 @@ A work directory holds `config.json`, `checkpoints/<step>/{state,meta}` and the 
 architecture of the networks, so `load_network(workdir)` needs only the checkpoint.
 """
 
+import contextlib
+import glob
 import json
+import os
 import pathlib
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import flatten_dict
 
-from cheapscale.data.files import atomic_write
+from cheapscale.data.files import atomic_write, local_folder, read_json
 from cheapscale.training.state import TrainState
 
 PyTree = Any
@@ -22,7 +28,14 @@ PyTree = Any
 HARMLESS = (
     "total_steps", "log_every", "eval_every", "save_every", "preview_every", "keep", "mesh",
     "resume", "num_threads", "data_dir",
+    # The images are compared by their fingerprint.
+    "skip_corrupt", "accept_other_data",
 )  # fmt: skip
+
+# Fields that name a place, which may be spelled in another way or moved.
+PLACES = ("teacher", "latents", "base", "experts", "cascade.init_from")
+# Files of jobs and evaluations, from which a work directory or a store is known to be in use.
+RESULTS = ("evaluate.json", "manifest.json", "shards/*", "shard-*")
 
 
 class Loaded(NamedTuple):
@@ -34,14 +47,33 @@ class Loaded(NamedTuple):
     workdir: str
 
 
+class LiteralPath(type(epath.Path("/"))):
+    """A path for Orbax, whose pattern searches take [, * and ? of the path itself literally.
+
+    Orbax lists the files of a new checkpoint with `glob`, and would find none in a folder "run[1]".
+    """
+
+    def glob(self, pattern: str) -> Iterable["LiteralPath"]:
+        return map(type(self), glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
+
+
 class Checkpoints:
-    """The checkpoints of one work directory; a context manager."""
+    """The checkpoints of one work directory; a context manager.
+
+    A new checkpoint is read back before an older one is deleted: its arrays must have the names and
+    shapes of the state, else it is not a checkpoint, and the next `save` or `wait` raises OSError.
+    Raises ValueError for a folder that is an address, and if `keep` is less than 1.
+    """
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
-        self.folder = checkpoints_folder(workdir)
+        if keep < 1:
+            raise ValueError(f"keep is {keep}, which deletes every checkpoint: give 1 or more")
+        self.workdir, self.folder = workdir, checkpoints_folder(workdir)
+        self.saving: tuple[int, dict] = (0, {})
         preserve = ocp.checkpoint_managers.LatestN(keep)
-        options = ocp.CheckpointManagerOptions(preservation_policy=preserve)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        check = ocp.options.AsyncOptions(post_finalization_callback=self._read_back)
+        options = ocp.CheckpointManagerOptions(preservation_policy=preserve, async_options=check)
+        self.manager = ocp.CheckpointManager(LiteralPath(self.folder), options=options)
 
     def __enter__(self):
         return self
@@ -57,7 +89,21 @@ class Checkpoints:
         if self.manager.latest_step() == step:
             return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self.manager.wait_until_finished()  # as Orbax does, but before `saving` changes
+        self.saving = step, shapes(state)
         self.manager.save(step, args=args, force=True)
+
+    def _read_back(self) -> None:
+        """Raise OSError if the written arrays are not those of the state, before it is committed
+        and an older checkpoint is deleted."""
+        step, wanted = self.saving
+        places = LiteralPath(self.folder).glob(f"{step}.orbax-checkpoint-tmp/state")
+        found = [shapes(array_metadata(place)) for place in places]
+        if found != [wanted]:
+            raise OSError(
+                f"checkpoint {step} of {self.workdir} was written, but its arrays cannot be read "
+                "back: the older ones are kept; use another disk"
+            )
 
     def reached_preemption(self, step: int) -> bool:
         """Whether this is the step at which all processes stop (needs jax.distributed)."""
@@ -65,16 +111,24 @@ class Checkpoints:
 
     def meta(self) -> tuple[int, dict]:
         """(step, meta) of the newest checkpoint."""
-        return self.latest_step(), self._restored(meta=ocp.args.JsonRestore())
+        return read_meta(self.workdir, self.latest_step())
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The newest state, placed with the shardings of `abstract`, which may be of another mesh
-        than the one that saved it."""
-        return self._restored(state=ocp.args.StandardRestore(abstract))
-
-    def _restored(self, **item):
-        found = self.manager.restore(self.latest_step(), args=ocp.args.Composite(**item))
-        return found[next(iter(item))]
+        than the one that saved it. ValueError if it has other arrays."""
+        step, args = self.latest_step(), ocp.args.StandardRestore(abstract)
+        with named_damage(self.workdir, step):
+            stored, wanted = (
+                shapes(array_metadata(state_path(self.workdir, step))),
+                shapes(abstract),
+            )
+            for name in sorted(stored.keys() | wanted.keys()):
+                if stored.get(name) != wanted.get(name):
+                    raise ValueError(
+                        f"{self.workdir} does not fit this config: {name} is {stored.get(name)} "
+                        f"there and {wanted.get(name)} here: give the model and optim of that run"
+                    )
+            return self.manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
     def wait(self) -> None:
         self.manager.wait_until_finished()
@@ -98,13 +152,13 @@ def load_network(
         net = names[0]
     if net not in names:
         raise ValueError(f"{workdir} holds the networks {names}, not {net!r}: name one of them")
-    field, path = "ema_params" if ema else "params", state_path(workdir, step)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        stored = reader.metadata(path).item_metadata.tree[field][net]
-        shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    field, path = "ema_params" if ema else "params", LiteralPath(state_path(workdir, step))
+    with named_damage(workdir, step), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        stored = array_metadata(path)[field][net]
+        wanted = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(
-            item={field: {net: shapes}},
+            item={field: {net: wanted}},
             restore_args={field: {net: as_numpy}},
             partial_restore=True,  # optimiser state and other networks are not read
         )
@@ -112,8 +166,118 @@ def load_network(
     return Loaded(params, meta, step, str(workdir))
 
 
+def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """{"params.net.conv.kernel": shape, ...} of the arrays of a state, or of their metadata."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(k, simple=True, separator="."): tuple(x.shape) for k, x in leaves}
+
+
+def array_metadata(path: str | os.PathLike) -> PyTree:
+    """The shapes and dtypes of the arrays of a stored state, each from its own stored header."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.metadata(epath.Path(path)).tree
+
+
+@contextlib.contextmanager
+def named_damage(workdir: str | pathlib.Path, step: int) -> Iterator[None]:
+    """A block that reads a checkpoint. If it fails and the checkpoint is damaged, raises ValueError
+    with its step, the newest undamaged one, and a remedy."""
+    try:
+        yield
+    except Exception as error:
+        damage = fault(workdir, step)
+        if damage or isinstance(error, json.JSONDecodeError):  # of a file that is not in `fault`
+            folder = checkpoints_folder(workdir)
+            older = [n for n in saved_steps(workdir) if n < step and not fault(workdir, n)]
+            raise ValueError(
+                f"checkpoint {step} of {workdir} is damaged ({damage or error}): "
+                + (f"step {older[-1]} is not, so " if older else "there is no other, so ")
+                + f"delete it (rm -r '{folder / str(step)}') and "
+                + ("give the same command again" if older else "train again")
+            ) from error
+        raise
+
+
+def fault(workdir: str | pathlib.Path, step: int) -> str:
+    """What is wrong with a checkpoint, read to its end, in a few words; "" if nothing is."""
+    path = checkpoints_folder(workdir) / str(step)
+    try:
+        stored_meta(path)
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+            tree = array_metadata(path / "state")
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            args = ocp.args.PyTreeRestore(restore_args=as_numpy)
+            reader.restore(LiteralPath(path / "state"), args=args)
+    except Exception as error:  # Orbax and TensorStore raise many types
+        return re.split(r" in OCDBT| \[tensorstore|\n", str(error))[0][:200] or repr(error)
+    return ""
+
+
+def stored_meta(folder: pathlib.Path) -> dict:
+    """The meta of one checkpoint's folder; ValueError if it is cut or names no networks."""
+    path = folder / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    if not (isinstance(meta, dict) and isinstance(meta.get("networks"), dict)):
+        raise ValueError(f"{path} names no networks")
+    return meta
+
+
+def saved_steps(workdir: str | pathlib.Path) -> list[int]:
+    """The steps of the checkpoints of a work directory, in ascending order."""
+    folder = checkpoints_folder(workdir)
+    return sorted(int(path.name) for path in folder.glob("[0-9]*/") if path.name.isdecimal())
+
+
+def unnumbered(workdir: str | pathlib.Path) -> list[str]:
+    """The folders among the checkpoints whose name is no step, without those of Orbax."""
+    names = [path.name for path in checkpoints_folder(workdir).glob("*/")]
+    return sorted(n for n in names if not n.isdecimal() and ".orbax-checkpoint-tmp" not in n)
+
+
+def only(names: list[str]) -> str:
+    return f", only {', '.join(names)}, whose name is no step" if names else ""
+
+
+def check_checkpoints(workdir: str | pathlib.Path) -> None:
+    """Raise ValueError for a link among the checkpoints, which could not be deleted, and for copies
+    under other names without a checkpoint, beside which a run would begin afresh."""
+    for path in checkpoints_folder(workdir).glob("[0-9]*"):
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link, which is not deleted like a checkpoint: put a copy of its "
+                f"folder there, or delete it (rm '{path}')"
+            )
+    names = unnumbered(workdir)
+    if names and not saved_steps(workdir):
+        raise ValueError(
+            f"{workdir} has no checkpoint{only(names)}: rename it to its step, as 3, or use a new "
+            "work directory"
+        )
+
+
+def has_results(folder: str | pathlib.Path) -> bool:
+    """Whether a work directory or a store holds checkpoints, shards, or the end of a job."""
+    root = pathlib.Path(folder)
+    return bool(saved_steps(root)) or any(next(root.glob(p), None) for p in RESULTS)
+
+
+def same_place(old: str, new: str) -> bool:
+    """Whether two spellings name one folder, or a folder that was moved or copied: with the same
+    name, and the old one gone or with the same newest checkpoint and manifest."""
+    if not (old and new):
+        return old == new
+    a, b = pathlib.Path(old).resolve(), pathlib.Path(new).resolve()
+    return a == b or (a.name == b.name and (not a.exists() or held(a) == held(b)))
+
+
+def held(folder: pathlib.Path) -> tuple:
+    """What tells the content of a run or a store from that of others."""
+    steps, manifest = saved_steps(folder), folder / "manifest.json"
+    return read_meta(folder) if steps else (), manifest.is_file() and manifest.read_bytes()
+
+
 def checkpoints_folder(workdir: str | pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(workdir).resolve() / "checkpoints"
+    return local_folder(workdir) / "checkpoints"
 
 
 def state_path(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
@@ -124,29 +288,45 @@ def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int
     """(step, meta) of the newest checkpoint, or of `step`; FileNotFoundError if there is none."""
     folder = checkpoints_folder(workdir)
     if not folder.is_dir():
+        runs = runs_inside(workdir)
+        remedy = f"give {' or '.join(runs)}" if runs else "train that stage first, or name its"
         raise FileNotFoundError(
-            f"no checkpoint in {str(workdir)!r}: train that stage first, or name its work directory"
+            f"no checkpoint in {str(workdir)!r}: {remedy}{'' if runs else ' work directory'}"
         )
-    with ocp.CheckpointManager(folder) as manager:
-        step = manager.latest_step() if step is None else step
-        if step is None:
-            raise FileNotFoundError(f"{workdir} has no checkpoint yet: train that stage first")
-        if step not in manager.all_steps():
-            raise FileNotFoundError(
-                f"{workdir} has no checkpoint of step {step}: it has {list(manager.all_steps())}"
-            )
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    return step, meta
+    steps = saved_steps(workdir)
+    if not steps:
+        raise FileNotFoundError(
+            f"{workdir} has no checkpoint yet{only(unnumbered(workdir))}: train that stage first"
+        )
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise FileNotFoundError(f"{workdir} has no checkpoint of step {step}: it has {steps}")
+    with named_damage(workdir, step):
+        return step, stored_meta(folder / str(step))
+
+
+def runs_inside(workdir: str | pathlib.Path) -> list[str]:
+    """The folders in a pipeline's work directory that hold runs, the newest first."""
+    root = pathlib.Path(workdir)
+    saved = sorted(root.glob("*/checkpoints"), key=lambda path: path.stat().st_mtime, reverse=True)
+    sets = [path.parent.parent for path in root.glob("*/group-*/checkpoints")]
+    return list(dict.fromkeys(str(path) for path in [*sets, *(path.parent for path in saved)]))
 
 
 def differing_keys(old: dict, new: dict, harmless: tuple[str, ...] = HARMLESS) -> list[str]:
-    """'key: old -> new' for each leaf that differs, unless a part of its key is in `harmless`."""
+    """'key: old -> new' for leaves that differ, unless a part of a key is in `harmless`: the stage
+    alone if it differs, otherwise three and the number of further ones."""
     a, b = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
-    return [
-        f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
+    keys = [
+        key
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and not set(key.split(".")) & set(harmless)
+        if a.get(key) != b.get(key)
+        and not set(key.split(".")) & set(harmless)
+        and not (key in PLACES and same_place(a.get(key) or "", b.get(key) or ""))
     ]
+    shown = ["stage"] if "stage" in keys else keys[:3]
+    rows = [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in shown]
+    return rows + [f"and {len(keys) - 3} more"] * (len(keys) > len(shown) > 1)
 
 
 def claim_workdir(
@@ -158,26 +338,35 @@ def claim_workdir(
 ) -> None:
     """Write config.json into a new work directory; ValueError if it belongs to another config.
 
-    begun: whether the directory has results. If the earlier run failed before its first checkpoint,
-    its config is replaced.
+    begun: whether the caller has found results; those of another stage count as well. If the
+    earlier run failed before its first result, its config is replaced.
     """
+    check_checkpoints(workdir)
     path = pathlib.Path(workdir) / "config.json"
     config = json.loads(json.dumps(config))  # tuples and lists compare equal
-    if begun and path.is_file():
-        rows = differing_keys(json.loads(path.read_text()), config, harmless)
+    begun = begun or has_results(workdir)
+    if begun and (old := recorded(workdir, path)):
+        rows = differing_keys(old, config, harmless)
         if rows:
             raise ValueError(
                 f"{workdir} was started with another config ({'; '.join(rows)}): "
                 "use a new work directory, or undo the change"
             )
-    elif jax.process_index() == 0:
+    if not (begun and path.is_file()) and jax.process_index() == 0:
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def recorded(workdir: str | pathlib.Path, path: pathlib.Path) -> dict:
+    """The config in the file, else in the newest checkpoint; {} if there is neither."""
+    if path.is_file():
+        return read_json(path)
+    return read_meta(workdir)[1].get("config", {}) if saved_steps(workdir) else {}
+
+
 def save_diverged(workdir: str | pathlib.Path, step: int, state: TrainState) -> pathlib.Path:
     """Save a non-finite state for inspection, outside `checkpoints`, and return its folder."""
-    folder = pathlib.Path(workdir).resolve() / "diverged" / str(step)
+    folder = local_folder(workdir) / "diverged" / str(step)
     with ocp.StandardCheckpointer() as writer:
-        writer.save(folder, state, force=True)
+        writer.save(LiteralPath(folder), state, force=True)
     return folder

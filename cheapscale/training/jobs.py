@@ -11,6 +11,7 @@ from absl import logging
 
 from cheapscale.training import checkpoint as ckpt
 from cheapscale.training import mesh as sharding
+from cheapscale.training.lock import only_writer
 from cheapscale.training.log import Log
 from cheapscale.training.loop import Preempted, StopSignal
 from cheapscale.training.stage import Job
@@ -26,7 +27,7 @@ def run(job: Job, workdir: str, config: dict, *, name: str, mesh: dict | None = 
     Raises Preempted between two shards after SIGTERM. With several processes jax.distributed keeps
     its own handler, which a later training stage needs; the current shard is then lost.
     """
-    with sharding.barrier(f"the shards of {name}"):
+    with only_writer(workdir), sharding.barrier(f"the shards of {name}"):
         done = [job.done(shard) for shard in range(job.num_shards)]
         mine = range(jax.process_index(), job.num_shards, jax.process_count())
         todo = [shard for shard in mine if not done[shard]]
@@ -50,7 +51,7 @@ def run(job: Job, workdir: str, config: dict, *, name: str, mesh: dict | None = 
                 log.scalars(items, values, progress=True)
                 if stop.raised:
                     raise Preempted(f"pre-empted after {n} of {len(todo)} shards")
-    with sharding.barrier(f"the summary of {name}"):
+    with only_writer(workdir), sharding.barrier(f"the summary of {name}"):
         summary = job.finish(context)
     seconds = (time.monotonic() - began) * jax.device_count()
     return {"stage": name, "workdir": str(workdir), "device_seconds": round(seconds, 2)} | summary

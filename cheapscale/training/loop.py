@@ -26,6 +26,7 @@ from absl import logging
 from cheapscale.training import checkpoint as ckpt
 from cheapscale.training import mesh as sharding
 from cheapscale.training.cost import param_count
+from cheapscale.training.lock import only_writer
 from cheapscale.training.log import Log
 from cheapscale.training.stage import Stage
 from cheapscale.training.state import TrainState, create_state, stream_key
@@ -120,7 +121,8 @@ def compile_step(
     # the result of one step is a valid argument of the same compiled program in the next.
     places = jax.tree.map(lambda s: s.sharding, state)
     step = jax.jit(stage.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
-    with jax.set_mesh(mesh):  # the context is per thread, and this runs in a thread of its own
+    # These contexts are per thread, and this runs in a thread of its own.
+    with jax.set_mesh(mesh), sharding.pinned():
         compiled = step.lower(state, frozen, batch, stream_key(0, "step", 0)).compile()
     cost = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
@@ -167,6 +169,7 @@ def train(
     device_mesh = sharding.make_mesh(**(mesh or {}))
     sharding.check_batch(stage.batch_size, device_mesh)
     with (
+        only_writer(workdir),
         ckpt.Checkpoints(workdir, keep=keep) as saved,
         StopSignal() as stop,
         jax.set_mesh(device_mesh),
@@ -174,7 +177,10 @@ def train(
         # ---- The starting point and the data, so that their errors come before compilation.
         source, start, meta = starting_point(stage, saved, workdir, config, resume, total_steps)
         if start >= total_steps:
-            logging.info("%s: already at step %d of %d", name, start, total_steps)
+            logging.info(
+                "%s: already at step %d of %d: nothing was trained; raise --config.total_steps to "
+                "train on", name, start, total_steps,
+            )  # fmt: skip
             return summarise(meta, name, workdir, start)
         batches = stage.batches(start)
         batch = sharding.shard_batch(next(batches), device_mesh)
@@ -218,7 +224,7 @@ def train(
                     if due(step, every) or (every and step == total_steps):
                         jax.block_until_ready(metrics)  # do not count the step as evaluation time
                         with ledger.paused():
-                            report(log, step, title, evaluate(state, frozen))
+                            report(log, step, title, evaluate, state, frozen)
                 if stopping:
                     log.scalars(step, last)
                     saved.wait()
@@ -244,13 +250,14 @@ def starting_point(
     ckpt.claim_workdir(workdir, config, begun=begun)
     if begun:
         step, meta = saved.meta()
-        check_same(workdir, inputs(meta), inputs(stage.meta))
+        accept = bool(config.get("accept_other_data"))
+        check_same(workdir, inputs(meta), inputs(stage.meta), accept=accept)
         return workdir, step, meta
     source, step, meta = (resume, *ckpt.read_meta(resume)) if resume else ("", 0, stage.meta)
     if step >= total_steps:
         raise ValueError(
             f"{source or 'the run'} begins at step {step} and total_steps is {total_steps}: "
-            "raise total_steps, which includes the earlier steps"
+            "give a larger --config.total_steps, which includes the earlier steps"
         )
     return source, step, meta
 
@@ -326,18 +333,26 @@ class Ledger:
 
 
 def inputs(meta: dict) -> dict:
-    """The identities of teacher and data, which the config names only by path."""
-    return {"teacher": meta.get("teacher"), "data": meta.get("data", {}).get("fingerprint")}
+    """The identities of teacher, classes and data, which the config names only by path."""
+    data = meta.get("data", {})
+    found = {"teacher": meta.get("teacher"), "class_names": data.get("class_names")}
+    return found | {"data": data.get("fingerprint")}
 
 
-def check_same(workdir: str, old: dict, new: dict) -> None:
-    """Raise ValueError if a value of `new` differs from the run's recorded value in `old`."""
+def check_same(workdir: str, old: dict, new: dict, *, accept: bool = False) -> None:
+    """Raise ValueError if a value of `new` differs from the run's recorded value in `old`; accept:
+    only log it where the images differ."""
     for name, value in json.loads(json.dumps(new)).items():
-        if old.get(name) != value:
-            raise ValueError(
-                f"{workdir} began with another {name} ({old.get(name)} -> {value}): undo the "
-                "change, or use a new work directory"
-            )
+        if old.get(name) == value:
+            continue
+        if name == "data" and accept:
+            logging.warning("%s began with other data: it goes on with these", workdir)
+            continue
+        go_on = ", give --config.accept_other_data=True to go on with it" * (name == "data")
+        raise ValueError(
+            f"{workdir} began with another {name} ({old.get(name)} -> {value}): undo the change"
+            f"{go_on}, or use a new work directory"
+        )
 
 
 def finite(
@@ -353,13 +368,18 @@ def finite(
             go_on = f"continue in a new work directory with --config.resume={workdir} and"
             raise Diverged(
                 f"{name}: {metric} is {value} at step {step}: the state is saved in {folder}; "
-                f"{go_on if before else 'start again with'} a lower optim.lr"
+                f"{go_on if before else 'start again with'} a lower --config.optim.lr"
             )
     return values
 
 
-def report(log: Log, step: int, title: str, result: dict) -> None:
-    """Log the result of an eval: numbers as scalars, uint8 pictures as previews."""
+def report(log: Log, step: int, title: str, evaluate: Callable, state, frozen) -> None:
+    """Log an eval's scalars and uint8 pictures; if it fails, save the state and raise Diverged."""
+    try:
+        result = evaluate(state, frozen)
+    except ValueError as error:
+        folder = ckpt.save_diverged(log.workdir, step, state)
+        raise Diverged(f"{title}: {error}; the state is saved in {folder}") from error
     pictures = {k: v for k, v in result.items() if getattr(v, "ndim", 0) == 3}
     scalars = {f"{title}/{k}": v for k, v in result.items() if k not in pictures}
     log.images(step, {f"{title}_{k}": v for k, v in pictures.items()})

@@ -18,6 +18,8 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cheapscale.data.numbers import whole
+
 PyTree = Any
 AXES = ("data", "fsdp", "tensor")
 # Leaves with fewer elements are replicated: gathering them costs more than the memory it saves.
@@ -37,16 +39,29 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     if sizes.count(-1) == 1 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if sizes[2] != 1:
-        raise ValueError(
-            f"config.mesh.tensor is {sizes[2]}, but no network here is split by its channels: use "
-            "fsdp for large parameters, and data"
-        )
+        raise ValueError(f"tensor is {sizes[2]}, but no network is split by its channels: give 1")
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
         raise ValueError(
-            f"mesh {dict(zip(AXES, sizes))} does not cover {len(devices)} devices: "
-            "make config.mesh multiply to the device count, or set one axis to -1"
+            f"a mesh of data={sizes[0]}, fsdp={sizes[1]} does not cover {len(devices)} devices: "
+            f"give --config.mesh.fsdp a divisor of {len(devices)}"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[None]:
+    """A block, or as a decorator a function, in which a seed gives what it gives everywhere: no
+    JAX_* variable of this machine changes types or random numbers. ValueError for a seed offset,
+    which JAX cannot undo for a block."""
+    if offset := jax.config.jax_random_seed_offset:
+        raise ValueError(f"JAX_RANDOM_SEED_OFFSET={offset} changes what every seed gives: unset it")
+    with (
+        jax.enable_x64(False),
+        jax.default_prng_impl("threefry2x32"),
+        jax.threefry_partitionable(True),
+        jax.transfer_guard("allow"),
+    ):
+        yield
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -69,8 +84,8 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
     ways = batch_ways(mesh)
     if batch_size % ways:
         raise ValueError(
-            f"batch_size {batch_size} is not divisible by the mesh's data x fsdp = {ways}: "
-            f"use a multiple of {ways}"
+            f"batch_size {batch_size} is not divisible by the {ways} devices that share a batch: "
+            f"give --config.batch_size={max(batch_size // ways, 1) * ways}"
         )
 
 
@@ -123,10 +138,14 @@ def fetch(tree: PyTree) -> PyTree:
     return jax.tree.map(whole, tree)
 
 
+class OtherFailed(RuntimeError):
+    """Another process of the run failed, so this one cannot go on."""
+
+
 @contextlib.contextmanager
 def barrier(what: str) -> Iterator[None]:
     """A block that all processes leave together, when the last one has reached its end. If one
-    raises inside, all raise: that process its own error, the others RuntimeError.
+    raises inside, all raise: that process its own error, the others OtherFailed.
 
     Processes may take any time inside. They wait on the coordination service and not on a device
     collective, which would time out. Collective operations inside have to be other barriers or
@@ -154,7 +173,7 @@ def barrier(what: str) -> Iterator[None]:
     if error is not None:
         raise error
     if failed.any():
-        raise RuntimeError(f"process {np.argmax(failed)} failed in {what}: its log says why")
+        raise OtherFailed(f"process {np.argmax(failed)} failed in {what}: its log says why")
 
 
 def broadcast_from_host0(value: np.ndarray) -> np.ndarray:
@@ -192,6 +211,7 @@ def in_batches(
     prepare(rows) -> rows: NumPy preprocessing of one batch, for results that would not fit in
     memory for all rows. Raises ValueError if there are no rows.
     """
+    whole(batch_size, "batch_size", 1)
     if not len(arrays[0]):
         raise ValueError("there are no rows to compute: give at least one")
     mesh = jax.sharding.get_mesh()
@@ -199,16 +219,16 @@ def in_batches(
     ways = batch_ways(mesh)
     batch_size = max(1, math.ceil(min(batch_size, len(arrays[0])) / ways)) * ways
     place = batch_sharding(mesh)
-    # Every device holds all weights and computes a part of the batch: no communication is needed.
-    params = jax.device_put(params, replicated(mesh))
-    run = jax.jit(fn, out_shardings=place)
-    out = []
-    for start in range(0, len(arrays[0]), batch_size):
-        rows = [np.asarray(a[start : start + batch_size]) for a in arrays]
-        rows = [prepare(r) for r in rows] if prepare else rows
-        short = batch_size - len(rows[0])
-        if short:  # pad with copies of the last row, so that no second shape compiles
-            rows = [np.concatenate([r, np.repeat(r[-1:], short, axis=0)]) for r in rows]
-        result = run(params, *(jax.device_put(r, place) for r in rows))
-        out.append(jax.tree.map(lambda a: a[: len(a) - short], fetch(result)))  # noqa: B023
+    run, out = jax.jit(fn, out_shardings=place), []
+    with pinned():
+        # Every device holds all weights and computes a part of the batch, without communication.
+        params = jax.device_put(params, replicated(mesh))
+        for start in range(0, len(arrays[0]), batch_size):
+            rows = [np.asarray(a[start : start + batch_size]) for a in arrays]
+            rows = [prepare(r) for r in rows] if prepare else rows
+            short = batch_size - len(rows[0])
+            if short:  # pad with copies of the last row, so that no second shape compiles
+                rows = [np.concatenate([r, np.repeat(r[-1:], short, axis=0)]) for r in rows]
+            result = run(params, *(jax.device_put(r, place) for r in rows))
+            out.append(jax.tree.map(lambda a: a[: len(a) - short], fetch(result)))  # noqa: B023
     return jax.tree.map(lambda *parts: np.concatenate(parts), *out)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cheapscale.data.numbers import whole
+
 PyTree = Any
 
 
@@ -105,8 +107,14 @@ def update_ema(ema: PyTree, params: PyTree, step: jax.Array, decay: float) -> Py
     return jax.tree.map(lambda e, p: e + (1.0 - d).astype(e.dtype) * (p - e), ema, params)
 
 
-def stream_key(seed: int | jax.Array, stream: str, step: int | jax.Array) -> jax.Array:
-    """The key of one step (or one sample) in the random stream named `stream`."""
+def stream_key(seed: int, stream: str, step: int | jax.Array) -> jax.Array:
+    """The key of one step (or one sample) in the random stream named `stream`.
+
+    Raises ValueError for a seed that is no whole number of 32 bits: a key holds no more of it.
+    """
     # crc32 is the same in every process, unlike Python's hash of a string.
-    root = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()) & 0x7FFFFFFF)
+    root = jax.random.fold_in(
+        jax.random.key(whole(seed, "seed"), impl="threefry2x32"),
+        zlib.crc32(stream.encode()) & 0x7FFFFFFF,
+    )
     return jax.random.fold_in(root, step)

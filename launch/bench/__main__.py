@@ -30,7 +30,7 @@ from absl import flags, logging
 
 from cheapscale.training.loop import provenance
 from configs.models import preset
-from launch.command import execute, start, write_record
+from launch.command import execute, required, start, write_record
 
 # (fields of our U-Net, batch size); `groups` sets one number of groups for all norms, as diffusers
 # does
@@ -118,19 +118,20 @@ def run(parts: dict[str, Callable[[], dict]], rounds: int, record: pathlib.Path)
 
 
 def define() -> None:
+    """The command's flags."""
     flags.DEFINE_string("workdir", None, "Folder of the summary.")
     flags.DEFINE_string("record", "", "Path of the record (.json); default: record.json there.")
     flags.DEFINE_multi_enum(
         "what", ["unet"], ["unet", "features", "statistics", "pruned"], "What to measure."
     )
-    flags.DEFINE_integer("rounds", 10, "Rounds, in which each side runs once.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 10, "Rounds, in which each side runs once.", 1, 10_000)
     flags.DEFINE_multi_enum(
         "sizes", list(SIZES), list(SIZES), "unet: these networks; pruned: the first one."
     )
-    flags.DEFINE_integer("images", 128, "features: images in the set.", lower_bound=2)
-    flags.DEFINE_integer("batch", 64, "features: images per call of the network.", lower_bound=1)
-    flags.DEFINE_integer("rows", 50_000, "statistics: features in each set.", lower_bound=6)
-    flags.mark_flags_as_required(["workdir"])
+    flags.DEFINE_integer("images", 128, "features: images in the set.", 2, 1_000_000)
+    flags.DEFINE_integer("batch", 64, "features: images per call of the network.", 1, 1_000_000)
+    flags.DEFINE_integer("rows", 50_000, "statistics: features in each set.", 6, 10_000_000)
+    required("workdir", "runs/bench")
 
 
 def body(given) -> dict:

@@ -78,8 +78,17 @@ def test_pivots_are_read_from_a_picture_or_an_npz(tmp_path):
     small, _ = read_pivots(str(tmp_path / "many.npz"), np.array([10]), resolution=3)
     square = pixels[1, :, 1:7].reshape(3, 2, 3, 2, 3).mean((1, 3)) / 127.5 - 1
     np.testing.assert_allclose(small[0], square, atol=1e-6)
-    np.savez(tmp_path / "floats.npz", images=np.full((2, 4, 4, 3), 0.5))
-    assert read_pivots(str(tmp_path / "floats.npz"), np.arange(2))[0].max() == 0.5
+    np.savez(tmp_path / "floats.npz", images=np.full((2, 4, 4, 3), -0.5))
+    assert read_pivots(str(tmp_path / "floats.npz"), np.arange(2))[0].max() == -0.5
+
+
+def test_a_photograph_at_full_size_is_refused_before_it_is_copied_for_every_image(tmp_path):
+    """4000 px x 64 images of floats would take 9 GB."""
+    Image.new("RGB", (4000, 3000)).save(tmp_path / "photo.png")
+    with pytest.raises(ValueError, match="3000x4000 px .* the 32 px .*--pivot_resolution=32"):
+        read_pivots(str(tmp_path / "photo.png"), np.arange(10**6), side=32)
+    small, _ = read_pivots(str(tmp_path / "photo.png"), np.arange(3), resolution=32, side=32)
+    assert small.shape == (3, 32, 32, 3)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +97,13 @@ def test_pivots_are_read_from_a_picture_or_an_npz(tmp_path):
         ("gone.png", None, "no pivot file"),
         ("text.png", b"not a picture", "is not a picture"),
         ("other.npz", {"x": np.zeros(3)}, "no array called images"),
-        ("few.npz", {"images": np.zeros((2, 4, 4, 3))}, "no pivot for image 2: .* 0 to 1"),
+        ("few.npz", {"images": np.zeros((2, 4, 4, 3), np.uint8)}, "no pivot for image 2: .*0 to 1"),
         ("grey.npz", {"images": np.zeros((3, 4, 4, 1))}, "1 channels"),
-        ("bytes.npz", {"images": np.full((3, 4, 4, 3), 200.0)}, "reach 200"),
+        (
+            "bytes.npz",
+            {"images": np.full((3, 4, 4, 3), 200.0)},
+            "from 200 to 200: give x / 127.5 - 1",
+        ),
     ],
 )
 def test_pivots_that_cannot_be_used_are_refused(name, content, message, tmp_path):

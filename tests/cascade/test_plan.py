@@ -243,3 +243,10 @@ def test_a_one_step_generator_is_refused():
     meta = {"stage": "distill", "networks": {"generator": UNET}, "diffusion": EDM}
     with pytest.raises(ValueError, match="runs a diffusion teacher, .* distill run's one-step"):
         cascade_plan(make_generator({}, meta), "2x")
+
+
+def test_a_grid_too_coarse_for_k_is_said(caplog):
+    cascade_plan(GREY, "2x", k="sigma1", steps=40)
+    assert "--steps" not in caplog.text
+    cascade_plan(GREY, "2x", k="sigma1", steps=3)
+    assert "give more --steps" in caplog.text

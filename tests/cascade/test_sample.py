@@ -358,7 +358,7 @@ def test_on_a_larger_canvas_experts_may_be_chosen_by_the_snr_of_blocks():
     sigma_K = cascade_plan(one, "2x", steps=6).restarts[0][0]
     # a boundary between sigma_K / 2 and sigma_K: by block means, the first expert takes all steps
     both = join(one.meta, "base", [0.6 * float(sigma_K)], [one, other])
-    pivots, labels = np.zeros((2, 8, 8, 3), np.float32), np.zeros(2, np.int32)
+    pivots, labels = np.full((2, 8, 8, 3), -0.1, np.float32), np.zeros(2, np.int32)
 
     def draw(model, **options):
         return cascade(model, "2x", num=2, labels=labels, pivots=pivots, steps=6, **options).scales[

@@ -71,3 +71,51 @@ def test_unusable_images_are_named():
         pixels.check_images(np.zeros((2, 4, 4, 4), np.uint8))
     with pytest.raises(ValueError, match=r"must be \[n, h, w, 3\]"):
         pixels.check_images(np.zeros((4, 4, 3)))
+
+
+GREY = np.linspace(-1, 1, 2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
+BYTES = pixels.to_uint8(GREY)
+
+
+@pytest.mark.parametrize("kind", ["u1", "i8", "u2", ">i4", "f2", "f4", "f8", ">f4"])
+def test_arrays_of_any_type_in_the_right_range_are_the_same_pictures(kind):
+    given = GREY if np.dtype(kind).kind == "f" else BYTES
+    found = pixels.pictures(given.astype(kind))
+    assert found.dtype in (np.uint8, np.float32)
+    found = found if found.dtype == np.uint8 else pixels.to_uint8(found)
+    assert np.abs(found.astype(int) - BYTES).max() <= (1 if kind == "f2" else 0)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ((GREY + 1) / 2, r"from 0 to 1: give 2 \* x - 1 .* pixels.to_uint8"),
+        (BYTES.astype("f"), r"from 0 to 255: give x / 127.5 - 1"),
+        (GREY * 2, "from -2 to 2: give floats in"),
+        (BYTES.astype(int) * 257, "int64 from 0 to 65535: scale integers"),
+        (BYTES.astype(int) - 128, "from -128 to 127: scale integers to 0"),
+        (BYTES > 100, "are bool: give uint8, or floats"),
+        ((BYTES > 100).astype(np.uint8), "uint8 from 0 to 1: scale integers"),
+        (0 * GREY, r"from 0 to 0: give 2 \* x - 1"),
+        ((GREY + 1) / 2 - 5e-4, r"from -0.0005 to 0.9995: give 2 \* x - 1"),
+        (BYTES.astype(object), "are object: give uint8"),
+        (np.asarray(["photo.png"]), "give uint8, or floats"),
+        (GREY + 0j, "are complex128: give uint8"),
+        (np.where(GREY > 0.9, np.nan, GREY), "image 1 of 2 .* holds a NaN"),
+        (np.where(GREY < -0.9, -np.inf, GREY), "image 0 of 2 .* holds a NaN or an inf"),
+        (BYTES.transpose(0, 3, 1, 2), r"transpose \(2, 3, 4, 4\) by \(0, 2, 3, 1\)"),
+        (BYTES[..., :1], "1 channels"),
+        (np.concatenate([BYTES, BYTES[..., :1]], 3), "4 channels"),
+        (BYTES[0], r"must be \[n, h, w, 3\] with n > 0, got shape \(4, 4, 3\)"),
+        (BYTES[:0], "n > 0"),
+        (BYTES[:, :0], "n > 0"),
+    ],
+)
+def test_other_arrays_are_refused_with_what_was_found(values, said):
+    with pytest.raises(ValueError, match=said):
+        pixels.pictures(values)
+
+
+def test_a_nan_never_becomes_a_pixel():
+    with pytest.raises(ValueError, match="image 1 of 2 images holds a NaN"):
+        pixels.to_uint8(np.where(GREY > 0.9, np.nan, GREY))

@@ -1,10 +1,12 @@
 """The downsampling operator: exact block means, PIL's chain elsewhere, any colour mode in."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from cheapscale.data.resize import area_mean, downsample, to_rgb
+from cheapscale.data.resize import area_mean, downsample, open_rgb, to_rgb
 
 
 @pytest.fixture
@@ -91,3 +93,59 @@ def test_any_mode_becomes_rgb():
     assert to_rgb(palette).shape == (8, 8, 3)
     with pytest.raises(ValueError, match="1, 3 or 4 channels"):
         to_rgb(np.zeros((4, 4, 2), np.uint8))
+
+
+# Files.
+
+STORED = {  # the array in the file for each EXIF orientation of an upright picture x
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x),  # viewers turn it clockwise
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_files_are_read_as_viewers_show_them(rng, tmp_path, orientation, suffix):
+    coarse = rng.integers(0, 256, (2, 3, 3), dtype=np.uint8)
+    picture = coarse.repeat(16, axis=0).repeat(16, axis=1)  # JPEG keeps flat blocks
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"x.{suffix}"
+    settings = {
+        "png": {},
+        "tif": {},
+        "webp": {"lossless": True},
+        "jpg": {"quality": 100, "subsampling": 0},
+    }[suffix]
+    stored = np.ascontiguousarray(STORED[orientation](picture))
+    Image.fromarray(stored).save(path, exif=exif, **settings)
+    read = open_rgb(path)
+    assert read.shape == picture.shape
+    assert np.abs(read.astype(int) - picture).max() <= (16 if suffix == "jpg" else 0)
+    again = open_rgb(io.BytesIO(path.read_bytes()))  # as records of TFDS are read
+    np.testing.assert_array_equal(again, read)
+
+
+def test_turned_pictures_keep_their_colours(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.full((2, 3), 32768, np.uint16))
+    clear = Image.new("LA", (3, 2), (0, 0))
+    palette = Image.new("P", (3, 2), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    for image, colour in ((deep, (128,) * 3), (clear, (255,) * 3), (palette, (255, 0, 0))):
+        image.save(tmp_path / "x.png", exif=exif)
+        read = open_rgb(tmp_path / "x.png")
+        assert read.shape == (3, 2, 3) and (read == colour).all()
+
+
+@pytest.mark.parametrize("exif", [b"Exif\x00\x00II*\x00", b"Exif\x00\x00junk", b"\x00" * 40])
+def test_damaged_exif_data_do_not_spoil_a_picture(tmp_path, exif):
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "x.png", exif=exif)
+    assert open_rgb(tmp_path / "x.png").shape == (2, 3, 3)

@@ -97,15 +97,21 @@ def test_unlabelled_sources_have_label_zero():
         ),
         (
             ("mnist", "train"),
-            "no data set 'mnist' in .*, where nothing is prepared: set data.data_dir",
+            "no data set 'mnist' in .*, where nothing is prepared: give --config.data.data_dir=DIR",
         ),
         (("folder", "train"), "is not a folder|no split"),
     ],
 )
 def test_unknown_names_list_what_exists(tmp_path, arguments, message):
     name, split, *options = arguments
+    place = {} if name == "scenes" else {"data_dir": str(tmp_path)}
     with pytest.raises(ValueError, match=message):
-        open_source(name, split, resolution=8, data_dir=str(tmp_path), **dict(*options))
+        open_source(name, split, resolution=8, **place, **dict(*options))
+
+
+def test_a_folder_for_scenes_is_refused_since_they_are_drawn(tmp_path):
+    with pytest.raises(ValueError, match="scenes are drawn, not read from .*: leave data_dir out"):
+        open_source("scenes", "train", resolution=8, data_dir=str(tmp_path))
 
 
 # Image folders.
@@ -150,7 +156,7 @@ def test_a_broken_file_is_named_or_skipped(folder):
 
 
 def test_a_small_image_is_named_unless_upscaling_is_allowed(folder):
-    with pytest.raises(ValueError, match="ant/0.png is 20x24, smaller than resolution 32"):
+    with pytest.raises(ValueError, match="ant/0.png has only 20 pixels along .* resolution 32"):
         open_source("folder", "train", resolution=32, data_dir=folder)
     late = open_source("folder", "train", resolution=32, data_dir=folder, probe=False)
     with pytest.raises(ValueError, match="ant/0.png: .*20x24 is smaller than resolution 32"):

@@ -1,5 +1,6 @@
 """The evaluation job: its numbers do not depend on shards, interruption or resuming."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cheapscale.data.pairs import PairStore
 from cheapscale.data.pixels import from_uint8, to_uint8
 from cheapscale.data.sources import SceneSource
 from cheapscale.evaluation import image_sets
@@ -20,6 +22,7 @@ from cheapscale.evaluation.image_sets import (
     chosen_images,
     file_images,
     file_pairs,
+    generator_pairs,
     npz_images,
     sampled_images,
 )
@@ -237,6 +240,43 @@ def test_files_are_paired_in_their_order(tmp_path):
     np.testing.assert_array_equal(*pairs.read(np.array([3, 0, 4])))
     with pytest.raises(ValueError, match="5 images of 16 px but 4 targets of 16"):
         file_pairs(pairs, file_images(str(tmp_path / "a.npz"), 16, 4))
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    folders = [file_images(str(tmp_path / name), 16, 5) for name in "bc"]
+    np.testing.assert_array_equal(*file_pairs(*folders).read(np.arange(5)))
+    (tmp_path / "c" / "2.png").rename(tmp_path / "c" / "9.png")
+    with pytest.raises(ValueError, match="the target of 2 would be 3: give both the same name"):
+        file_pairs(folders[0], file_images(str(tmp_path / "c"), 16, 5))
+
+
+def test_the_contact_sheets_of_samples_are_not_measured(tmp_path):
+    Image.new("RGB", (50, 50)).save(tmp_path / "samples.png")
+    np.savez(tmp_path / "samples.npz", images=np.zeros((4, 16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match=f"give its file, --images={tmp_path}/samples.npz"):
+        file_images(str(tmp_path), 16, 4)
+    assert file_images(str(tmp_path / "samples.npz"), 16, 4).num == 4
+
+
+@pytest.mark.parametrize("orientations", [1, 2])
+def test_a_store_without_mirror_images_gives_pairs_of_a_generator(
+    tmp_path, monkeypatch, orientations
+):
+    source, shape = SceneSource("train", 8, size=6), (8, 8, 3)
+    n = orientations * len(source)
+    wanted = {"teacher": "t", "direction": "invert", "source": source.describe(), "shape": shape}
+    wanted |= {"num_images": len(source), "orientations": orientations, "dtype": "float32"}
+    writer = PairStore.create(tmp_path, wanted | {"per_shard": n, "sigma_max": 80.0, "nodes": 3})
+    labels = np.repeat(source.labels(), orientations)
+    z = np.random.default_rng(0).normal(size=(n, *shape)).astype(np.float32)
+    writer.write_shard(0, z, labels, {"flops": 1.0, "seconds": 1.0})
+    monkeypatch.setattr(image_sets, "in_batches", lambda call, model, z, *_, **__: z)
+    model = SimpleNamespace(meta={"teacher": "t"}, fingerprint="g")
+    pairs = generator_pairs(model, source, str(tmp_path), 99, batch_size=2)
+    drawn, targets = pairs.read(np.arange(n))
+    order = choice(n, 99)
+    np.testing.assert_array_equal(drawn, np.clip(z[order], -1, 1))
+    plain = source.read(order // orientations)[0]
+    mirrored = (order % orientations == 1)[:, None, None, None]
+    np.testing.assert_array_equal(targets, np.where(mirrored, plain[:, :, ::-1], plain))
 
 
 def statistics_file(path, *, features=True, **changes):
@@ -269,6 +309,16 @@ def test_a_reference_made_in_another_way_is_refused(tmp_path, real):
     asked = Evaluation(Noisy().images, ("fd",), [fixed], real, references=published, resize="clean")
     with pytest.raises(ValueError, match="of resize 'network', but the features are of 'clean"):
         evaluation_job(asked, tmp_path)
+
+
+def test_another_file_of_statistics_is_another_evaluation(tmp_path):
+    """A work directory is not continued with a reference that has taken the place of the first."""
+    found = []
+    for sha256, name in (("b", "a.npz"), ("c", "a.npz"), ("b", "moved.npz")):
+        paths = statistics_file(tmp_path / name, sha256=sha256)
+        asked = Evaluation(Noisy().images, ("fd",), [pooled(2)], references=paths)
+        found.append(identity(asked))
+    assert found[0] == found[2] != found[1]
 
 
 def test_another_resolution_is_refused(tmp_path):
@@ -321,7 +371,7 @@ def test_images_with_nan_are_refused():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_sets, "sampler", lambda model: draw)
         images = sampled_images(broken, 16, None, 4)
-    with pytest.raises(ValueError, match="image 0 of 4 samples holds a NaN"):
+    with pytest.raises(ValueError, match="image 0 of 4 images holds a NaN"):
         images.read(np.arange(4))
 
 

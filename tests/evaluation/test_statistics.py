@@ -94,9 +94,27 @@ def test_files_that_hold_no_statistics_are_refused(tmp_path):
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     with pytest.raises(ValueError, match="holds images but no mu and sigma"):
         load_statistics(tmp_path / "other.npz")
-    np.savez(tmp_path / "torn.npz", mu=np.zeros(3), sigma=np.zeros((4, 4)))
-    with pytest.raises(ValueError, match="do not fit each other"):
-        load_statistics(tmp_path / "torn.npz")
+
+
+@pytest.mark.parametrize(
+    "mean, covariance, said",
+    [
+        (np.zeros(3), np.zeros((4, 4)), "do not fit each other"),
+        (np.zeros((1, 4)), np.eye(4), "do not fit each other"),
+        (np.zeros(0), np.zeros((0, 0)), "do not fit each other"),
+        (np.full(4, np.nan), np.eye(4), "not finite"),
+        (np.zeros(4), np.full((4, 4), np.inf), "not finite"),
+        (np.zeros(4), np.triu(np.ones((4, 4))), "not symmetric"),
+        (np.zeros(4), -np.eye(4), "negative eigenvalue -1"),
+        (np.zeros(4), np.eye(4) * 1j, "complex128: get a file of real numbers"),
+        (np.asarray(["a"] * 4), np.eye(4), "<U1 and float64: get a file of real"),
+    ],
+)
+def test_arrays_that_are_no_mean_and_covariance_are_refused(tmp_path, mean, covariance, said):
+    path = tmp_path / "reference.npz"
+    np.savez(path, mu=mean, sigma=covariance)
+    with pytest.raises(ValueError, match=f"reference.npz .*{said}"):
+        load_statistics(path)
 
 
 def test_incomplete_features_are_not_written(tmp_path):

@@ -108,7 +108,7 @@ def test_the_manifest_has_the_sets_identity_and_cost(teacher, toy_set):
 
 def test_a_budget_out_of_reach_is_refused_before_any_search(teacher, tmp_path):
     """The last group has the smallest share, and hours of searches would precede its own."""
-    with pytest.raises(ValueError, match="raise prune.k or prune.mean"):
+    with pytest.raises(ValueError, match="raise --config.prune.k or"):
         wrong = configured("assess", teacher, tmp_path / "set", groups=8, k=0.02)
         assessed(wrong, tmp_path / "job")
     assert not list((tmp_path / "set").glob("*.json*"))
@@ -139,7 +139,7 @@ def test_folders_of_other_runs_are_refused(teacher, toy_set, tmp_path):
     with pytest.raises(ValueError, match="holds a training run: name a new folder"):
         assess.build(configured("assess", teacher, teacher))
     other = assess.build(configured("assess", teacher, folder, k=0.7))
-    with pytest.raises(ValueError, match="with other settings .settings.k: 0.6 -> 0.7.: name an"):
+    with pytest.raises(ValueError, match="with other settings .settings.k: 0.6 -> 0.7.: give an"):
         other.done(0)
     with pytest.raises(ValueError, match="name a service, such as http"):
         assess.build(configured("assess", teacher, tmp_path, proposer="llm"))

@@ -89,7 +89,7 @@ def test_a_sampler_whose_steps_leave_the_trained_range_is_refused(toy_set):
 
 
 def test_an_incomplete_set_and_another_base_are_refused(teacher, tmp_path):
-    with pytest.raises(FileNotFoundError, match="run stage=assess into that folder first"):
+    with pytest.raises(FileNotFoundError, match="run the stage 'assess' into that folder first"):
         prune.build(configured("prune", teacher, tmp_path))
     manifest = {"teacher": "another", "edges": [0, 20, 40], "base": base_meta(),
                 "boundaries": [1.0], "identity": "x", "ledger": {}}  # fmt: skip

@@ -101,7 +101,7 @@ def test_a_guided_swap_exchanges_the_least_important_channels_for_more_important
 
 def test_a_target_out_of_reach_is_refused():
     config = unet(**FIELDS).config
-    with pytest.raises(ValueError, match="budget is 0.050 of .* raise prune.k or prune.mean"):
+    with pytest.raises(ValueError, match="budget is 0.050 of .* raise --config.prune.k or"):
         search.make_task(config, 0.05, task().scores)
 
 

@@ -100,7 +100,7 @@ def test_positions_are_resized_as_published(out, offset):
 def test_the_size_must_be_the_one_that_the_name_says(tmp_path):
     shapes = {"patch_embed.proj.weight": (384, 3, 14, 14), "patch_embed.proj.bias": (384,)}
     shapes |= {"cls_token": (1, 1, 384), "pos_embed": (1, 1370, 384), "blocks.0.x": (1,)}
-    np.savez(tmp_path / "small.npz", **{k: np.zeros(s, np.float32) for k, s in shapes.items()})
+    np.savez(tmp_path / "small.npz", **{k: np.ones(s, np.float32) for k, s in shapes.items()})
     with pytest.raises(ValueError, match=r"shape \(384, 3, 14, 14\) where this network has \(1024"):
         features.load("dinov2_vitl14", tmp_path / "small.npz")
     with pytest.raises(ValueError, match="1 blocks .* where this network has 12"):

@@ -149,3 +149,10 @@ def test_degraded_images_are_marked():
 def test_too_few_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="too few"):
         _fit(Stripes(6), tmp_path)
+
+
+def test_a_fit_that_diverges_is_refused_and_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier.optax, "warmup_cosine_decay_schedule", lambda *_: 1e4)
+    with pytest.raises(ValueError, match="fitted on 12 images .* has diverged: give more images"):
+        _fit(Stripes(24), tmp_path, steps=3, batch_size=8)
+    assert not list(tmp_path.rglob("*.npz"))

@@ -98,7 +98,7 @@ def test_other_inceptions_and_inputs_are_refused(reference, tmp_path):
     weights = {k: v.numpy() for k, v in torch.load(reference[1], weights_only=True).items()}
     weights["fc.weight"] = weights["fc.weight"][:1000]
     path = tmp_path / "torchvision.npz"
-    np.savez(path, **{k: np.broadcast_to(np.float32(0), v.shape) for k, v in weights.items()})
+    np.savez(path, **{k: np.broadcast_to(np.float32(1), v.shape) for k, v in weights.items()})
     with pytest.raises(ValueError, match=r"'fc.weight' has shape \(1000, 2048\) where .* \(1008,"):
         features.load("inception_v3", path)
     with pytest.raises(ValueError, match="inputs='clean' of inception_v3: choose one of"):

@@ -42,7 +42,7 @@ def test_sample_writes_images_and_each_depends_on_its_number_alone(pipeline, tmp
     np.testing.assert_array_equal(a["labels"], [1, 2, 1, 2, 1, 2])
     assert np.abs(a["images"][4:].astype(int) - b["images"]).max() <= 1
     assert (tmp_path / "a" / "samples.png").is_file()
-    with pytest.raises(SystemExit, match="--steps say how to solve a teacher's ODE"):
+    with pytest.raises(SystemExit, match="--steps: only for a teacher's ODE"):
         sampling.main([*words, "--steps=5"])
     with pytest.raises(
         SystemExit, match="'circle' is no class: give a number or a name; the classes are 0 d"

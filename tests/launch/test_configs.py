@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from cheapscale.models.unet import unet
-from configs import data_sets, fields
+from configs import common, data_sets, fields
 from configs.sweeps import SWEEPS, sweep
 from launch.pipeline import stage_configs
 from launch.train import STAGES
@@ -170,8 +170,9 @@ def test_every_file_tunes_a_cascade_at_twice_its_base(name):
         ("stage=grow,resolution=24,jump", "stage=grow takes resolution=16, 32, not 24"),
         ("stage=grow", "not 8"),  # the base resolution, where none is given
         ("stage=distill,distill.distanse=pixel", "did you mean distill.distance"),
-        ("stage=prune,prune.k=much", "prune.k=much: 'much' is no float"),
+        ("stage=prune,prune.k=much", "prune.k=much: 'much' is not a number"),
         ("base=16", "this size starts at 8 px"),
+        ("data_dir=/tmp/a,b", "'b' is unknown: .* A comma ends a word, except in quotes"),
     ],
 )
 def test_unknown_arguments_are_refused_with_the_known_ones(arg, said):
@@ -208,6 +209,39 @@ def test_every_run_of_a_sweep_is_a_config_that_passes_the_check(name):
     assert seeds == {0, 1, 2}
 
 
+@pytest.mark.parametrize("top, given", [(0, [16, 32]), (8, []), (32, [16, 32])])
+def test_a_pipeline_grows_to_its_top(top, given):
+    stages = module("scenes").stages(f"top={top}")
+    assert [word for word in stages if "grow" in word] == [
+        f"stage=grow,resolution={side}" for side in given
+    ]
+    with pytest.raises(ValueError, match="top=7 is no doubling of the base 8: give --arg=top=16"):
+        module("scenes").stages("top=7")
+
+
+@pytest.mark.parametrize(
+    "arg, words",
+    [
+        ("a='x,y',b", ["a='x,y'", "b"]),
+        ('a="x,\'y",b=1', ['a="x,\'y"', "b=1"]),
+        ("a=it's,b='", ["a=it's", "b='"]),
+        ("a=(1,2),b=(3,c", ["a=(1,2)", "b=(3", "c"]),
+        (",a,,b", ["a", "b"]),
+        (None, []),
+    ],
+)
+def test_a_comma_in_quotes_or_brackets_ends_no_word(arg, words):
+    assert common.split(arg) == words
+
+
+@pytest.mark.parametrize("text", ["a", "a,b", "'a,b'", "it's", "it's,b", "it',b", "(a)", "a (1,2"])
+def test_a_path_that_a_command_line_gives_is_one_word(text):
+    word = common.word(("teacher", text))
+    _, given = common.parse(f"{word},seed=1,grow.widths=(8,4)")
+    assert given["seed"] == "1"
+    assert common.typed("teacher", given["teacher"], "") == text.strip("'")
+
+
 def images(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -215,27 +249,27 @@ def images(folder, *names):
     return folder
 
 
-def test_a_folder_of_ones_own_says_its_classes_and_splits(tmp_path):
+def test_a_folder_of_ones_own_says_its_splits(tmp_path):
     file = module("folder")
     flat, classes = (
         images(tmp_path / "a", "1.png", "2.png"),
         images(tmp_path / "b", "x/1.png", "y/1.png"),
     )
     split = images(tmp_path / "c", "train/x/1.png", "train/y/1.png", "train/z/1.png", "val/x/2.png")
-    for folder, num, splits in (
-        (flat, 0, ("all[:90%]", "all[90%:]")),
-        (classes, 2, ("all[:90%]", "all[90%:]")),
-        (split, 3, ("train", "val")),
+    for folder, splits in (
+        (flat, ("all[:90%]", "all[90%:]")),
+        (classes, ("all[:90%]", "all[90%:]")),
+        (split, ("train", "val")),
     ):
         arg = f"data_dir={folder},base=8,top=32"
         config = file.get_config(arg)
         fields.check(config)
-        assert config.model.num_classes == num and config.model.resolution == 8
+        assert config.model.num_classes == -1 and config.model.resolution == 8
         assert (config.data.split, config.data.eval_split) == splits
         assert file.stages(arg)[3:] == ["stage=grow,resolution=16", "stage=grow,resolution=32"]
     big = file.get_config(f"data_dir={split},base=64,size=gpu")
-    assert big.model.channels == 192 and big.model.num_classes == 3
+    assert big.model.channels == 192
     with pytest.raises(ValueError, match="base=12 has no preset: choose 8, 16, 32 or 64"):
         file.get_config(f"data_dir={split},base=12")
-    with pytest.raises(ValueError, match="there is no folder 'nowhere': give data_dir=DIR"):
+    with pytest.raises(ValueError, match="there is no folder 'nowhere': give --arg=data_dir=DIR"):
         data_sets.folder("nowhere")

@@ -18,13 +18,17 @@ def test_the_defaults_of_every_stage_pass_their_own_check_and_every_field_is_des
     "name, value, said",
     [
         ("optim.name", "adm", r"config.optim.name is 'adm', not one of 'adam', .*: give .*=radam"),
-        ("optim.lr", -1.0, "config.optim.lr is -1.0, at least 0: .* --config.optim.lr=8e-06"),
+        ("optim.lr", -1.0, "config.optim.lr is -1.0, not at least 0: .* --config.optim.lr=8e-06"),
         ("data.flip", 1, "config.data.flip is 1, not of type bool"),
         ("batch_size", True, "config.batch_size is True, not of type int"),
-        ("grow.widths", (0,), r"config.grow.widths is \(0,\), at least 1: .*=\"\(32,\)\""),
+        ("grow.widths", (0,), r"config.grow.widths is \(0,\), not at least 1: .*=\"\(32,\)\""),
         ("distill.data_proportion", 1.5, "no field of stage grow: .* did you mean"),
-        ("grow.data_proportion", 1.5, "from 0 to 1"),
-        ("optim.rate", 1.0, "config.optim.rate is no field of stage grow: leave it out"),
+        ("grow.data_proportion", 1.5, "not from 1e-06 to 1"),
+        ("data.options.skip_corupt", True, "did you mean --config.data.options.skip_corrupt"),
+        ("data.options.skip_corrupt", "maybe", "config.data.options.skip_corrupt is 'maybe', not"),
+        ("features.sha256.any", 12345, "config.features.sha256.any is 12345, not of type str"),
+        ("data.options.foo", 1, "data.options takes cache, unlabelled, size"),
+        ("optim.rate", 1.0, "--config.optim.rate is no field of stage grow: leave it out"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_with_what_to_type(name, value, said):

@@ -1,8 +1,15 @@
 """configs/folder.py on real photographs: the folder says the classes, and the stages run on it."""
 
+import shutil
+
+import pytest
 import tensorflow_datasets as tfds
 
 from cheapscale.data.pairs import PairStore
+from cheapscale.data.sources import open_source
+from cheapscale.teacher.data import check_teacher
+from cheapscale.teacher.load import load
+from launch import evaluate
 from launch.pipeline import stage_configs
 from launch.train import run
 
@@ -35,3 +42,24 @@ def test_the_stages_run_on_a_folder_of_photographs(shared, tmp_path):
     store = PairStore.open(tmp_path / "runs" / "latents")
     assert len(store) == 2 * 36  # nine tenths of the photographs, and their mirror images
     assert store.manifest["source"]["class_names"] == names
+    other_images_of_its_classes(tmp_path, names)
+
+
+def other_images_of_its_classes(tmp_path, names):
+    """The teacher finds the classes of other folders by the names in its checkpoint."""
+    workdir, photos = tmp_path / "runs" / "pretrain", tmp_path / "photos"
+    kept, other = (names[1], names[-1]), tmp_path / "other"
+    for name in kept:
+        shutil.copytree(photos / name, other / name)
+    source = open_source("folder", "all", resolution=8, data_dir=str(other))
+    assert set(source.labels()) == {0, 1}
+    check_teacher(load(workdir), source)
+    assert set(source.labels()) == {names.index(name) for name in kept}
+
+    words = [f"--model={workdir}", f"--workdir={tmp_path / 'eval'}", f"--data_dir={other}"]
+    flat = other / kept[0]
+    with pytest.raises(SystemExit, match="classes, but no images are given whose labels"):
+        evaluate.main([*words[:2], f"--data_dir={flat}", "--num=4"])
+    (other / kept[0]).rename(other / "spoons")
+    with pytest.raises(SystemExit, match="has the class spoons, which the model does not know"):
+        evaluate.main([*words, "--num=4"])

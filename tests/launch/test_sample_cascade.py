@@ -68,7 +68,7 @@ def test_a_cascade_leaves_its_images_their_base_and_a_preview(teacher, tmp_path)
 def test_every_flag_reaches_the_plan_or_the_sampler(teacher, tmp_path, monkeypatch):
     seen = {}
 
-    class Enough(Exception):
+    class Enough(ValueError):
         pass
 
     def stop(model, sizes, **options):
@@ -79,7 +79,7 @@ def test_every_flag_reaches_the_plan_or_the_sampler(teacher, tmp_path, monkeypat
     words = ("--cascade=2x,4x", "--cascade_k=sigma3,sigma2", "--steps=60",
              "--resize_kernel=bicubic", "--coupled", "--expert_rule=snr",
              "--seed=4", "--cfg_scale=2", "--method=euler", "--batch_size=3")  # fmt: skip
-    with pytest.raises(Enough):
+    with pytest.raises(SystemExit):
         sample.main([f"--model={teacher}", f"--out={tmp_path}", *words])
     expected = {"sizes": "2x,4x", "k": ["sigma3", "sigma2"], "steps": 60, "spacing": "karras",
                 "kernel": "bicubic", "coupled": True, "expert_rule": "snr", "seed": 4,
@@ -89,7 +89,7 @@ def test_every_flag_reaches_the_plan_or_the_sampler(teacher, tmp_path, monkeypat
 
 
 def test_cascade_flags_without_a_cascade_are_refused():
-    with pytest.raises(SystemExit, match="--coupled, --pivot say how to cascade: give --cascade"):
+    with pytest.raises(SystemExit, match="--coupled, --pivot: only for a cascade: give --cascade"):
         sample.main(["--model=nowhere", "--coupled", "--pivot=x.png"])
 
 

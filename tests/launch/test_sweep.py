@@ -1,8 +1,10 @@
 """Sweeps: their list of runs, each an ordinary run in its own folder."""
 
+import shlex
+
 import pytest
 
-from configs import sweeps
+from configs import common, sweeps
 from launch import sweep
 
 SCENES = "--config=configs/scenes.py"
@@ -12,7 +14,7 @@ def test_runs_are_named_by_their_number_and_words():
     runs = sweep.planned("configs/scenes.py", "pairs", "size=quick")
     assert len(runs) == 9 and len(dict(runs)) == 9
     assert runs[1] == (
-        "01-stage=distill,data_proportion=0.1,seed=0",
+        "01-stage=distill_data_proportion=0.1_seed=0",
         "size=quick,stage=distill,distill.data_proportion=0.1,seed=0",
     )
 
@@ -33,11 +35,20 @@ def test_the_list_has_a_command_for_each_run(capsys):
     assert lines[1] == (
         "python -m launch.pipeline --config=configs/scenes.py --arg=size=experts,pipeline=experts,"
         "prune.mean=0.8,prune.order=snr_down,seed=0 "
-        "--workdir=runs/01-pipeline=experts,mean=0.8,order=snr_down,seed=0"
+        "--workdir=runs/01-pipeline=experts_mean=0.8_order=snr_down_seed=0"
     )
+    words = [SCENES, "--sweep=pairs", "--arg=teacher='a b,c'", "--list", "--index=1"]
+    sweep.main(words)
+    _, _, command, config, arg, place = shlex.split(capsys.readouterr().out)
+    assert (command, config) == ("launch.train", SCENES) and "," not in place
+    assert common.parse(arg.removeprefix("--arg="))[1] == {
+        "teacher": "'a b,c'", "distill.data_proportion": "0.1", "seed": "0",
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="--index=9: the sweep's runs are 0 ... 8"):
+        sweep.main([*words, "--index=9"])
 
 
 def test_one_run_of_a_sweep_goes_to_its_own_folder(tmp_path):
     words = [SCENES, "--sweep=cascade_k", "--arg=smoke", f"--workdir={tmp_path}", "--index=2"]
-    with pytest.raises(SystemExit, match="config.teacher is empty"):
+    with pytest.raises(SystemExit, match="teacher is empty: give --config.teacher=DIR"):
         sweep.main(words)

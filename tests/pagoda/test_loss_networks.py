@@ -64,6 +64,11 @@ def test_the_class_table_starts_as_the_file_and_stays_trainable(networks, tmp_pa
     np.savez(tmp_path / "two.npz", a=table, b=table)
     with pytest.raises(ValueError, match="an .npz of one array"):
         networks(class_table=str(tmp_path / "two.npz"))
+    np.save(tmp_path / "nan.npy", table * np.nan)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "table.npy").read_bytes()[:-9])
+    for name, what in (("nan", "40 of the 40 numbers .* not finite"), ("cut", "not a whole file")):
+        with pytest.raises(ValueError, match=what):
+            networks(class_table=str(tmp_path / f"{name}.npy"))
 
 
 def test_the_weights_of_a_loss_may_lie_in_several_files(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from cheapscale.diffusion.denoiser import EDM
 from cheapscale.diffusion.noise import noise_feature
-from cheapscale.interop.unet_weights import from_guided_diffusion
+from cheapscale.interop.unet_weights import to_params
 from cheapscale.models.unet import unet
 
 MODEL = dict(
@@ -42,7 +42,7 @@ def apply():
 
 
 def test_one_step_image_equals_pagoda(reference, state, apply):
-    params = from_guided_diffusion(state, unet(**MODEL).config)
+    params = to_params(state, unet(**MODEL).config, "guided_diffusion", qkv_layout="three_head_dim")
     label = jnp.asarray(reference["labels"], jnp.int32)
     z = nhwc(reference["z"])
 
@@ -61,7 +61,7 @@ def test_one_step_image_equals_pagoda(reference, state, apply):
 
 @pytest.mark.parametrize("layout", ["head_three_dim", "head_dim_three"])
 def test_wrong_qkv_order_is_visible(reference, state, apply, layout):
-    params = from_guided_diffusion(state, unet(**MODEL).config, qkv_layout=layout)
+    params = to_params(state, unet(**MODEL).config, "guided_diffusion", qkv_layout=layout)
     label = jnp.asarray(reference["labels"], jnp.int32)
     image = EDM().one_step(
         lambda x, noise, label: apply(params, x, noise, label),
@@ -72,6 +72,16 @@ def test_wrong_qkv_order_is_visible(reference, state, apply, layout):
 
 def test_other_growth_is_refused(state):
     with pytest.raises(ValueError, match="unused.*output_blocks.4.0"):
-        from_guided_diffusion(state, unet(**MODEL | {"growth": ()}).config)
-    with pytest.raises(ValueError, match="change model.family"):
-        from_guided_diffusion(state, unet(**MODEL | {"family": "ddpmpp"}).config)
+        to_params(
+            state,
+            unet(**MODEL | {"growth": ()}).config,
+            "guided_diffusion",
+            qkv_layout="three_head_dim",
+        )
+    with pytest.raises(ValueError, match="--config.model.family=adm"):
+        to_params(
+            state,
+            unet(**MODEL | {"family": "ddpmpp"}).config,
+            "guided_diffusion",
+            qkv_layout="three_head_dim",
+        )

@@ -10,7 +10,7 @@ import pytest
 from cheapscale.diffusion.denoiser import EDM
 from cheapscale.diffusion.samplers import solve
 from cheapscale.interop.pytorch import QKV_LAYOUTS, Entry, convert
-from cheapscale.interop.unet_weights import from_edm
+from cheapscale.interop.unet_weights import to_params
 from cheapscale.models.unet import UNet, unet
 
 SHARED = dict(resolution=16, channels=32, channel_mult=(1, 2), attention=(8,), head_dim=0)
@@ -38,7 +38,9 @@ def relative(ours, theirs):
 
 def load(shared, name):
     reference = dict(np.load(shared / "parity" / f"{name}_edm_16px.npz"))
-    state = {k.removeprefix("param/"): v for k, v in reference.items() if k.startswith("param/")}
+    state = {
+        k.removeprefix("param/model."): v for k, v in reference.items() if k.startswith("param/")
+    }
     label = reference.get("labels_onehot")
     label = None if label is None else jnp.asarray(label.argmax(1), jnp.int32)
     return unet(**MODELS[name]), state, label, reference
@@ -47,7 +49,7 @@ def load(shared, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_network_denoiser_and_sampler_equal_edm(shared, name):
     net, state, label, reference = load(shared, name)
-    params = from_edm(state, net.config)
+    params = to_params(state, net.config, "edm")
     apply = jitted(net)
 
     F = apply(params, nhwc(reference["x"]), jnp.asarray(reference["c_noise"]), label)
@@ -67,29 +69,31 @@ def test_network_denoiser_and_sampler_equal_edm(shared, name):
 
 def test_wrong_qkv_order_is_visible(shared):
     net, state, label, reference = load(shared, "adm")
-    params = from_edm(state, net.config, qkv_layout="three_head_dim")
+    params = to_params(state, net.config, "edm", qkv_layout="three_head_dim")
     F = jitted(net)(params, nhwc(reference["x"]), jnp.asarray(reference["c_noise"]), label)
     assert relative(F, reference["F"]) > 0.3
 
 
 def test_checkpoint_that_does_not_fit_is_refused_with_names(shared):
     net, state, _, _ = load(shared, "adm")
-    lacking = {k: v for k, v in state.items() if k != "model.out_norm.bias"}
-    with pytest.raises(ValueError, match="missing.*model.out_norm.bias.*unused nothing"):
-        from_edm(lacking, net.config)
-    with pytest.raises(ValueError, match="unused.*model.stray"):
-        from_edm(state | {"model.stray": np.zeros(1)}, net.config)
-    wider = unet(**MODELS["adm"] | {"num_classes": 11})
-    with pytest.raises(ValueError, match=r"map_label/kernel has \(10, 128\) for \(11, 128\)"):
-        from_edm(state, wider.config)
-    with pytest.raises(ValueError, match="other kind"):
-        from_edm({"time_embed.0.weight": np.zeros((1, 1))}, net.config)
+    lacking = {k: v for k, v in state.items() if k != "out_norm.bias"}
+    with pytest.raises(ValueError, match="missing.*out_norm.bias.*unused nothing"):
+        to_params(lacking, net.config, "edm")
+    with pytest.raises(ValueError, match="unused.*stray"):
+        to_params(state | {"stray": np.zeros(1)}, net.config, "edm")
+    wider = unet(**MODELS["adm"] | {"channel_mult": (1, 4)})
+    with pytest.raises(ValueError, match=r"dec_16_up/conv0/kernel has .* for .*; .* widths"):
+        to_params(state, wider.config, "edm")
+    for count in (0, 11):
+        other = unet(**MODELS["adm"] | {"num_classes": count})
+        with pytest.raises(ValueError, match=r"10 classes.*--config.model.num_classes=10 and"):
+            to_params(state, other.config, "edm")
 
 
 @pytest.mark.parametrize("layout", QKV_LAYOUTS)
 def test_qkv_channels_arrive_as_three_head_dim(layout):
     """Every channel carries its own (three, head, dim) as a number, laid out as `layout` says."""
-    numbers = np.arange(3 * 2 * 5).reshape(3, 2, 5)
+    numbers = np.arange(30.0).reshape(3, 2, 5)
     order = [("three", "head", "dim").index(axis) for axis in QKV_LAYOUTS[layout]]
     theirs = numbers.transpose(order).reshape(30)
     entries = [Entry("qkv/kernel", "w", "qkv", heads=2), Entry("qkv/bias", "b", "qkv", heads=2)]

@@ -66,6 +66,21 @@ def test_a_job_resumes_with_another_batch_size_but_not_with_another_seed(tmp_pat
         jobs.run(job, tmp_path / "work", {"batch_size": 4, "seed": 1}, name="count")
 
 
+@pytest.mark.parametrize(
+    "result", ["checkpoints/3/meta/metadata", "evaluate.json", "shards/generated-0000000.npz"]
+)
+def test_a_job_leaves_the_folder_of_another_run_as_it_was(result, tmp_path):
+    """Else the other run could never be resumed."""
+    job, ran = counting(tmp_path)
+    for name, content in ((result, '{"networks": {}}'), ("config.json", '{"stage": "other"}')):
+        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "work" / name).write_text(content)
+    with pytest.raises(ValueError, match="stage: 'other' -> 'count'.*use a new work directory"):
+        jobs.run(job, tmp_path / "work", {"stage": "count"}, name="count")
+    assert (tmp_path / "work" / "config.json").read_text() == '{"stage": "other"}' and not ran
+    assert len(list((tmp_path / "work").iterdir())) == 2
+
+
 def test_a_signal_after_the_last_shard_is_reported():
     """A finished job has no shard after which it could stop."""
     with pytest.raises(Preempted, match="all results are saved"), StopSignal():

@@ -202,6 +202,23 @@ def test_a_nan_stops_the_run_and_the_last_checkpoint_stays_complete(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
+def test_a_folder_of_another_stage_is_refused_by_its_stage_alone_and_many_fields_are_counted():
+    old = {"stage": "pretrain", "optim": {"lr": 1}, "a": 1, "b": 1, "c": 1}
+    assert checkpoint.differing_keys(old, old | {"stage": "grow", "a": 2}) == [
+        "stage: 'pretrain' -> 'grow'"
+    ]
+    rows = checkpoint.differing_keys(old, old | {"a": 2, "b": 2, "c": 2, "optim": {"lr": 2}})
+    assert rows == ["a: 1 -> 2", "b: 1 -> 2", "c: 1 -> 2", "and 1 more"]
+
+
+def test_the_work_directory_of_a_pipeline_names_its_runs_the_newest_first(tmp_path):
+    for age, name in enumerate(("pretrain", "set/group-0", "distill", "grow16")):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        os.utime(tmp_path / name / "checkpoints", (age, age))
+    with pytest.raises(FileNotFoundError, match="give .*set or .*grow16 or .*distill or .*pretr"):
+        checkpoint.read_meta(tmp_path)
+
+
 def test_another_config_is_refused_with_the_differing_keys(tmp_path):
     train(denoise_stage(), tmp_path, 1, config={"optim": {"lr": 1}, "total_steps": 1})
     with pytest.raises(ValueError, match="optim.lr: 1 -> 2"):
@@ -215,7 +232,7 @@ def test_a_run_without_a_checkpoint_may_start_again_with_another_config(tmp_path
 
     with pytest.raises(ValueError, match="more than there is"):
         train(denoise_stage()._replace(batches=refuse), tmp_path, 1, config={"batch": 16})
-    with pytest.raises(loop.Diverged, match="; start again with a lower optim.lr"):
+    with pytest.raises(loop.Diverged, match="; start again with a lower --config.optim"):
         train(denoise_stage(poison_at=0), tmp_path, 1, config={"batch": 8})
     train(denoise_stage(), tmp_path, 1, config={"batch": 4})
     with pytest.raises(ValueError, match="batch: 4 -> 8"):
@@ -223,20 +240,27 @@ def test_a_run_without_a_checkpoint_may_start_again_with_another_config(tmp_path
 
 
 def test_a_run_resumes_only_with_its_own_teacher_data_and_networks(tmp_path):
-    def stage(teacher="a", images="b", scale="c"):
+    def stage(teacher="a", images="b", scale="c", classes=("x",)):
         base = denoise_stage()
-        meta = base.meta | {"teacher": teacher, "data": {"fingerprint": images, "name": "x"}}
+        data = {"fingerprint": images, "name": "x", "class_names": list(classes)}
+        meta = base.meta | {"teacher": teacher, "data": data}
         return base._replace(meta=meta, load_frozen=lambda: (base.load_frozen()[0], {"s": scale}))
 
     train(stage(), tmp_path, 1)
     for other, message in (
         ({"teacher": "z"}, "another teacher .a -> z.: undo the change"),
-        ({"images": "z"}, "another data .b -> z."),
+        ({"images": "z"}, "another data .b -> z.: undo .*--config.accept_other_data=True"),
+        ({"classes": ["y"]}, "another class_names"),
         ({"scale": "z"}, "another frozen_networks"),
     ):
         with pytest.raises(ValueError, match=message):
             train(stage(**other), tmp_path, 2)
     assert train(stage(), tmp_path, 2)["step"] == 2
+    accept = {"lr": 1, "accept_other_data": True, "data": {"options": {"skip_corrupt": True}}}
+    with pytest.raises(ValueError, match="another class_names"):
+        train(stage(images="z", classes=["y"]), tmp_path, 3, config=accept)
+    assert train(stage(images="z"), tmp_path, 3, config=accept)["step"] == 3
+    assert train(stage(images="z"), tmp_path, 4)["step"] == 4  # they are the run's data now
 
 
 def test_a_state_is_saved_before_its_preview_is_drawn_and_0_draws_none(tmp_path):
@@ -252,6 +276,15 @@ def test_a_state_is_saved_before_its_preview_is_drawn_and_0_draws_none(tmp_path)
     assert again == summary  # a finished run returns the same summary
 
 
+def test_a_state_whose_preview_is_refused_is_kept(tmp_path):
+    def refuse(state, frozen):
+        raise ValueError("image 0 holds a NaN")
+
+    with pytest.raises(loop.Diverged, match="grid: image 0 holds a NaN; the state is saved in"):
+        train(denoise_stage()._replace(evals={"grid": (1, refuse)}), tmp_path, 4, save_every=2)
+    assert (tmp_path / "diverged" / "1").is_dir()
+
+
 def test_bad_meshes_and_batches_are_refused_before_anything_compiles(tmp_path, eight_devices):
     with pytest.raises(ValueError, match="does not cover 8 devices"):
         train(denoise_stage(), tmp_path, 1, mesh={"data": 3})
@@ -262,7 +295,7 @@ def test_bad_meshes_and_batches_are_refused_before_anything_compiles(tmp_path, e
 def test_resume_continues_another_run_in_a_new_work_directory(tmp_path):
     train(denoise_stage(), tmp_path / "old", 2)
     train(denoise_stage(), tmp_path / "new", 4, resume=str(tmp_path / "old"))
-    with pytest.raises(ValueError, match="old begins at step 2 and total_steps is 2: raise total_"):
+    with pytest.raises(ValueError, match="old begins at step 2 .*: give a larger --config.total_"):
         train(denoise_stage(), tmp_path / "newer", 2, resume=str(tmp_path / "old"))
     train(denoise_stage(), tmp_path / "old", 4)
     assert_equal(

@@ -33,7 +33,8 @@ def describe(config: ConfigDict, stage: Stage | Job, workdir: str, *, compiled: 
     if plan.get("disk_bytes", 0) > free:
         raise OSError(
             f"{plan['disk']} needs {plan['disk_bytes'] / 1e9:.2f} GB, but its disk has "
-            f"{free / 1e9:.2f} GB free: choose another disk, or invert.dtype=float16 for latents"
+            f"{free / 1e9:.2f} GB free: choose another disk, or --config.invert.dtype=float16 for "
+            "latents"
         )
     return plan
 

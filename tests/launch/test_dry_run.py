@@ -14,7 +14,7 @@ from cheapscale.training import checkpoint
 from cheapscale.training.stage import Job
 from cheapscale.training.state import split
 from launch import train
-from launch.plan import describe
+from launch.dry_run import describe
 
 
 def every_file(folder):
