@@ -122,10 +122,9 @@ COMPUTE = {
     "remat": Field((), "prefixes of blocks recomputed in the backward pass; ('',) is all"),
 }  # fmt: skip
 LOSS = {  # PaGoDA (arXiv 2405.14822): L_rec + lambda L_adv
-    "distance": Field(
-        "feature", "distance in L_rec; the paper uses lpips", ("feature", "lpips", "pixel")
-    ),
-    "reconstruction_weight": Field(1.0, "factor of L_rec; 0 removes it", low=0),
+    "feature_weight": Field(1.0, "weight in L_rec of the networks' features (published)", low=0),
+    "pixel_weight": Field(10.0, "weight in L_rec of the squared difference of pixels", low=0),
+    "lpips_weight": Field(0.0, "weight in L_rec of LPIPS, the distance in the paper", low=0),
     "adversarial_weight": Field(0.2, "constant factor of lambda; 0 removes L_adv", low=0),
     "adaptive": Field(True, "multiply lambda by |grad L_rec| / |grad L_adv| at the last layer"),
     "squared_norms": Field(
@@ -134,9 +133,6 @@ LOSS = {  # PaGoDA (arXiv 2405.14822): L_rec + lambda L_adv
     "gan_loss": Field("hinge", "hinge (published code) or logistic (paper)", ("hinge", "logistic")),
     "pairs": Field(
         "inverted", "L_rec on inverted pairs, or L_dstl on teacher samples", ("inverted", "teacher")
-    ),
-    "separate_updates": Field(
-        False, "step on L_rec, then on L_adv (published code from 256 px on)"
     ),
     "data_proportion": Field(
         1.0, "share of each class whose pairs are used in L_rec", low=1e-6, high=1

@@ -17,8 +17,9 @@ files of DeiT-B distilled and EfficientNet-lite0 (timm's names, see the README).
 The discriminator's class embeddings have the published size (320). The published scripts initialise
 them from EfficientNet-lite0; give that table as `discriminator.class_table`, or they start at
 random. As published, there is no guidance, no label dropout and no EDM augmentation. Where the
-paper and its scripts differ, a field selects the other choice: distance (feature | lpips), gan_loss
-(hinge | logistic), squared_norms, adaptive, separate_updates (in the scripts from 256 px on).
+paper and its scripts differ, a field selects the other choice: feature_weight or lpips_weight,
+gan_loss (hinge | logistic), squared_norms, adaptive. From 256 px on the scripts update G on L_rec and on
+L_adv in separate steps; here every step is on their sum.
 """  # noqa: E501
 
 from configs import common
@@ -48,9 +49,9 @@ ROW = {
         "batch_size": 1024, "invert.per_shard": 8192, "invert.clip": True,
         "compute.dtype": "float16", "data.num_threads": 16,
     },
-    "distill": common.train(210_000, 8e-6, 256, ADVERSARY),
+    "distill": common.train(210_000, 8e-6, 256, ADVERSARY | {"distill.pixel_weight": 0.0}),
     # The number of steps for 128 px is not published; this is the number for 256 px.
-    "grow": common.train(120_000, 8e-6, 256, ADVERSARY),
+    "grow": common.train(120_000, 8e-6, 256, ADVERSARY | {"grow.pixel_weight": 0.0}),
     "prune": common.train(60_000, 1e-4, 1024, {"data.num_threads": 16}),
     # Steps and learning rate of self-cascade (arXiv 2402.10491); its batch size is not published.
     "cascade": common.train(10_000, 5e-5, 64, {"data.num_threads": 16}),

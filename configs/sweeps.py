@@ -18,10 +18,12 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     ),
     # PaGoDA, section 3.3: L_rec on a small share of the pairs
     "pairs": tuple(f"stage=distill,distill.data_proportion={p}" for p in (1.0, 0.1, 0.01)),
-    "distances": ("stage=distill,distill.distance=feature", "stage=distill,distill.distance=pixel"),
+    "distances": tuple(
+        f"stage=distill,distill.feature_weight={feature},distill.pixel_weight={pixel}"
+        for feature, pixel in ((1.0, 10.0), (1.0, 0.0), (0.0, 10.0))
+    ),
     # PaGoDA: growth with and without L_rec
-    "growth": ("stage=grow,grow.reconstruction_weight=1.0",
-               "stage=grow,grow.reconstruction_weight=0.0"),
+    "growth": ("stage=grow", "stage=grow,grow.feature_weight=0.0,grow.pixel_weight=0.0"),
     # self-cascade (arXiv 2402.10491): trained weights, and restart levels
     "tunings": tuple(
         f"stage=cascade,tune={tune}" for tune in ("neck", "full", "gain", "2k", "lora", "ft")

@@ -38,7 +38,7 @@ def planned(path: str, name: str, arg: str) -> list[tuple[str, str]]:
 
 
 def folder(number: int, words: str) -> str:
-    """The folder of a run, such as "02-stage=distill_distance=pixel_seed=1"."""
+    """The folder of a run, such as "02-stage=distill_pixel_weight=10_seed=1"."""
     # Field names lose their section, and characters outside [\w=.-] become "_".
     kept = (re.sub(r"^[\w.]+\.(?=\w+=)", "", word) for word in common.split(words))
     return f"{number:02d}-" + re.sub(r"[^\w=.-]+", "_", ",".join(kept))

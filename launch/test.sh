@@ -3,5 +3,5 @@
 # from a cold start. Arguments go to pytest: `bash launch/test.sh tests/data -x`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/environment.sh "[test]"
+source launch/environment.sh "[features,test]"
 exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -3,7 +3,6 @@
 LPIPS (Zhang et al. 2018, arXiv 1801.03924) needs a network; the others are in data.pixels.
 """
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -24,8 +23,7 @@ def reconstruction(network: FeatureNetwork | None = None, *, batch_size: int = 6
     16 px have no "lpips", and images below SSIM's window of 11 px have no "ssim". Create `measure`
     once for many calls: then its network is compiled once.
     """
-    # LPIPS has no random augmentation, so it needs no key.
-    lpips = functools.partial(lpips_distance(network).apply, key=None) if network else None
+    lpips = lpips_distance(network) if network else None
 
     def by_pixels(images: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
         found = {"psnr": psnr(images, targets)}

@@ -48,7 +48,8 @@ def load(
         the cache, with the .json beside it.
       path: an .npz, .safetensors or PyTorch file. Several files are merged (VGG16 and the LPIPS
         heads); give a sequence, or one string joined by "+". The default is the value of the
-        environment variable CHEAPSCALE_WEIGHTS_<NAME>, such as CHEAPSCALE_WEIGHTS_INCEPTION_V3.
+        environment variable CHEAPSCALE_WEIGHTS_<NAME>, such as CHEAPSCALE_WEIGHTS_INCEPTION_V3,
+        or the file of the extra `features` (EfficientNet-lite0).
       sha256: refuse a file with another hash (hashes joined by "+" for several files).
       options: arguments of the network's own `build`: "pooling" of vgg16_lpips, "seed" of
         deit_base_distilled, "inputs" of inception_v3, "position_offset" of DINOv2, and for all
@@ -62,6 +63,9 @@ def load(
     if name not in BUILDERS:
         raise ValueError(f"unknown feature network {name!r}: choose one of {tuple(BUILDERS)}")
     options = {key: value for key, value in options.items() if value is not None}
-    weights = read_weights(default_paths(name) if path is None else path, sha256)
+    if path is None:
+        path, known = default_paths(name)
+        sha256 = sha256 or known
+    weights = read_weights(path, sha256)
     network = BUILDERS[name](weights, **options)
     return network._replace(outputs=network.outputs and full_precision(network.outputs))

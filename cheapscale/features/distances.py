@@ -1,4 +1,5 @@
-"""Distances d(x, y) between two batches of images, for PaGoDA's L_rec (arXiv 2405.14822).
+"""Distances d(x, y) between two batches of images, for PaGoDA's L_rec (arXiv 2405.14822), and their
+weighted sum.
 
 Let f_l be the maps of frozen networks and n(f) = f / sqrt(|f|^2 + 1e-20) over channels. (LPIPS adds
 1e-10 to the root instead; inside the root, the gradient at f = 0 stays finite.)
@@ -11,96 +12,42 @@ Let f_l be the maps of frozen networks and n(f) = f / sqrt(|f|^2 + 1e-20) over c
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cheapscale.features.diffaugment import POLICY, augment
-from cheapscale.features.mixing import init_mixing, map_shapes, mix, reduced
-from cheapscale.features.network import FeatureNetwork, enlarge
+from cheapscale.features.mixing import Maps
+from cheapscale.features.network import FeatureNetwork
 
 PyTree = Any
 
 
-class Distance(NamedTuple):
-    """A distance as two functions.
-
-    init_frozen: key -> frozen weights, which the training step takes as an argument.
-    apply: (frozen, x, y, key) -> [b], for images x, y [b, h, w, 3] in [-1, 1].
-    """
-
-    init_frozen: Callable[[jax.Array], PyTree]
-    apply: Callable[[PyTree, jax.Array, jax.Array, jax.Array], jax.Array]
+def pixel_distance(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[b]: mean squared difference of the pixels of x, y [b, h, w, 3]."""
+    return jnp.mean((x - y) ** 2, axis=(1, 2, 3))
 
 
-def pixel_distance() -> Distance:
-    """Mean squared difference of pixels."""
-
-    def apply(frozen, x, y, key):
-        return jnp.mean((x - y) ** 2, axis=(1, 2, 3))
-
-    return Distance(lambda key: {}, apply)
+def feature_distance(f: Maps, g: Maps) -> jax.Array:
+    """[b]: distance of the projected maps of two batches, summed over maps and networks."""
+    pairs = [d for network in f for d in squares(f[network], g[network])]
+    return sum((jnp.mean(jnp.sum(d, axis=3), axis=(1, 2)) for d in pairs), jnp.zeros(()))
 
 
-def feature_distance(
-    networks: Sequence[FeatureNetwork],
-    *,
-    resolution: int,
-    width: int = 64,
-    policy: tuple[str, ...] = POLICY,
-) -> Distance:
-    """Distance of randomly projected features, summed over maps and networks.
-
-    Args:
-      networks: frozen feature networks with distinct names.
-      resolution: side of the images.
-      width: channels of the finest projected map.
-      policy: DiffAugment operations, () for none.
-    """
-    names = [network.name for network in networks]
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"distance networks {names}: give at least one, with distinct names")
-
-    def init_frozen(key):
-        # The discriminator draws other projections, from another key.
-        return {
-            n.name: {
-                "network": n.draw(a),
-                "mixing": init_mixing(b, map_shapes(n, resolution), width),
-            }
-            for n, (a, b) in zip(networks, jax.random.split(key, (len(networks), 2)))
-        }
-
-    def maps(frozen, network, x, key):
-        # Both images get the same key, hence the same augmentation.
-        x = augment(enlarge(x, network.input_size), key, policy)
-        features = network.apply(frozen["network"], x)
-        return mix(frozen["mixing"], reduced(network, resolution, features))
-
-    def apply(frozen, x, y, key):
-        total = jnp.zeros(x.shape[0])
-        for network in networks:
-            f, g = (maps(frozen[network.name], network, image, key) for image in (x, y))
-            total += sum(jnp.mean(jnp.sum(d, axis=3), axis=(1, 2)) for d in squares(f, g))
-        return total
-
-    return Distance(init_frozen, apply)
-
-
-def lpips_distance(network: FeatureNetwork) -> Distance:
-    """LPIPS with a network loaded as "vgg16_lpips" (its params hold the linear heads as "lin")."""
+def lpips_distance(network: FeatureNetwork) -> Callable:
+    """(weights, x, y) -> [b]: LPIPS with a network loaded as "vgg16_lpips", whose params hold the
+    linear heads as "lin". ValueError without heads."""
     if "lin" not in network.params:
         raise ValueError(
             f"LPIPS needs linear heads and {network.name!r} has none: load 'vgg16_lpips' with heads"
         )
 
-    def apply(frozen, x, y, key):
-        differences = squares(network.apply(frozen, x), network.apply(frozen, y))
-        pairs = zip(differences, frozen["lin"], strict=True)
+    def distance(params, x, y):
+        differences = squares(network.apply(params, x), network.apply(params, y))
+        pairs = zip(differences, params["lin"], strict=True)
         return sum(jnp.mean(d @ w, axis=(1, 2)) for d, w in pairs)
 
-    return Distance(lambda key: network.params, apply)
+    return distance
 
 
 def squares(f: Sequence[jax.Array], g: Sequence[jax.Array]) -> list[jax.Array]:

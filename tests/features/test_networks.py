@@ -197,8 +197,7 @@ def test_vgg_and_lpips(pooling, tmp_path):
     expected, distance = torch_lpips(weights, x, y, pooling)
     agree(jax.jit(network.apply)(network.params, x), expected)
     ours = lpips_distance(network)
-    frozen = ours.init_frozen(jax.random.key(0))
-    np.testing.assert_allclose(jax.jit(ours.apply)(frozen, x, y, None), distance, rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(ours)(network.params, x, y), distance, rtol=1e-4)
 
 
 def test_lpips_of_torch_fidelity_at_native_size(torchvision, tmp_path, monkeypatch):
@@ -232,7 +231,7 @@ def test_lpips_of_torch_fidelity_at_native_size(torchvision, tmp_path, monkeypat
     expected = theirs(*(torch.tensor(side).permute(0, 3, 1, 2) for side in pairs)).numpy()
     distance = lpips_distance(network)
     x, y = (side.astype(np.float32) / 127.5 - 1 for side in pairs)
-    found = jax.jit(distance.apply)(network.params, x, y, None)
+    found = jax.jit(distance)(network.params, x, y)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
     assert found[2] == 0 < min(found[:2])
     maps = jax.eval_shape(network.apply, network.params, x)

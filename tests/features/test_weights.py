@@ -212,14 +212,14 @@ def test_a_string_names_several_files_wherever_it_comes_from(tmp_path, monkeypat
     np.savez(names[0], a=ARRAYS["a"])
     np.savez(names[1], c=ARRAYS["c"])
     monkeypatch.setenv("CHEAPSCALE_WEIGHTS_X", "+".join(names))
-    for path in ("+".join(names), names, tuple(map(pathlib.Path, names)), default_paths("x")):
+    for path in ("+".join(names), names, tuple(map(pathlib.Path, names)), default_paths("x")[0]):
         read = read_weights(path)
         assert set(read.arrays) == {"a", "c"} and read.path == " + ".join(names)
     # a file whose own name has a "+" is one file, even beside files of its parts' names
     monkeypatch.chdir(tmp_path)
     np.savez("one.npz+two.npz", b=ARRAYS["a"])
     monkeypatch.setenv("CHEAPSCALE_WEIGHTS_X", "one.npz+two.npz")
-    for path in ("one.npz+two.npz", default_paths("x")):
+    for path in ("one.npz+two.npz", default_paths("x")[0]):
         assert set(read_weights(path).arrays) == {"b"}
     for path, missing in (("one.npz+gone.npz", r"gone\.npz"), ("no+such.npz", r"no\+such\.npz")):
         with pytest.raises(ValueError, match=f"no weight file at {missing}: download it"):

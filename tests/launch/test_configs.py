@@ -133,7 +133,8 @@ def test_the_papers_values_bind_imagenet():
         assert (loss.adversarial_weight, loss.adaptive) == (
             (1.0, False) if growing else (0.2, True)
         )
-        assert loss.distance == "feature" and loss.gan_loss == "hinge"
+        assert loss.gan_loss == "hinge"
+        assert (loss.feature_weight, loss.pixel_weight, loss.lpips_weight) == (1.0, 0.0, 0.0)
     assert file.get_config("stage=grow,resolution=512").grow.widths == (96,)
     assert file.get_config("stage=grow,resolution=256").grow.widths == (192,)
     assert file.get_config("size=base32,stage=pretrain").model.resolution == 32
@@ -169,7 +170,7 @@ def test_every_file_tunes_a_cascade_at_twice_its_base(name):
         ("pipeline=all", "pipeline 'all' is unknown: choose one of pagoda"),
         ("stage=grow,resolution=24,jump", "stage=grow takes resolution=16, 32, not 24"),
         ("stage=grow", "not 8"),  # the base resolution, where none is given
-        ("stage=distill,distill.distanse=pixel", "did you mean distill.distance"),
+        ("stage=distill,distill.pixel_wait=1", "did you mean distill.pixel_weight"),
         ("stage=prune,prune.k=much", "prune.k=much: 'much' is not a number"),
         ("base=16", "this size starts at 8 px"),
         ("data_dir=/tmp/a,b", "'b' is unknown: .* A comma ends a word, except in quotes"),

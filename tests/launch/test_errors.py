@@ -16,7 +16,16 @@ from launch.command import execute, start
 from launch.errors import net
 from tests.launch.shell import command as shell
 
-COMMANDS = ("train", "sample", "evaluate", "pipeline", "sweep", "import", "bench.__main__")
+COMMANDS = (
+    "train",
+    "sample",
+    "evaluate",
+    "pipeline",
+    "sweep",
+    "import",
+    "export",
+    "bench.__main__",
+)
 SCENES = "--config=configs/scenes.py:stage=pretrain,smoke"
 
 

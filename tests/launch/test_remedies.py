@@ -16,7 +16,16 @@ from absl import flags
 from configs import common, fields
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "import", "sample", "evaluate", "pipeline", "sweep", "bench.__main__")
+COMMANDS = (
+    "train",
+    "import",
+    "export",
+    "sample",
+    "evaluate",
+    "pipeline",
+    "sweep",
+    "bench.__main__",
+)
 SECTIONS = {name.partition(".")[0] for name in fields.every_field() if "." in name}
 # Fields that are no common English words; others are only recognised behind "config.".
 BARE = [name for name in fields.every_field() if "_" in name and "." not in name]
@@ -131,7 +140,7 @@ def test_every_flag_and_field_in_a_text_can_be_typed(room):
         ("raise ValueError(f'{x} is wrong: give --seeed=1')", "no command has --seeed"),
         ("raise ValueError(f'{x}: give --config.optm.lr=1')", "no stage has the field optm.lr"),
         ("raise ValueError(f'{x}: give ' f'--config.data.options.probes={y}')", "options.probes"),
-        ("raise ValueError(f'{x}: give --config.distill.distance=l2')", "not one of 'feature'"),
+        ("raise ValueError(f'{x}: give --config.distill.gan_loss=l2')", "not one of 'hinge'"),
         ("raise ValueError(f'{x}: give --config.optim.lr=-1')", "at least 0"),
         (
             "raise ValueError('no: set data.options.probe=False')",

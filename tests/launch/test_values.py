@@ -19,12 +19,13 @@ COMMANDS = {
     "pipeline": [SCENES, "--workdir=nowhere"],
     "sweep": [SCENES, "--sweep=losses", "--workdir=nowhere"],
     "import": [STAGE, "--weights=nothing", "--workdir=nowhere"],
+    "export": ["--model=nowhere", "--out=nothing.safetensors"],
     "bench.__main__": ["--workdir=nowhere"],
 }
 WHOLE = ("-1", "1.5", "nan", "many", "4294967301", str(2**63), str(10**30))
 NUMBERS = {
     "sample": 9, "evaluate": 12, "train": 0, "pipeline": 2, "sweep": 1, "import": 0,
-    "bench.__main__": 4,
+    "export": 1, "bench.__main__": 4,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cheapscale.features.mixing import aligned_matrix, cross_scale
+from cheapscale.features.mixing import View, aligned_matrix, cross_scale, projections
 from cheapscale.features.network import FeatureNetwork
 from cheapscale.pagoda.discriminator import (
     BatchNorm,
@@ -30,13 +30,25 @@ def pooling_network(name="pool", strides=(2, 4, 8), channels=6):
     return FeatureNetwork(name, apply, {"mix": jnp.asarray(mix)})
 
 
+def on_images(d, p):
+    """The discriminator d on the projections p of images."""
+
+    def apply(params, spectral, frozen, x, label, key):
+        maps = p.apply(frozen, {"x": View("discriminator", x, key)})["x"]
+        return d.apply(params, spectral, maps, label)
+
+    return apply
+
+
 @pytest.fixture(scope="module")
 def built():
     d = projected_discriminator(
-        [pooling_network()], resolution=8, num_classes=3, width=4, condition_dim=8, policy=()
+        [pooling_network()], resolution=8, num_classes=3, width=4, condition_dim=8
     )
+    p = projections([pooling_network()], resolution=8, width=4, policy=())
     params, spectral = jax.jit(d.init)(jax.random.key(0))
-    return d, params, spectral, d.init_frozen(jax.random.key(1)), jax.jit(d.apply)
+    apply = on_images(d, p)
+    return apply, params, spectral, p.init_frozen(jax.random.key(1)), jax.jit(apply)
 
 
 def images(seed, batch=4, side=8):
@@ -109,7 +121,7 @@ def test_gradient_reaches_the_image_and_every_head(built):
 
     @jax.jit
     def grads(params, x):
-        loss = lambda p, v: jnp.sum(jnp.sin(d.apply(p, spectral, frozen, v, label, key)[0]))  # noqa: E731
+        loss = lambda p, v: jnp.sum(jnp.sin(d(p, spectral, frozen, v, label, key)[0]))  # noqa: E731
         return jax.grad(loss, argnums=(0, 1))(params, x)
 
     for_params, for_image = grads(params, images(1))
@@ -145,20 +157,26 @@ def test_channel_table_and_logit_counts_of_the_paper():
     assert [len(head_channels(side, 64)) for side in (112, 56, 28, 14, 8, 2)] == [4, 3, 2, 1, 0, 0]
     network = pooling_network(strides=(4, 8, 16, 32))
     d = projected_discriminator([network], resolution=224, num_classes=5, width=2)
+    p = projections([network], resolution=224, width=2)
     params, spectral = jax.eval_shape(d.init, jax.random.key(0))
-    frozen = jax.eval_shape(d.init_frozen, jax.random.key(0))
+    frozen = jax.eval_shape(p.init_frozen, jax.random.key(0))
     x, label = jnp.zeros((2, 224, 224, 3)), jnp.zeros(2, jnp.int32)
-    logits, _ = jax.eval_shape(d.apply, params, spectral, frozen, x, label, jax.random.key(0))
+    logits, _ = jax.eval_shape(
+        on_images(d, p), params, spectral, frozen, x, label, jax.random.key(0)
+    )
     assert logits.shape == (2, 64)
 
 
 @pytest.mark.parametrize("strides, side", [((2,), 2), ((2, 4), 4), ((1, 2, 4, 8), 8)])
 def test_small_maps_and_unconditional_heads(strides, side):
     d = projected_discriminator([pooling_network(strides=strides)], resolution=side, width=2)
+    p = projections([pooling_network(strides=strides)], resolution=side, width=2)
     params, spectral = jax.eval_shape(d.init, jax.random.key(0))
-    frozen = jax.eval_shape(d.init_frozen, jax.random.key(0))
+    frozen = jax.eval_shape(p.init_frozen, jax.random.key(0))
     x = jnp.zeros((2, side, side, 3))
-    logits, _ = jax.eval_shape(d.apply, params, spectral, frozen, x, None, jax.random.key(0))
+    logits, _ = jax.eval_shape(
+        on_images(d, p), params, spectral, frozen, x, None, jax.random.key(0)
+    )
     strides = [s for s in strides if s > 1]  # a map at full size is left out
     sides = [2 * side // strides[0]] + [side // s for s in strides[:-1]]
     halved = [s // 2 ** len(head_channels(s, 2)) for s in sides]
@@ -176,12 +194,13 @@ def test_given_embedding_is_the_initial_table():
 
 def test_wrong_inputs_are_named(built):
     d, params, spectral, frozen, _ = built
-    with pytest.raises(ValueError, match="resolution=8"):
-        d.apply(params, spectral, frozen, images(0, side=16), jnp.zeros(4, int), jax.random.key(0))
+    with pytest.raises(ValueError, match="resolution 8"):
+        d(params, spectral, frozen, images(0, side=16), jnp.zeros(4, int), jax.random.key(0))
     with pytest.raises(ValueError, match="num_classes=3 got label=None"):
-        d.apply(params, spectral, frozen, images(0), None, jax.random.key(0))
-    with pytest.raises(ValueError, match="distinct names"):
-        projected_discriminator([pooling_network(), pooling_network()], resolution=8)
+        d(params, spectral, frozen, images(0), None, jax.random.key(0))
+    for networks in ([pooling_network(), pooling_network()], []):
+        with pytest.raises(ValueError, match="distinct names"):
+            projections(networks, resolution=8, width=2)
     with pytest.raises(ValueError, match="'pool' is as large as its 8-px input"):
         projected_discriminator([pooling_network(strides=(1,))], resolution=8)
     with pytest.raises(ValueError, match=r"\(4, 2\).*num_classes=3"):

@@ -13,6 +13,11 @@ from cheapscale.pagoda.gan import adaptive_weight, gan_step
 from cheapscale.training.state import Optimiser, create_state
 
 
+def as_they_are(frozen, views):
+    """In place of the frozen networks: the images themselves."""
+    return {name: view.images for name, view in views.items()}
+
+
 def dirac(eta, *, gan_loss="logistic", rate=0.1, **options):
     """The Dirac-GAN G = theta, D = psi x with data at 0, to which L_rec = eta theta^2 is added."""
     optimisers = {n: Optimiser(optax.sgd(rate)) for n in ("generator", "discriminator")}
@@ -21,13 +26,14 @@ def dirac(eta, *, gan_loss="logistic", rate=0.1, **options):
     step = functools.partial(
         gan_step,
         generate=lambda p, z, label: jnp.zeros_like(z) + p["theta"],
-        discriminate=lambda p, s, frozen, x, label, key: (p["psi"] * x, s),
-        distance=lambda frozen, x, y, key: ((x - y) ** 2).mean(-1),
+        see=as_they_are,
+        discriminate=lambda p, s, x, label: (p["psi"] * x, s),
+        distance=lambda frozen, f, g, x, y: {"pixel": eta * ((x - y) ** 2).mean(-1)},
         optimisers=optimisers,
         sigma_max=1.0,
         ema_decay=0.999,
         adversarial_weight=1.0,
-        reconstruction_weight=eta,
+        reconstruct=bool(eta),
         gan_loss=gan_loss,
         **options,
     )
@@ -75,20 +81,12 @@ def test_the_discriminator_is_updated_before_the_generator_uses_it(key):
     np.testing.assert_allclose(metrics["loss_disc"], 2.5, rtol=1e-6)
 
 
-def test_separate_updates_take_the_reconstruction_step_first(key):
-    state, step, batch = dirac(1.0, gan_loss="hinge", separate_updates=True)
-    new, _ = step(state, {}, batch, key)
-    np.testing.assert_allclose(
-        new.params["generator"]["theta"], (1 - 0.1 * 2.0) + 0.1 * 0.4, rtol=1e-6
-    )
-
-
 def test_without_an_adversarial_weight_the_discriminator_stays_as_it_is(key):
     state, step, batch = dirac(1.0)
     step = functools.partial(step, adversarial_weight=0.0)
     new, metrics = step(state, {}, batch, key)
     assert new.params["discriminator"] is state.params["discriminator"]
-    assert set(metrics) == {"loss", "loss_rec", "grad_norm"}
+    assert set(metrics) == {"loss", "loss_rec", "loss_rec_pixel", "grad_norm"}
     np.testing.assert_allclose(new.params["generator"]["theta"], 0.8, rtol=1e-6)
 
 
@@ -120,13 +118,19 @@ def test_fakes_are_fresh_prior_noise_and_reconstruction_uses_only_inverted_laten
     def generate(params, z, label):
         return z * params["scale"]
 
-    def discriminate(params, s, frozen, x, label, key):
-        seen.setdefault("D", []).append((primal(x), primal(label), primal(s["passes"]), key))
+    def see(frozen, views):
+        for name, view in views.items():
+            drawn = tuple(jax.random.key_data(view.key).tolist())
+            seen.setdefault("views", []).append((name, view.reader, drawn))
+        return as_they_are(frozen, views)
+
+    def discriminate(params, s, x, label):
+        seen.setdefault("D", []).append((primal(x), primal(label), primal(s["passes"])))
         return x * params["psi"], {"passes": s["passes"] + 1}
 
-    def distance(frozen, x, y, key):
-        seen["reconstructed"], seen["key"] = x, key
-        return ((x - y) ** 2).mean(-1)
+    def distance(frozen, f, g, x, y):
+        seen["reconstructed"] = x
+        return {"pixel": ((x - y) ** 2).mean(-1)}
 
     optimisers = {n: Optimiser(optax.sgd(0.0)) for n in ("generator", "discriminator")}
     params = {"generator": {"scale": jnp.ones(())}, "discriminator": {"psi": jnp.ones(())}}
@@ -141,10 +145,11 @@ def test_fakes_are_fresh_prior_noise_and_reconstruction_uses_only_inverted_laten
     }
     with jax.disable_jit():
         new, _ = gan_step(
-            state, {}, batch, key, generate=generate, discriminate=discriminate, distance=distance,
-            optimisers=optimisers, sigma_max=80.0, ema_decay=0.9, adversarial_weight=1.0,
+            state, {}, batch, key, generate=generate, see=see, discriminate=discriminate,
+            distance=distance, optimisers=optimisers, sigma_max=80.0, ema_decay=0.9,
+            adversarial_weight=1.0,
         )  # fmt: skip
-    (on_real, fake_d, fake_g), given, passes, keys = zip(*seen["D"])
+    (on_real, fake_d, fake_g), given, passes = zip(*seen["D"])
     np.testing.assert_array_equal(on_real, real)
     for fake in (fake_d, fake_g):  # the prior's std is exactly 80, up to sampling error
         assert abs(fake.std() / 80 - 1) < 0.01 and abs(fake.mean()) < 1.5
@@ -155,9 +160,12 @@ def test_fakes_are_fresh_prior_noise_and_reconstruction_uses_only_inverted_laten
     # Real and fake images are two passes; each continues from the state of the pass before.
     np.testing.assert_array_equal(passes, [0, 1, 2])
     np.testing.assert_array_equal(new.extra["discriminator"]["passes"], 3)
-    # Real and fake images of D share one augmentation; G's fakes and L_rec have two other draws.
-    drawn = [jax.random.key_data(key).tolist() for key in (*keys, seen["key"])]
-    assert drawn[0] == drawn[1] and len(set(map(tuple, drawn))) == 3
+    # Real and fake images of D share one augmentation, and so do both images of L_rec; G's fakes
+    # have another draw.
+    names, readers, drawn = zip(*seen["views"])
+    assert names == ("target", "real", "fake", "x", "fake")
+    assert readers == tuple("distance" if n in ("target", "x") else "discriminator" for n in names)
+    assert drawn[0] == drawn[3] and drawn[1] == drawn[2] and len(set(drawn)) == 3
     np.testing.assert_array_equal(primal(seen["reconstructed"]), z)
 
 

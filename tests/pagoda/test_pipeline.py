@@ -23,7 +23,7 @@ from cheapscale.teacher.sampling import sample
 from cheapscale.teacher.teacher import Generator, Origin
 from cheapscale.training import checkpoint, jobs, loop
 from cheapscale.training.state import split
-from configs import scenes
+from configs import fields, scenes
 from launch import train as run
 from launch.pipeline import stage_configs
 
@@ -206,18 +206,18 @@ def test_12_the_discriminator_is_fresh_at_each_resolution(runs):
     )  # fmt: skip
 
 
-def test_13_14_lambda_is_adaptive_at_the_base_and_one_when_growing(runs):
-    for name in ("distill", "grow16"):
-        config, metrics = runs[name].config, runs[name].meta["metrics"]
-        if name == "distill":
-            assert config.distill.adversarial_weight == 0.2 and config.distill.adaptive
-            assert 0.2 * 0.01 <= metrics["lambda"] <= 0.2 * 10
-        else:
-            assert metrics["lambda"] == 1.0
+def test_13_14_lambda_is_adaptive_at_the_base_and_by_default_one_when_growing(runs):
+    growing = fields.defaults("grow").grow
+    assert (growing.adversarial_weight, growing.adaptive) == (1.0, False)
+    for name, stage in (("distill", "distill"), ("grow16", "grow")):
+        config, metrics = runs[name].config[stage], runs[name].meta["metrics"]
+        assert config.adversarial_weight == 0.2 and config.adaptive
+        assert 0.2 * 0.01 <= metrics["lambda"] <= 0.2 * 10
         # no gradient penalty, no path length, no other term
         assert {m for m in metrics if m.startswith("loss")} == {
             "loss",
             "loss_rec",
+            "loss_rec_pixel",
             "loss_adv",
             "loss_disc",
         }

@@ -47,7 +47,7 @@ def all_stages(root):
         if "grow" in config:
             config.base, config.grow.widths = str(root / "distill"), (8,)
         if "discriminator" in config:
-            config[config.stage].distance = "pixel"
+            config[config.stage].feature_weight = 0.0
         if "teacher" in config:
             config.teacher = str(root / "pretrain")
         if "latents" in config:

@@ -102,10 +102,11 @@ def gan_stage():
         step=functools.partial(
             gan_step,
             generate=lambda params, z, label: apply_mlp(params, z),
-            discriminate=lambda params, s, frozen, x, label, key: (
+            see=lambda frozen, views: {name: view.images for name, view in views.items()},
+            discriminate=lambda params, s, x, label: (
                 apply_mlp(params, x), {"calls": s["calls"] + 1}
             ),
-            distance=lambda frozen, x, y, key: ((x - y) ** 2).mean(-1),
+            distance=lambda frozen, f, g, x, y: {"pixel": ((x - y) ** 2).mean(-1)},
             optimisers=optimisers,
             sigma_max=80.0,
             ema_decay=0.99,
