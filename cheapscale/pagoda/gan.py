@@ -75,7 +75,8 @@ def gan_step(
         batch: {"pair": {image, z, label}, "real": {image, label}}. Only L_rec uses the latents z;
             the fakes of L_adv always come from fresh noise, so that G learns the whole prior.
         generate: G(params, z [b, h, w, c], label [b]) -> images [b, H, W, c].
-        see: (frozen, {name: View}) -> {name: maps of the frozen networks}.
+        see: (frozen, {name: View}) -> {name: maps of the frozen networks}; it leaves out those of
+            L_rec where no term of d reads maps.
         discriminate: (params, spectral, maps, label) -> (logits [b, n], spectral).
         distance: (frozen, maps of x, maps of y, x, y) -> {term: [b]}, the weighted terms of d.
         adversarial_weight: the factor of lambda; 0 leaves out L_adv.
@@ -141,7 +142,7 @@ def gan_step(
             views["fake"] = View("discriminator", images["fake"], k_augment_g)
         own = see(frozen, views)
         if reconstruct:
-            terms = distance(frozen, own["x"], seen["target"], images["x"], pair["image"])
+            terms = distance(frozen, own.get("x"), seen.get("target"), images["x"], pair["image"])
             aux["terms"] = {name: term.mean() for name, term in terms.items()}
             L["rec"] = sum(aux["terms"].values())
         if adversarial_weight:

@@ -141,6 +141,12 @@ def make_loss_networks(
 
         return jax.eval_shape(drawn, [n.params for n in networks], jax.random.key(0))
 
+    def see(frozen, views):
+        # Without the feature term only the discriminator reads the frozen networks.
+        readers = ("discriminator", "distance") if weights["feature"] else ("discriminator",)
+        read = {name: view for name, view in views.items() if view.reader in readers}
+        return P.apply(frozen["projections"], read) if read else {}
+
     def distance(frozen, f, g, x, y):
         terms = {}
         if weights["feature"]:
@@ -155,7 +161,7 @@ def make_loss_networks(
         init=D.init,
         load=load,
         shapes=shapes,
-        see=lambda frozen, views: P.apply(frozen["projections"], views),
+        see=see,
         discriminate=D.apply,
         distance=distance,
         fits={name: planned.recipe for name, planned in unfitted.items()},

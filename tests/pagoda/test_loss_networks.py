@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from cheapscale.data.sources import SceneSource
+from cheapscale.features.mixing import View
 from cheapscale.features.network import FeatureNetwork
 from cheapscale.pagoda import loss_networks
 from configs import fields
@@ -46,6 +47,32 @@ def test_the_discriminator_and_the_distance_draw_separate_projections(networks):
     one, other = (frozen["projections"]["blocks"][part] for part in ("discriminator", "distance"))
     kernels = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     assert not any(np.allclose(a, b) for a, b in kernels)
+
+
+def test_the_frozen_networks_read_for_a_distance_only_if_a_term_needs_their_maps(monkeypatch):
+    """With a pixel term alone they see the discriminator's images, and nothing else changes."""
+    monkeypatch.setattr(loss_networks, "load_features", network)
+    source, key = SceneSource("train", 8, size=4), jax.random.key(1)
+    x, _ = source.read(range(2))
+    views = {"fake": View("discriminator", x, key), "target": View("distance", x, key)}
+    seen = {}
+    for feature in (1.0, 0.0):
+        made = loss_networks.make_loss_networks(
+            source,
+            settings=fields.defaults("distill").features.to_dict(),
+            discriminator={"width": 4},
+            weights=WEIGHTS | {"feature": feature},
+        )
+        frozen, _ = made.load(jax.random.key(0))
+        seen[feature] = made.see(frozen, views)
+        terms = made.distance(
+            frozen, seen[feature].get("target"), seen[feature].get("target"), x, x
+        )
+        assert set(terms) == ({"feature", "pixel"} if feature else {"pixel"})
+        assert made.see(frozen, {}) == {}
+    assert set(seen[1.0]) == {"fake", "target"} and set(seen[0.0]) == {"fake"}
+    for one, other in zip(jax.tree.leaves(seen[1.0]["fake"]), jax.tree.leaves(seen[0.0]["fake"])):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_the_class_table_starts_as_the_file_and_stays_trainable(networks, tmp_path):
