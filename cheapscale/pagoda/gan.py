@@ -109,15 +109,10 @@ def gan_step(
 
     # D: real images against fakes from fresh noise with the same labels.
     if adversarial_weight:
-
-        def discriminator_loss(psi):
-            # Two passes: batch norm must not mix real and fake images.
-            on_real, s = discriminate(psi, spectral, seen["real"], real["label"])
-            on_fake, s = discriminate(psi, s, seen["fake"], real["label"])
-            means = {"logit_real": on_real.mean(), "logit_fake": on_fake.mean()}
-            return loss_of_D(on_real, on_fake), (s, means)
-
-        (L_D, (spectral, means)), grads = jax.value_and_grad(discriminator_loss, has_aux=True)(psi)
+        loss = functools.partial(discriminator_loss, discriminate=discriminate, loss_of_D=loss_of_D)
+        (L_D, (spectral, means)), grads = jax.value_and_grad(loss, has_aux=True)(
+            psi, spectral, seen["real"], seen["fake"], real["label"]
+        )
         psi, opt_D = optimisers["discriminator"].apply(grads, opt_D, psi)
         metrics |= {"loss_disc": L_D} | means
 
@@ -160,11 +155,7 @@ def gan_step(
     (slope,) = to_images(jax.tree.map(jnp.ones_like, L))
     lam = jnp.asarray(adversarial_weight, jnp.float32)
     if adaptive_layer and reconstruct and adversarial_weight:
-        rest = jax.tree.map(jnp.zeros_like, slope)
-        # XLA computes only the last layer's entry of these two gradients.
-        (grad_rec,), (grad_adv,) = (to_weights(rest | {name: slope[name]}) for name in z)
-        rec, adv = (_leaf(grad, adaptive_layer) for grad in (grad_rec, grad_adv))
-        lam = lam * adaptive_weight(rec, adv, squared_norms)
+        lam = lam * balance(to_weights, slope, adaptive_layer, squared_norms)
     if adversarial_weight:
         slope = slope | {"fake": lam * slope["fake"]}
         spectral = aux["spectral"]
@@ -173,9 +164,9 @@ def gan_step(
         metrics |= {"loss_rec": L["rec"]}
         metrics |= {f"loss_rec_{name}": term for name, term in aux["terms"].items()}
 
-    loss = L.get("rec", 0.0) + lam * L.get("adv", 0.0)
     (grads,) = to_weights(slope)
-    metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    total = L.get("rec", 0.0) + lam * L.get("adv", 0.0)
+    metrics |= {"loss": total, "grad_norm": optax.tree.norm(grads)}
     theta, opt_G = optimiser.apply(grads, opt_G, theta)
     ema = update_ema(state.ema_params["generator"], theta, state.step, ema_decay)
 
@@ -189,6 +180,36 @@ def gan_step(
     return new, metrics
 
 
+def discriminator_loss(
+    psi: PyTree,
+    spectral: PyTree,
+    real: PyTree,
+    fake: PyTree,
+    label: jax.Array,
+    *,
+    discriminate: Callable,
+    loss_of_D: Callable,
+) -> tuple[jax.Array, tuple[PyTree, dict]]:
+    """(L_D, (spectral, mean logits)) of maps of real and fake images with the same labels."""
+    # Two passes: batch norm must not mix real and fake images.
+    on_real, spectral = discriminate(psi, spectral, real, label)
+    on_fake, spectral = discriminate(psi, spectral, fake, label)
+    means = {"logit_real": on_real.mean(), "logit_fake": on_fake.mean()}
+    return loss_of_D(on_real, on_fake), (spectral, means)
+
+
+def balance(to_weights: Callable, slope: dict, layer: str, squared: bool) -> jax.Array:
+    """`adaptive_weight` of the gradients of L_rec and L_adv at the kernel `layer`.
+
+    to_weights: pulls {"x", "fake"} back from images to weights. slope: the gradients of L_rec with
+    respect to G(z) and of L_adv with respect to G(z'). XLA computes only `layer`'s entry of both.
+    """
+    rest = jax.tree.map(jnp.zeros_like, slope)
+    (of_rec,), (of_adv,) = (to_weights(rest | {name: slope[name]}) for name in ("x", "fake"))
+    rec, adv = (flatten_dict(grads, sep="/")[layer] for grads in (of_rec, of_adv))
+    return adaptive_weight(rec, adv, squared)
+
+
 def adaptive_weight(grad_rec: jax.Array, grad_adv: jax.Array, squared: bool = False) -> jax.Array:
     """clip(|grad L_rec| / (|grad L_adv| + 1e-4), 0.01, 10) at one kernel, as in VQGAN (Esser et al.
     2021). The gradients are those of the global batch, so every device has the same weight.
@@ -196,10 +217,6 @@ def adaptive_weight(grad_rec: jax.Array, grad_adv: jax.Array, squared: bool = Fa
     rec, adv = jnp.linalg.norm(grad_rec.ravel()), jnp.linalg.norm(grad_adv.ravel())
     ratio = rec**2 / (adv**2 + 1e-4) if squared else rec / (adv + 1e-4)
     return jnp.clip(ratio, 0.01, 10.0)
-
-
-def _leaf(tree: PyTree, path: str) -> jax.Array:
-    return flatten_dict(tree, sep="/")[path]
 
 
 def generator_stage(
