@@ -38,10 +38,10 @@ SIZES = {
         "top": 64,
         "options": {"size": 20000, "single": True},
         "pretrain": common.train(
-            8000,
+            5000,
             1e-3,
             64,
-            {"optim.decay_steps": 8000, "pretrain.label_dropout": 0.1, "ema.decay": 0.9995},
+            {"optim.decay_steps": 5000, "pretrain.label_dropout": 0.1, "ema.decay": 0.9995},
         ),
         "invert": {"batch_size": 250, "invert.per_shard": 1000},
         "distill": common.train(6000, 5e-4, 32, GAN),
