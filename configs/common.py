@@ -169,8 +169,7 @@ def train(steps: int, lr: float, batch: int, more: dict[str, Any] | None = None)
 
 
 # RAdam's rectification lasts about 2 / (1 - b2) updates, too long for short runs with b2 = 0.999.
-# The discriminator's 64 channels would be more than half of a step's operations.
-SHORT_GAN = {"optim.b2": 0.99, "optim_discriminator.b2": 0.99, "discriminator.width": 16}
+SHORT_GAN = {"optim.b2": 0.99, "optim_discriminator.b2": 0.99}
 # Settings of the small data sets, for two CPU cores and for one accelerator.
 CPU = {
     "pretrain": train(1500, 2e-3, 64),
