@@ -169,7 +169,11 @@ def train(steps: int, lr: float, batch: int, more: dict[str, Any] | None = None)
 
 
 # RAdam's rectification lasts about 2 / (1 - b2) updates, too long for short runs with b2 = 0.999.
-SHORT_GAN = {"optim.b2": 0.99, "optim_discriminator.b2": 0.99}
+# A grown image's colours drift if lambda is 1, as published.
+SHORT_GAN = {
+    "optim.b2": 0.99, "optim_discriminator.b2": 0.99,
+    "grow.adversarial_weight": 0.2, "grow.adaptive": True,
+}  # fmt: skip
 # Settings of the small data sets, for two CPU cores and for one accelerator.
 CPU = {
     "pretrain": train(1500, 2e-3, 64),
@@ -221,6 +225,8 @@ def image_config(arg: str | None, sizes: dict[str, dict], data: DataSet) -> Conf
     if stage == "grow":
         known = growth_widths(row["model"], args.top or row.get("top", data.top))
         config.grow.widths = widths(known, config.data.resolution, base if args.jump else 0)
+    if "features" in config:
+        config.features.input_size = input_size(config.data.resolution)
     change(config, row.get(stage, {}))
     if stage == "cascade":
         config.cascade.tune = args.tune
@@ -229,6 +235,7 @@ def image_config(arg: str | None, sizes: dict[str, dict], data: DataSet) -> Conf
         name, _, path = args.features.partition("=")
         config.features.names = (name,)
         config.features.paths = {name: path} if path else {}
+        config.features.input_size = 0
     if args.smoke:
         smoke(config, base)
     if args.levels and "model" in config:
@@ -239,6 +246,14 @@ def image_config(arg: str | None, sizes: dict[str, dict], data: DataSet) -> Conf
         config.optim.decay_steps = config.total_steps
         config.optim.warmup_steps = min(config.optim.warmup_steps, config.total_steps // 5)
     return config
+
+
+def input_size(resolution: int) -> int:
+    """The size to which images are enlarged for EfficientNet; 0: the published one, 224 px.
+
+    Images of up to 96 px hold so little detail that a smaller size serves, in less time.
+    """
+    return 64 if resolution <= 32 else 96 if resolution <= 96 else 0
 
 
 def widths(known: dict[int, int], resolution: int, first: int) -> tuple[int, ...]:

@@ -140,7 +140,10 @@ LOSS = {  # PaGoDA (arXiv 2405.14822): L_rec + lambda L_adv
 }
 WIDTHS = Field((32,), "channels of the grown blocks, one entry per doubling", low=1)
 FEATURES = {
-    "names": Field(("classifier",), "frozen networks of discriminator and distance"),
+    "names": Field(
+        ("efficientnet_lite0",),
+        "frozen networks of discriminator and distance; classifier: one fitted to the images",
+    ),
     "paths": Field({}, "weight files by network", keys=Field("", "weight file of a network")),
     "sha256": Field(
         {}, "SHA-256 of the weight files by network", keys=Field("", "SHA-256 of a weight file")

@@ -30,6 +30,7 @@ ADVERSARY = {
     "discriminator.width": 64,
     "discriminator.embedding_dim": 320,
     "features.names": ("deit_base_distilled", "efficientnet_lite0"),
+    "features.input_size": 0,
     "data.num_threads": 16,
 }
 # Numbers of generator updates: half of the published iterations, which count the updates of

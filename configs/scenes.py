@@ -13,22 +13,14 @@ from configs import common
 from configs.data_sets import DATA_SETS
 from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
-# The features of a small classifier hardly see noise, so that pixels alone make L_rec.
-PIXELS = common.SHORT_GAN | {
-    "distill.feature_weight": 0.0, "distill.pixel_weight": 20.0,
-    "grow.feature_weight": 0.0, "grow.pixel_weight": 20.0,
-    "grow.adversarial_weight": 0.2, "grow.adaptive": True,
-}  # fmt: skip
-# EfficientNet-lite0 comes with the extra `features`.
-GAN = common.SHORT_GAN | {"features.names": ("efficientnet_lite0",), "features.input_size": 64}
 SIZES = {
     "quick": {
         "model": "tiny8",
-        "options": {"size": 1500},
+        "options": {"size": 1500, "single": True},
         "pretrain": common.train(1200, 2e-3, 64),
         "invert": {"batch_size": 200, "invert.per_shard": 600},
-        "distill": common.train(500, 1e-3, 32, PIXELS),
-        "grow": common.train(250, 1e-3, 16, PIXELS),
+        "distill": common.train(500, 1e-3, 32, common.SHORT_GAN),
+        "grow": common.train(250, 1e-3, 16, common.SHORT_GAN),
         "cascade": common.train(300, 1e-3, 16),
         "prune": common.train(200, 1e-3, 64),
     },
@@ -44,8 +36,8 @@ SIZES = {
             {"optim.decay_steps": 5000, "pretrain.label_dropout": 0.1, "ema.decay": 0.9995},
         ),
         "invert": {"batch_size": 250, "invert.per_shard": 1000, "invert.nodes": 18},
-        "distill": common.train(4000, 5e-4, 24, GAN),
-        "grow": common.train(3000, 5e-4, 16, GAN),
+        "distill": common.train(4000, 5e-4, 24, common.SHORT_GAN),
+        "grow": common.train(3000, 5e-4, 16, common.SHORT_GAN | {"features.input_size": 64}),
         "cascade": common.train(400, 1e-3, 16),
         "prune": common.train(300, 1e-3, 48),
     },

@@ -29,6 +29,8 @@ from flax.traverse_util import flatten_dict
 from cheapscale import features
 from cheapscale.data.sources import open_data
 from cheapscale.evaluation import report
+from cheapscale.evaluation.measure import checked_name
+from cheapscale.pagoda.loss_networks import load_features
 from cheapscale.teacher.experts import group_folder
 from cheapscale.training.checkpoint import PLACES, has_results, read_meta, saved_steps
 from cheapscale.training.log import duration
@@ -147,8 +149,11 @@ def pipeline(
         ]
     check_order(planned)
     measures = [features.load(*named_file(entry)) for entry in measure]
-    last = planned[-1][1].data
     # What the last stage cannot read is refused before the first one begins.
+    last, settings = planned[-1][1].data, planned[-1][1].get("features")
+    trained, _ = load_features(settings.to_dict(), open_data(last)) if settings else ((), {})
+    for network in measures:
+        checked_name(network, {known.name: known.sha256 for known in trained})
     for split in (last.split, last.eval_split) if "distill" in stages else (last.split,):
         source = open_data(last, split=split)
         if "distill" in stages and len(source) < 2:

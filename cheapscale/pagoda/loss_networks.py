@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from cheapscale import features
 from cheapscale.data.arrays import read_npz
@@ -47,12 +48,17 @@ def load_features(
     """(the frozen networks that `config.features` names, {name: network that must be fitted}).
 
     "classifier" is the small classifier of the source's labels, or of rotations if there are none,
-    read from the cache if it is there. Every other network is read from the files that
-    `settings["paths"]` names (several joined by "+"), by default those that `features.load` finds.
+    read from the cache if it is there; a warning says that it stands in. Every other network is
+    read from the files that `settings["paths"]` names (several joined by "+"), by default those
+    that `features.load` finds.
     """
     networks, unfitted = [], {}
     for name in settings["names"]:
         if name == "classifier":
+            logging.warning(
+                "the discriminator and L_rec see a classifier fitted to these images, not features "
+                "of photographs: --config.features.names=efficientnet_lite0 gives sharper images"
+            )
             steps = settings["fit_steps"] or None
             planned = lazy_classifier(source, purpose="loss", steps=steps)
             networks.append(planned.network)

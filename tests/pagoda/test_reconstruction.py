@@ -38,7 +38,7 @@ def test_a_missing_object_is_worst_then_noise_then_blur_then_a_shift_of_colour()
         "colour": at_rms(x, x + rng.normal(size=(COUNT, 1, 1, 3))),
     }
     config = fields.defaults("distill")
-    config.features.update(names=("efficientnet_lite0",), input_size=64)
+    config.features.input_size = 64
     networks = make_loss_networks(
         source,
         settings=config.features.to_dict(),
