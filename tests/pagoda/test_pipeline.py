@@ -217,6 +217,7 @@ def test_13_14_lambda_is_adaptive_at_the_base_and_by_default_one_when_growing(ru
         assert {m for m in metrics if m.startswith("loss")} == {
             "loss",
             "loss_rec",
+            "loss_rec_feature",
             "loss_rec_pixel",
             "loss_adv",
             "loss_disc",
