@@ -5,8 +5,9 @@ complete config of one stage; stages(arg) returns the argument strings of a pipe
 sweep(name) returns those of a study. An argument string is a list of NAME=VALUE, where NAME is one
 of ARGUMENTS or a field of configs/fields.py, such as prune.k=0.3, total_steps=500 or
 features.paths.inception_v3=FILE. A comma ends a word, except in brackets or in quotes around the
-whole VALUE. A pipeline sets a field in every stage that has it. Commands also take a field as
---config.NAME=VALUE.
+whole VALUE. A pipeline sets a field in every stage that has it; STAGE.NAME=VALUE sets it in one
+stage, as pretrain.total_steps=300, or grow32.total_steps=100 in the growth to 32 px. Commands also
+take a field as --config.NAME=VALUE.
 """
 
 import ast
@@ -26,7 +27,7 @@ ARGUMENTS = {
     "pipeline": "pagoda",  # one of PIPELINES
     "resolution": 0,  # resolution of stage grow or cascade; 0: the preset's
     "size": "",  # a key of the file's SIZES; "": the first
-    "base": 0,  # the teacher's resolution, only for configs/folder.py
+    "base": 0,  # the teacher's resolution; 0: the preset's
     "top": 0,  # the last resolution of a pipeline; 0: the data set's
     "data_dir": "",
     "jump": False,  # grow from the base to `resolution` in one stage
@@ -96,8 +97,31 @@ def word(item: tuple[str, str]) -> str:
 
 
 def find(name: str, stage: str) -> fields.Field | None:
-    """The field `name` of a stage, which may be a key of a dictionary; None if unknown."""
-    return fields.find(name, fields.fields(stage))
+    """The field `name` of a stage, which may be a key of a dictionary, or begin with the name of
+    the stage; None if unknown."""
+    first, _, rest = name.partition(".")
+    own = fields.fields(stage)
+    return fields.find(name, own) or (fields.find(rest, own) if whose(first) == stage else None)
+
+
+def whose(name: str) -> str:
+    """The stage that the first part of a field's name names: "grow" for "grow32", else ""."""
+    stage = name.rstrip("0123456789")
+    return stage if stage in fields.STAGES else ""
+
+
+def own_changes(changes: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
+    """The changes of one stage: "grow32.total_steps" is its total_steps, or another stage's."""
+    mine = {}
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        sections = (fields.find(name, fields.fields(stage)) for stage in fields.STAGES)
+        if whose(first) and not any(sections):  # prune.k is a field of assess
+            if first not in (config.stage, f"{config.stage}{config.data.resolution}"):
+                continue
+            name = rest
+        mine[name] = value
+    return mine
 
 
 def typed(name: str, text: str, default: Any) -> Any:
@@ -196,17 +220,17 @@ GPU = {
 def image_config(arg: str | None, sizes: dict[str, dict], data: DataSet) -> ConfigDict:
     """The config of one stage on a data set.
 
-    sizes: {size: row}, see configs/scenes.py. A row has `model`, the name of a preset; for each
-    stage {field: value} that differ from the defaults; and optionally `split`, `options` and `top`.
+    sizes: {size: row}, see configs/scenes.py. A row has `model`, the name of a preset, or of
+    several by their resolution; for each stage {field: value} that differ from the defaults; and
+    optionally `split`, `options` and `top`.
     """
     args, changes = parse(arg)
     row, stage = pick(args.size, sizes), args.stage
+    name = model_name(row, args)
     if stage not in row and stage != "assess":
         raise ValueError(f"size {args.size!r} has no stage {stage}: choose another size")
-    model = preset(row["model"])
+    model = preset(name)
     base = model["resolution"]
-    if args.base not in (0, base):
-        raise ValueError(f"base={args.base}: this size starts at {base} px; leave base out")
     config = fields.defaults(stage)
     config.data.update(
         name=data.name,
@@ -223,7 +247,7 @@ def image_config(arg: str | None, sizes: dict[str, dict], data: DataSet) -> Conf
         classes = 0 if args.unlabelled else data.num_classes
         config.model = ConfigDict(model | {"num_classes": classes})
     if stage == "grow":
-        known = growth_widths(row["model"], args.top or row.get("top", data.top))
+        known = growth_widths(name, args.top or row.get("top", data.top))
         config.grow.widths = widths(known, config.data.resolution, base if args.jump else 0)
     if "features" in config:
         config.features.input_size = input_size(config.data.resolution)
@@ -240,6 +264,7 @@ def image_config(arg: str | None, sizes: dict[str, dict], data: DataSet) -> Conf
         smoke(config, base)
     if args.levels and "model" in config:
         keep_levels(config.model, args.levels)
+    changes = own_changes(changes, config)
     change(config, changes)
     if stage == "prune" and "optim.decay_steps" not in changes:
         # An expert has few updates, so the rate rises in at most a fifth of them and decays to 0.
@@ -254,6 +279,17 @@ def input_size(resolution: int) -> int:
     Images of up to 96 px hold so little detail that a smaller size serves, in less time.
     """
     return 64 if resolution <= 32 else 96 if resolution <= 96 else 0
+
+
+def model_name(row: dict, args: ConfigDict) -> str:
+    """The preset of a row for the base resolution in `args`; 0 is that of its first preset."""
+    name = row["model"]
+    names = name if isinstance(name, dict) else {preset(name)["resolution"]: name}
+    base = args.base or next(iter(names))
+    if base not in names:
+        sides = " or ".join(map(str, names))
+        raise ValueError(f"base={base}: this size starts at {sides} px: give one, or leave it out")
+    return names[base]
 
 
 def widths(known: dict[int, int], resolution: int, first: int) -> tuple[int, ...]:
@@ -314,7 +350,7 @@ def image_stages(
     """
     args, changes = parse(arg)
     row = pick(args.size, sizes)
-    base = preset(row["model"])["resolution"]
+    base = preset(model_name(row, args))["resolution"]
     first = [] if changes.get("teacher") else ["stage=pretrain"]
     if args.pipeline == "experts":
         groups = get_config(f"{arg or ''},stage=assess").prune.groups

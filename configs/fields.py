@@ -50,6 +50,9 @@ OPTIONS = {  # of open_source (cheapscale/data/sources.py)
 RUN = {
     "seed": Field(0, "seed of weights, data order and noise", low=0, high=2**32 - 1),
     "total_steps": Field(1000, "number of updates of the whole run", low=0),
+    "total_flops": Field(
+        0.0, "FLOPs of this run and its earlier stages at which it ends; 0: no such end", low=0
+    ),
     "batch_size": Field(64, "images per update, over all devices", low=1),
     "log_every": Field(50, "steps between two lines of the log", low=1),
     "eval_every": Field(1000, "steps between two previews", low=1),
@@ -139,6 +142,7 @@ LOSS = {  # PaGoDA (arXiv 2405.14822): L_rec + lambda L_adv
     ),
 }
 WIDTHS = Field((32,), "channels of the grown blocks, one entry per doubling", low=1)
+FREEZE = Field(True, "train only the end of the decoder, as published; False: all weights")
 FEATURES = {
     "names": Field(
         ("efficientnet_lite0",),
@@ -214,12 +218,13 @@ PRUNE = {
 
 TEACHER = Field("", "work directory of stage pretrain, or the folder of a set of experts")
 LATENTS = Field("", "folder of the data-latent pairs")
+RESCALE = Field(False, "divide all latents by their rms / sigma_max, so that theirs is the prior's")
 EXPERTS = Field("", "folder of the set of experts")
 
 COMMON = RUN | {"mesh": MESH, "data": DATA, "ema": EMA}
 GENERATOR = {
-    "latents": LATENTS, "optim": OPTIM, "optim_discriminator": OPTIM, "features": FEATURES,
-    "discriminator": DISCRIMINATOR, "compute": COMPUTE,
+    "latents": LATENTS, "rescale_latents": RESCALE, "optim": OPTIM, "optim_discriminator": OPTIM,
+    "features": FEATURES, "discriminator": DISCRIMINATOR, "compute": COMPUTE,
 }  # fmt: skip
 STAGES: dict[str, dict[str, Any]] = {
     "pretrain": {"model": MODEL, "diffusion": DIFFUSION, "optim": OPTIM, "pretrain": PRETRAIN},
@@ -230,7 +235,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "distill": {"teacher": TEACHER, **GENERATOR, "distill": LOSS},
     "grow": {
         "base": Field("", "work directory of the smaller generator"), **GENERATOR,
-        "grow": LOSS | {"widths": WIDTHS},
+        "grow": LOSS | {"widths": WIDTHS, "freeze": FREEZE},
     },
     "cascade": {"teacher": TEACHER, "optim": OPTIM, "cascade": CASCADE},
     "assess": {"teacher": TEACHER, "experts": EXPERTS, "prune": ASSESS},

@@ -1,29 +1,57 @@
 """The papers' main ablations as lists of argument strings, for every image config.
 
-    python -m launch.sweep --config=configs/scenes.py --sweep=pairs \\
-        --arg=size=quick,teacher=runs/teacher,latents=runs/latents --workdir=runs/pairs
+    python -m launch.sweep --config=configs/scenes.py --sweep=pairs --arg=size=ablation \\
+        --measure=mobilenet_v2=FILE --workdir=runs/sweeps
 
-A string with stage=NAME runs that stage; any other runs a whole pipeline, which pretrains a teacher
-unless `teacher=DIR` is given. Every run is repeated with three seeds.
+A string with stage=NAME runs that stage; any other runs a pipeline. The first string of a sweep is
+its control: the table has the paired differences of all others from it. Every run is repeated with
+three seeds. FLOPs and updates are those of size=ablation in configs/scenes.py.
 """
 
 SEEDS = (0, 1, 2)
+ONE = "pipeline=one_step"
+RATIONS = "data.options.size=300,data.flip=False,invert.nodes=20"  # of the largest base's inversion
 SWEEPS: dict[str, tuple[str, ...]] = {
-    # PaGoDA (arXiv 2405.14822), section 3.2: L_rec on inverted data against L_dstl on the
-    # teacher's samples, both with and without the discriminator
+    # PaGoDA (arXiv 2405.14822), section 3.1 and our specification: nodes of the inversion, and
+    # latents of the prior's size. The paper has 40 nodes and says nothing of others.
+    "inversion": (
+        ONE, *(f"{ONE},invert.nodes={n}" for n in (10, 20, 160)), f"{ONE},rescale_latents=True"
+    ),
+    # Section 3.3: L_rec on a small share of the pairs. The paper: 1 % loses nothing.
+    "pairs": (ONE, *(f"{ONE},distill.data_proportion={p}" for p in (0.1, 0.01))),
+    # Section 3.3: x4 in one jump, for the FLOPs of x2 twice. The paper: as good.
+    "jump": ("top=32,grow32.total_flops=1.6e13", "top=32,jump=True,grow32.total_flops=1.6e13"),
+    # Section 3.3: the paper freezes all but the end of the decoder.
+    "freezing": ("top=16", "top=16,grow.freeze=False"),
+    # Figure 5: L_rec on inverted data against L_dstl on the teacher's samples, for teachers that
+    # were stopped early. The paper: L_rec does not depend on the teacher, L_dstl does.
+    "teachers": tuple(
+        f"{ONE},pretrain.total_steps={steps}{pairs}"
+        for steps in (800, 200, 50)
+        for pairs in ("", ",invert.direction=sample,distill.pairs=teacher")
+    ),
+    # The same with and without the discriminator.
     "losses": tuple(
-        f"pipeline=one_step,distill.adversarial_weight={weight}{pairs}"
+        f"{ONE},distill.adversarial_weight={weight}{pairs}"
         for weight in (0.2, 0.0)
         for pairs in ("", ",invert.direction=sample,distill.pairs=teacher")
     ),
-    # PaGoDA, section 3.3: L_rec on a small share of the pairs
-    "pairs": tuple(f"stage=distill,distill.data_proportion={p}" for p in (1.0, 0.1, 0.01)),
+    # Table 2: base resolutions, here for equal FLOPs in all (teacher, inversion, generators). The
+    # paper: 32 and 64 px are equally good, below 32 px is too hard.
+    "base": tuple(
+        f"base={base},top=32,{RATIONS},pretrain.batch_size=16,pretrain.total_flops=5e12,{rest}"
+        for base, rest in (
+            (8, "distill.total_flops=8e12,grow16.total_flops=1.1e13,grow32.total_flops=2e13"),
+            (16, "distill.total_flops=1.2e13,grow32.total_flops=2e13"),
+            (32, "distill.total_flops=2e13"),
+        )
+    ),
     "distances": tuple(
-        f"stage=distill,distill.feature_weight={feature},distill.pixel_weight={pixel}"
+        f"{ONE},distill.feature_weight={feature},distill.pixel_weight={pixel}"
         for feature, pixel in ((1.0, 10.0), (1.0, 0.0), (0.0, 10.0))
     ),
-    # PaGoDA: growth with and without L_rec
-    "growth": ("stage=grow", "stage=grow,grow.feature_weight=0.0,grow.pixel_weight=0.0"),
+    # Growth with and without L_rec.
+    "growth": ("top=16", "top=16,grow.feature_weight=0.0,grow.pixel_weight=0.0"),
     # self-cascade (arXiv 2402.10491): trained weights, and restart levels
     "tunings": tuple(
         f"stage=cascade,tune={tune}" for tune in ("neck", "full", "gain", "2k", "lora", "ft")
@@ -51,7 +79,7 @@ SWEEPS: dict[str, tuple[str, ...]] = {
 
 
 def sweep(name: str) -> list[str]:
-    """The argument strings of the study `name`; ValueError for an unknown name."""
+    """The argument strings of the study `name`, seed by seed; ValueError for an unknown name."""
     if name not in SWEEPS:
         raise ValueError(f"sweep {name!r} is unknown: choose one of {', '.join(SWEEPS)}")
     return [f"{words},seed={seed}" for seed in SEEDS for words in SWEEPS[name]]

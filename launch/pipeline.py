@@ -88,7 +88,12 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
             places["tuned"] = folder
         planned.append((folder, config))
     for name in common.parse(arg)[1]:
-        if not any(common.find(name, config.stage) for _, config in planned):
+        fitting = (
+            common.find(own, config.stage)
+            for _, config in planned
+            for own in common.own_changes({name: ""}, config)
+        )
+        if not any(fitting):
             raise ValueError(f"no stage of this pipeline has the field {name}: leave it out")
     for _, config in planned:  # at once, and not hours later when the stage begins
         fields.check(config)

@@ -1,28 +1,55 @@
-"""Run all runs of a study in turn, or one of them.
+"""Run all runs of a study in turn, or one of them, and compare them with the study's control.
 
-    python -m launch.sweep --config=configs/scenes.py --sweep=pairs \\
-        --arg=size=quick,teacher=runs/teacher,latents=runs/latents --workdir=runs/pairs
+    python -m launch.sweep --config=configs/scenes.py --sweep=pairs --arg=size=ablation \\
+        --measure=mobilenet_v2=FILE --workdir=runs/sweeps
     python -m launch.sweep ... --list        # the runs as commands; nothing runs
     python -m launch.sweep ... --index=3     # one of them: a task of an array job
 
 `sweep(name)` stands beside `get_config` in the config file and returns argument strings, such as
-"stage=distill,distill.data_proportion=0.1,seed=2" (configs/sweeps.py). A run whose string has a
-stage runs that stage; any other runs a whole pipeline. Each run has its own folder in the work
-directory, which launch.evaluate can measure; running the same command again resumes.
+"pipeline=one_step,distill.data_proportion=0.1,seed=2" (configs/sweeps.py). A run whose string has
+a stage runs that stage; any other runs a whole pipeline.
+
+Stages of pipelines are shared: the folder WORKDIR/stages/NAME-HASH is named by everything that the
+stage depends on, so that one teacher serves all runs of its seed, also those of other sweeps in the
+same work directory. Running the same command again resumes; finished stages are not opened. Before
+the start every kind of stage runs three updates, from which the time is estimated.
+
+WORKDIR/<sweep>.md has the table: each figure's mean over the seeds, and its difference from that of
+the first run of the same seed, with a 95 % interval. WORKDIR/<sweep>.json has all numbers.
 """
 
 import pathlib
 import re
 import shlex
+import time
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from absl import flags, logging
+from flax.traverse_util import flatten_dict
 
+from cheapscale import features
+from cheapscale.data.digest import digest
+from cheapscale.data.files import atomic_write, read_json
+from cheapscale.data.pixels import to_uint8
+from cheapscale.data.sources import open_data
+from cheapscale.evaluation.measure import evaluate
+from cheapscale.evaluation.paired import compare, table
+from cheapscale.evaluation.patches import random_crops
+from cheapscale.features.fitted import fit_classifier
+from cheapscale.teacher import load
+from cheapscale.teacher.sampling import sample
+from cheapscale.training.checkpoint import PLACES
+from cheapscale.training.lock import Busy
+from cheapscale.training.log import duration
+from cheapscale.training.loop import provenance
 from configs import common
-from launch.command import execute, pipeline_flags, required, start
-from launch.pipeline import is_stage, load_module, pipeline
+from launch.command import execute, named_file, pipeline_flags, required, start, write_record
+from launch.pipeline import is_stage, load_module, stage_configs
 from launch.train import run
+
+GENERATORS = ("distill", "grow")  # stages whose results are measured
 
 
 def planned(path: str, name: str, arg: str) -> list[tuple[str, str]]:
@@ -51,29 +78,203 @@ def chosen(runs: list, only: Sequence[int]) -> Sequence[int]:
     return only or range(len(runs))
 
 
-def sweep(runs: list[tuple[str, str]], path: str, workdir: str, only: Sequence[int] = ()) -> list:
-    """[{"folder", "arg", **summary}] after all runs, or those with the numbers `only`."""
+# The stages of a run
+
+
+def chain(path: str, arg: str, root: pathlib.Path, name: str, *, pilot: bool = False) -> list:
+    """[(folder, config)] of a run's stages. The folders of a pipeline are named by what they hold;
+    experts, which belong to one assessment, stay in the run's own folder.
+
+    pilot: reduce each stage to a few network calls.
+    """
+    if is_stage(arg):
+        stages = [(str(root / name), load_module(path).get_config(arg))]
+    else:
+        stages = stage_configs(path, arg, str(root / name))
+    found, moved = [], {}
+    for place, config in stages:
+        if pilot:
+            small = {"total_steps": 3, "total_flops": 0.0, "invert.nodes": 2, "save_every": 3}
+            common.change(config, small)
+        given = flatten_dict(config.to_dict(), sep=".")
+        common.change(config, {key: moved[given[key]] for key in PLACES if given.get(key) in moved})
+        if not is_stage(arg) and config.stage not in ("assess", "prune"):
+            held = config.to_dict() | ({"latents": ""} if config.stage == "invert" else {})
+            mark = digest(repr(flatten_dict(held)).replace(f"{root}/", ""))[:10]
+            moved[place] = str(root / "stages" / f"{kind(config)}-{mark}")
+            place = moved[place]
+            if config.stage == "invert":
+                moved[config.latents] = config.latents = f"{place}/pairs"
+        found.append((place, config))
+    return found
+
+
+def kind(config) -> str:
+    """The stage with its resolution, "grow32": stages of one kind take about the same time."""
+    return f"{config.stage}{config.data.resolution}"
+
+
+def finished(place: str, config) -> dict:
+    """The summary of a stage, after running it unless it is finished; waits for another process
+    that runs it."""
+    done = pathlib.Path(place) / "stage.json"
+    while not done.exists():
+        began = time.monotonic()
+        try:
+            summary = run(config, place)
+        except Busy as busy:
+            logging.info("%s", busy)
+            time.sleep(30)
+            continue
+        seconds = time.monotonic() - began
+        jax.clear_caches()  # the programs of one stage are not used again
+        if jax.process_index():
+            return summary
+        write_record(done, summary | {"kind": kind(config), "seconds": seconds})
+    return read_json(done, "kind", "seconds")
+
+
+# The time that a study takes
+
+
+def costs(root: pathlib.Path) -> dict[str, dict]:
+    """{kind of stage: {"fixed": seconds, "each": seconds of an update or a network call, "flops" of
+    an update, "latents"}} of the finished stages, or else of the pilots."""
+    found = {}
+    for place in (root / "pilot", root):
+        for path in sorted(place.glob("stages/*/stage.json"), key=lambda p: p.stat().st_mtime):
+            summary = read_json(path, "kind", "seconds")
+            latents = summary.get("records", 0)
+            rate = summary.get("steps_per_second") or summary.get("items_per_second") or np.inf
+            config = read_json(path.parent / "config.json")
+            calls = 2 * config["invert"]["nodes"] - 1 if latents else 1
+            each, count = 1 / rate / calls, latents * calls or summary.get("step", 0)
+            found[summary["kind"]] = {
+                "fixed": max(summary["seconds"] - count * each, 0), "each": each,
+                "flops": summary.get("flops_per_step", 0.0), "latents": latents,
+            }  # fmt: skip
+    return found
+
+
+def seconds_left(stages: list[tuple[str, object]], known: dict[str, dict]) -> float:
+    """The seconds that the unfinished ones of a chain of stages will take."""
+    total, reached = 0.0, 0.0
+    for place, config in stages:
+        cost = known.get(kind(config), {"fixed": 0.0, "each": 0.0, "flops": 0.0, "latents": 0})
+        count = config.total_steps
+        if config.stage == "invert":
+            count = cost["latents"] * (2 * config.invert.nodes - 1)
+        elif config.total_flops:
+            count = max(config.total_flops - reached, 0) / (cost["flops"] or np.inf)
+            reached = config.total_flops
+        if not (pathlib.Path(place) / "stage.json").exists():
+            total += cost["fixed"] + count * cost["each"]
+    return total
+
+
+def left(chains: list[list], known: dict[str, dict]) -> float:
+    """The seconds that the unfinished stages of all runs will take; shared ones count once."""
+    seen, total = set(), 0.0
+    for stages in chains:
+        own = seconds_left(stages, known)
+        again = seconds_left([stage for stage in stages if stage[0] in seen], known)
+        total += own - again
+        seen |= {place for place, _ in stages}
+    return total
+
+
+def pilot(path: str, runs: list[tuple[str, str]], root: pathlib.Path) -> None:
+    """Run three updates of every kind of stage of the study whose time is not known yet."""
+    for name, arg in runs:
+        known = costs(root)
+        if any(kind(config) not in known for _, config in chain(path, arg, root, name)):
+            for place, config in chain(path, arg, root / "pilot", name, pilot=True):
+                logging.info("pilot: %s", kind(config))
+                finished(place, config)
+
+
+# The figures of a run
+
+
+def measured(place: str, config, judges: list, num: int) -> dict[str, float]:
+    """{name: figure} of a trained generator: distances and recall in each judge's features, whole
+    images and crops of half their side; FLOPs and seconds of all training."""
+    generator = load(place)
+    train, held_out = (open_data(config.data, split=config.data[s]) for s in SPLITS)
+    ids = np.arange(num)
+    images = sample(generator, ids, labels=train.class_mix(num), batch_size=250)[0]
+    images = to_uint8(images)
+    real = to_uint8(held_out.read(np.arange(min(len(held_out), 4 * num)))[0])
+    side = max(images.shape[1] // 2, 1)
+    figures: dict[str, float] = {}
+    for judge in judges or [fit_classifier(train, purpose="metric")]:
+        options = {"used_in_loss": generator.meta["frozen_networks"]}
+        whole = evaluate(images, real, judge, metrics=("kid", "prdc"), **options)
+        crops = [random_crops(rows, np.arange(len(rows)), side) for rows in (images, real)]
+        patch = evaluate(*crops, judge, metrics=("kid",), **options)
+        figures |= {name: v for name, v in whole.items() if re.match("kid|recall.*_k3", name)}
+        figures |= {f"patch_{name}": v for name, v in patch.items() if name.startswith("kid")}
+    ledger = generator.meta["ledger"]
+    figures = {name: float(v) for name, v in figures.items() if not name.endswith("_std")}
+    return figures | {f"training_{name}": float(value) for name, value in ledger.items()}
+
+
+SPLITS = ("split", "eval_split")
+
+
+def results(runs: list[tuple[str, str]], arg: str, root: pathlib.Path) -> list[dict]:
+    """The measured runs of a study, [{"arm", "seed", "figures", "model"}], in its order."""
     rows = []
-    for number in chosen(runs, only):
-        name, arg = runs[number]
-        place = pathlib.Path(workdir) / name
-        logging.info("run %d of %d: %s", number, len(runs), name)
-        if is_stage(arg):
-            summary = run(load_module(path).get_config(arg), place)
-        else:
-            summary = pipeline(path, arg, str(place), num_samples=1000)
-        rows.append({"folder": name, "arg": arg} | summary)
-        jax.clear_caches()
+    for name, words in runs:
+        if (path := root / name / "measured.json").exists():
+            own, _, seed = words.removeprefix(arg).strip(",").rpartition(",seed=")
+            rows.append({"arm": own, "seed": int(seed)} | read_json(path, "figures", "model"))
     return rows
+
+
+def sweep(
+    runs: list[tuple[str, str]],
+    path: str,
+    arg: str,
+    workdir: str,
+    *,
+    only: Sequence[int] = (),
+    judges: Sequence = (),
+    num: int = 1000,
+) -> dict:
+    """{"runs": [{"folder", "arg", **summary of the last stage}], "results", "compared"} after all
+    runs, or those with the numbers `only`; writes <name>.md for all that are finished."""
+    root, numbers = pathlib.Path(workdir).resolve(), chosen(runs, only)
+    pilot(path, [runs[number] for number in numbers], root)
+    rows = []
+    for position, number in enumerate(numbers):
+        name, words = runs[number]
+        ahead = [chain(path, runs[n][1], root, runs[n][0]) for n in numbers[position:]]
+        text = duration(left(ahead, costs(root)))
+        logging.info("run %d of %d: %s; about %s left", number, len(runs), name, text)
+        for place, config in ahead[0]:
+            summary = finished(place, config)
+        target = root / name / "measured.json"
+        if config.stage in GENERATORS and not target.exists():
+            figures = measured(place, config, list(judges), num)
+            write_record(target, {"model": place, "num": num, "figures": figures})
+        rows.append({"folder": name, "arg": words} | summary)
+    found = results(runs, arg, root)
+    compared = compare(found)
+    return {"runs": rows, "results": found, "compared": compared, "provenance": provenance()}
 
 
 def define() -> None:
     """The command's flags."""
     pipeline_flags()
     flags.DEFINE_string("sweep", None, "Name of the study (configs/sweeps.py).")
-    flags.DEFINE_string("workdir", None, "Folder for the folders of all runs.")
+    flags.DEFINE_string("workdir", None, "Folder for the stages and tables of sweeps.")
     flags.DEFINE_integer("index", None, "Run only this one, counted from 0.", 0, 10_000)
     flags.DEFINE_bool("list", False, "Print the runs as commands and stop.")
+    flags.DEFINE_integer("num_samples", 1000, "Generated images per run.", 8, 10_000_000)
+    flags.DEFINE_multi_string(
+        "measure", [], "NAME=FILE of a network that judges; default: a fitted classifier."
+    )
     flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
     required("config", "configs/scenes.py")
     required("sweep", "losses")
@@ -97,12 +298,22 @@ def main(argv: list[str] | None = None) -> dict | None:
                 words = [f"--config={given.config}", f"--arg={arg}", f"--workdir={place}"]
                 print(shlex.join(["python", "-m", f"launch.{command}", *words]))
             return None
-        name = "sweep" if given.index is None else f"sweep-{given.index}"
-        return execute(
-            name, given.workdir,
-            lambda: {"runs": sweep(runs, given.config, given.workdir, only)},
-            alone=False,  # the tasks of an array job write different folders in it
-        )  # fmt: skip
+
+        def everything() -> dict:
+            judges = [features.load(*named_file(entry)) for entry in given.measure]
+            found = sweep(
+                runs, given.config, given.arg, given.workdir, only=only, judges=judges,
+                num=given.num_samples,
+            )  # fmt: skip
+            text = table(found["compared"])
+            with atomic_write(pathlib.Path(given.workdir) / f"{given.sweep}.md") as temporary:
+                temporary.write_text(text + "\n")
+            print(text)
+            return found
+
+        name = given.sweep if given.index is None else f"{given.sweep}-{given.index}"
+        # The tasks of an array job write different folders in it.
+        return execute(name, given.workdir, everything, alone=False)
 
     return start(define, body, argv)
 

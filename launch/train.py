@@ -55,6 +55,7 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
             config.to_dict(),
             seed=config.seed,
             total_steps=config.total_steps,
+            total_flops=config.total_flops,
             log_every=config.log_every,
             save_every=config.save_every,
             keep=config.keep,

@@ -205,7 +205,7 @@ class PairStore:
         """rms(z) / sigma_max over the whole store.
 
         Noise of the prior has the value 1. A lower value shows that the teacher's distribution
-        differs from the data; it is reported, and the latents are not rescaled by it.
+        differs from the data.
         """
         counts = [len(self.records(shard)) for shard in range(self.num_shards)]
         squares = [kept["rms"] ** 2 for kept in self._statistics()]
@@ -241,11 +241,17 @@ class InvertedPairs:
     Item j has the key divmod(j, 2): {"image" [R, R, 3], mirrored if flip = 1, "label", "flip",
     "id", "z" [h, w, c]}. Without `flips` item j is image j, not mirrored. proportion: p in (0, 1]
     keeps the first p n of the n images of each class, at least one; PaGoDA reports that 1 % of the
-    pairs is enough for L_rec (arXiv 2405.14822, section 3.3).
+    pairs is enough for L_rec (arXiv 2405.14822, section 3.3). rescale: divide
+    every z by `store.rms()`, so that the latents have the size of the prior's noise.
     """
 
     def __init__(
-        self, source: Source, store: PairStore, proportion: float = 1.0, flips: bool = True
+        self,
+        source: Source,
+        store: PairStore,
+        proportion: float = 1.0,
+        flips: bool = True,
+        rescale: bool = False,
     ):
         self.orientations = 2 if flips else 1
         if self.orientations > store.orientations:
@@ -265,6 +271,7 @@ class InvertedPairs:
                 f"--config.data.resolution a multiple of {base}"
             )
         self.source, self.store = source, store
+        self.scale = np.float32(1 / store.rms() if rescale else 1)
         self.ids = np.arange(len(source))
         if proportion < 1:
             labels = source.labels()
@@ -287,7 +294,7 @@ class InvertedPairs:
                 f"made with {label}: invert again with these labels"
             )
         image = mirror(item["image"]) if flip else item["image"]
-        return {**item, "image": image, "flip": np.int32(flip), "z": z}
+        return {**item, "image": image, "flip": np.int32(flip), "z": self.scale * z}
 
 
 class SampledPairs:

@@ -195,7 +195,8 @@ def generator_pairs(
     store = PairStore.open(
         latents, expect={"teacher": generator.meta["teacher"], "direction": "invert"}
     )
-    pairs = InvertedPairs(source, store, flips=store.orientations == 2)
+    rescale = generator.meta.get("config", {}).get("rescale_latents", False)
+    pairs = InvertedPairs(source, store, flips=store.orientations == 2, rescale=rescale)
     order = choice(len(pairs), num)  # mirror images, if the store has them, are chosen too
 
     def read(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

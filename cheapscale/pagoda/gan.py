@@ -239,6 +239,12 @@ def generator_stage(
     compute = {field: value for field, value in config.compute.to_dict().items() if value}
     model = resolve_model(model | compute)
     store, pairs = open_pairs(config, source, teacher, loss["pairs"], loss["data_proportion"])
+    rescaled = upstream.get("config", {}).get("rescale_latents", False)
+    if name == "grow" and rescaled != config.rescale_latents:
+        raise ValueError(
+            f"rescale_latents is {config.rescale_latents}, but {config.base} was trained with "
+            f"{rescaled}: give --config.rescale_latents={rescaled}"
+        )
     weights = {term: loss[f"{term}_weight"] for term in ("feature", "lpips", "pixel")}
     networks = make_loss_networks(
         source,
@@ -336,7 +342,8 @@ def open_pairs(
         expect["cfg_scale"] = 1.0  # G(z, y) takes no guidance scale
     store = PairStore.open(config.latents, expect=expect)
     if kind == "inverted":
-        return store, InvertedPairs(source, store, proportion, flips=config.data.flip)
+        options = {"flips": config.data.flip, "rescale": config.rescale_latents}
+        return store, InvertedPairs(source, store, proportion, **options)
     if proportion != 1.0:
         raise ValueError(
             f"data_proportion is {proportion}, which chooses among inverted pairs: for "

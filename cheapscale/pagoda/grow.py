@@ -63,7 +63,7 @@ def build(config) -> Stage:
         model=model,
         upstream=base,
         warm_start=grow,
-        trainable=growth.trainable(plan),
+        trainable=growth.trainable(plan) if config.grow.freeze else None,
         adaptive_layer=growth.last_layer(plan),
         teacher=base["teacher"],
     )

@@ -27,8 +27,8 @@ PyTree = Any
 
 # Fields of a config that may change when a run is resumed, since no weight depends on them.
 HARMLESS = (
-    "total_steps", "log_every", "eval_every", "save_every", "preview_every", "keep", "mesh",
-    "resume", "num_threads", "data_dir",
+    "total_steps", "total_flops", "log_every", "eval_every", "save_every", "preview_every", "keep",
+    "mesh", "resume", "num_threads", "data_dir",
     # The images are compared by their fingerprint.
     "skip_corrupt", "accept_other_data",
 )  # fmt: skip

@@ -37,7 +37,7 @@ def run(job: Job, workdir: str, config: dict, *, name: str, mesh: dict | None = 
         device_mesh = sharding.make_mesh(**local, devices=jax.local_devices())
         logging.info("%s: %d of %d shards to do", name, len(todo), len(mine))
         context = job.prepare()
-        began, size = time.monotonic(), job.items_per_shard
+        began, size, speed = time.monotonic(), job.items_per_shard, 0.0
         items = (len(mine) - len(todo)) * size
         with (
             Log(workdir, name, len(mine) * size, unit="item") as log,
@@ -48,10 +48,15 @@ def run(job: Job, workdir: str, config: dict, *, name: str, mesh: dict | None = 
             for n, shard in enumerate(todo, start=1):
                 values = job.run_shard(context, shard, device_mesh)
                 items += size
+                if n == 1:  # it compiled the programs
+                    second = time.monotonic()
+                else:
+                    speed = (n - 1) * size / (time.monotonic() - second)
                 log.scalars(items, values, progress=True)
                 if stop.raised:
                     raise Preempted(f"pre-empted after {n} of {len(todo)} shards")
     with only_writer(workdir), sharding.barrier(f"the summary of {name}"):
         summary = job.finish(context)
     seconds = (time.monotonic() - began) * jax.device_count()
-    return {"stage": name, "workdir": str(workdir), "device_seconds": round(seconds, 2)} | summary
+    took = {"device_seconds": round(seconds, 2), "items_per_second": speed}
+    return {"stage": name, "workdir": str(workdir)} | took | summary

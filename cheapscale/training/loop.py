@@ -13,6 +13,7 @@ import math
 import pathlib
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -154,13 +155,14 @@ def train(
     name: str,
     seed: int,
     total_steps: int,
+    total_flops: float = 0.0,
     log_every: int,
     save_every: int,
     keep: int = 2,
     mesh: dict | None = None,
     resume: str = "",
 ) -> dict:
-    """Train to `total_steps` and return the summary.
+    """Train to `total_steps`, or until the ledger has `total_flops`, and return the summary.
 
     Raises Preempted or Diverged after saving the state, and ValueError if the mesh cannot split the
     batch, the data has too few images, or the work directory belongs to another config, teacher or
@@ -175,8 +177,9 @@ def train(
         jax.set_mesh(device_mesh),
     ):
         # ---- The starting point and the data, so that their errors come before compilation.
-        source, start, meta = starting_point(stage, saved, workdir, config, resume, total_steps)
-        if start >= total_steps:
+        last_step = sys.maxsize if total_flops else total_steps
+        source, start, meta = starting_point(stage, saved, workdir, config, resume, last_step)
+        if start >= last_step or not steps_within(total_flops, meta, 1.0):
             logging.info(
                 "%s: already at step %d of %d: nothing was trained; raise --config.total_steps to "
                 "train on", name, start, total_steps,
@@ -193,6 +196,8 @@ def train(
         if source == workdir:
             check_same(workdir, meta, networks)
         ledger = Ledger(meta.get("ledger", {}), flops, start)
+        if total_flops:
+            total_steps = start + steps_within(total_flops, meta, flops)
         meta = stage.meta | networks | {"config": config, "provenance": provenance()}
 
         # ---- The loop: step (asynchronous), previous metrics, save, evals, pre-emption.
@@ -301,6 +306,20 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def steps_within(total_flops: float, meta: dict, flops: float) -> int:
+    """The steps of `flops` each after which the ledger of `meta` has total_flops; 1 for 0.
+
+    Raises ValueError if the stages before this run took more.
+    """
+    spent = meta.get("ledger", {}).get("flops", 0.0)
+    if total_flops and spent >= total_flops and "metrics" not in meta:
+        raise ValueError(
+            f"the earlier stages took {spent:.3g} FLOPs and total_flops is {total_flops:.3g}: give "
+            f"a larger --config.total_flops={2 * spent:.2g}, which includes them"
+        )
+    return math.ceil(max(total_flops * (1 - 1e-9) - spent, 0) / flops) if total_flops else 1
+
+
 class Ledger:
     """The FLOPs and device-seconds of a run, added to those of its teachers, and its speed."""
 
@@ -321,7 +340,7 @@ class Ledger:
         self.clock += time.monotonic() - began
 
     def entry(self, step: int) -> dict:
-        """{"ledger": {"flops", "device_seconds"}, "steps_per_second"} at this step."""
+        """{"ledger": {"flops", "device_seconds"}, "steps_per_second", "flops_per_step"}."""
         now, done = time.monotonic(), step - self.start
         ledger = {
             "flops": self.before["flops"] + self.flops_per_step * done,
@@ -329,7 +348,8 @@ class Ledger:
             + (now - self.began) * jax.device_count(),
         }
         # The clock starts after the first step, so one step fewer is timed.
-        return {"ledger": ledger, "steps_per_second": (done - 1) / max(now - self.clock, 1e-9)}
+        speed = (done - 1) / max(now - self.clock, 1e-9)
+        return {"ledger": ledger, "steps_per_second": speed, "flops_per_step": self.flops_per_step}
 
 
 def inputs(meta: dict) -> dict:
@@ -395,6 +415,7 @@ def summarise(meta: dict, name: str, workdir: str, step: int) -> dict:
         "step": step,
         "metrics": meta.get("metrics", {}),
         "steps_per_second": round(meta.get("steps_per_second", 0.0), 3),
+        "flops_per_step": meta.get("flops_per_step", 0.0),
         "ledger": meta["ledger"],
         "frozen_networks": meta.get("frozen_networks", {}),
     }

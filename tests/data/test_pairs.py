@@ -245,6 +245,14 @@ def test_pairs_match_image_latent_and_flip(folder):
             assert item["label"] == source[id]["label"]
 
 
+def test_rescaled_latents_have_the_deviation_of_the_prior(folder):
+    store = PairStore.open(folder)
+    raw, pairs = (InvertedPairs(scenes(), store, rescale=rescale) for rescale in (False, True))
+    z = np.stack([pairs[j]["z"] for j in range(len(pairs))])
+    assert np.sqrt(np.mean(z.astype(np.float64) ** 2)) == pytest.approx(store.sigma_max)
+    np.testing.assert_allclose(z[3], raw[3]["z"] / store.rms(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("proportion", [1.0, 0.5, 0.01])
 def test_proportion_keeps_the_first_of_each_class(folder, proportion):
     source = scenes()

@@ -65,6 +65,26 @@ def test_a_pipeline_sets_a_field_in_every_stage_that_has_it():
     assert configs["stage=pretrain"].optim.lr == 1e-5
 
 
+def test_a_field_of_one_stage_leaves_the_others_alone():
+    words = "total_steps=7,pretrain.total_steps=5,grow32.batch_size=3,pretrain.augment=0.1,base=8"
+    planned = stage_configs("configs/scenes.py", words, "runs")
+    found = {pathlib.Path(place).name: config for place, config in planned}
+    assert [config.total_steps for config in found.values()] == [5, 7, 7, 7, 7]
+    assert found["grow32"].batch_size == 3 != found["grow16"].batch_size
+    assert found["pretrain"].pretrain.augment == 0.1  # a field of its own section
+    for wrong in ("grow64.batch_size=3", "distill.augment=0.1", "prune.k=0.3"):
+        with pytest.raises(ValueError, match=f"{wrong.partition('=')[0]}"):
+            stage_configs("configs/scenes.py", wrong, "runs")
+
+
+def test_a_size_may_begin_at_several_resolutions():
+    file = module("scenes")
+    assert file.get_config("size=ablation,base=32").model.channel_mult == (1, 2, 2)
+    assert file.stages("size=ablation,base=32,top=32")[-1] == "stage=distill"
+    with pytest.raises(ValueError, match="base=64: this size starts at 8 or 16 or 32 px"):
+        file.get_config("size=ablation,base=64")
+
+
 def test_pipelines_name_their_stages_in_order():
     file = module("scenes")
     assert file.stages("pipeline=one_step") == ["stage=pretrain", "stage=invert", "stage=distill"]
@@ -183,7 +203,7 @@ def test_every_file_tunes_a_cascade_at_twice_its_base(name):
         ("stage=grow", "not 8"),  # the base resolution, where none is given
         ("stage=distill,distill.pixel_wait=1", "did you mean distill.pixel_weight"),
         ("stage=prune,prune.k=much", "prune.k=much: 'much' is not a number"),
-        ("base=16", "this size starts at 8 px"),
+        ("size=gallery,base=32", "this size starts at 16 px"),
         ("data_dir=/tmp/a,b", "'b' is unknown: .* A comma ends a word, except in quotes"),
     ],
 )
@@ -211,8 +231,9 @@ def test_every_config_that_a_script_or_the_readme_names_exists():
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_run_of_a_sweep_is_a_config_that_passes_the_check(name):
     file, seeds = module("scenes"), set()
+    size = "size=ablation," if "top=32" in sweep(name)[0] else ""  # it begins at 8, 16 or 32 px
     for words in sweep(name):
-        words += ",resolution=16" if "stage=" in words else ""
+        words = size + words + ",resolution=16" * ("stage=" in words)
         stages = [""] if "stage=" in words else file.stages(words)
         for stage in stages:
             config = file.get_config(f"{words},{stage}")

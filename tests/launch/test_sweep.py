@@ -1,5 +1,7 @@
 """Sweeps: their list of runs, each an ordinary run in its own folder."""
 
+import json
+import pathlib
 import shlex
 
 import pytest
@@ -14,13 +16,13 @@ def test_runs_are_named_by_their_number_and_words():
     runs = sweep.planned("configs/scenes.py", "pairs", "size=quick")
     assert len(runs) == 9 and len(dict(runs)) == 9
     assert runs[1] == (
-        "01-stage=distill_data_proportion=0.1_seed=0",
-        "size=quick,stage=distill,distill.data_proportion=0.1,seed=0",
+        "01-pipeline=one_step_data_proportion=0.1_seed=0",
+        "size=quick,pipeline=one_step,distill.data_proportion=0.1,seed=0",
     )
 
 
 def test_unknown_sweeps_files_and_numbers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="sweep 'everything' is unknown: choose one of losses"):
+    with pytest.raises(ValueError, match="sweep 'everything' is unknown: choose one of inversion"):
         sweeps.sweep("everything")
     with pytest.raises(ValueError, match="has no sweep.name."):
         sweep.planned("configs/models.py", "pairs", "")
@@ -37,18 +39,89 @@ def test_the_list_has_a_command_for_each_run(capsys):
         "prune.mean=0.8,prune.order=snr_down,seed=0 "
         "--workdir=runs/01-pipeline=experts_mean=0.8_order=snr_down_seed=0"
     )
-    words = [SCENES, "--sweep=pairs", "--arg=teacher='a b,c'", "--list", "--index=1"]
+    words = [SCENES, "--sweep=cascade_k", "--arg=teacher='a b,c'", "--list", "--index=1"]
     sweep.main(words)
     _, _, command, config, arg, place = shlex.split(capsys.readouterr().out)
     assert (command, config) == ("launch.train", SCENES) and "," not in place
     assert common.parse(arg.removeprefix("--arg="))[1] == {
-        "teacher": "'a b,c'", "distill.data_proportion": "0.1", "seed": "0",
+        "teacher": "'a b,c'", "cascade.k": "t0.3", "seed": "0",
     }  # fmt: skip
-    with pytest.raises(SystemExit, match="--index=9: the sweep's runs are 0 ... 8"):
-        sweep.main([*words, "--index=9"])
+    with pytest.raises(SystemExit, match="--index=99: the sweep's runs are 0 ... 14"):
+        sweep.main([*words, "--index=99"])
 
 
 def test_one_run_of_a_sweep_goes_to_its_own_folder(tmp_path):
     words = [SCENES, "--sweep=cascade_k", "--arg=smoke", f"--workdir={tmp_path}", "--index=2"]
     with pytest.raises(SystemExit, match="teacher is empty: give --config.teacher=DIR"):
         sweep.main(words)
+
+
+def places(arg, root):
+    root = pathlib.Path(root)
+    return [place for place, _ in sweep.chain("configs/scenes.py", arg, root, "run")]
+
+
+def test_runs_share_the_stages_that_they_have_in_common(tmp_path):
+    """Teacher and latents do not depend on the share of pairs; another seed's do not serve."""
+    words = "size=ablation,pipeline=one_step,seed=0"
+    control = sweep.chain("configs/scenes.py", words, tmp_path, "control")
+    teacher, latents, generator = (place for place, _ in control)
+    assert control[2][1].teacher == teacher and control[2][1].latents == f"{latents}/pairs"
+    assert control[1][1].latents == f"{latents}/pairs"
+    assert [p.split("-")[0] for p in places(words, "r")] == [
+        "r/stages/pretrain8", "r/stages/invert8", "r/stages/distill8",
+    ]  # fmt: skip
+    fewer = places(f"{words},distill.data_proportion=0.1", tmp_path)
+    assert fewer[:2] == [teacher, latents] and fewer[2] != generator
+    coarse = places(f"{words},invert.nodes=10", tmp_path)
+    assert coarse[0] == teacher and set(coarse[1:]).isdisjoint([latents, generator])
+    assert set(places(words.replace("seed=0", "seed=1"), tmp_path)).isdisjoint(
+        places(words, tmp_path)
+    )
+    # a moved work directory has the same names
+    assert [pathlib.Path(p).name for p in places(words, "other")] == [
+        pathlib.Path(p).name for p in (teacher, latents, generator)
+    ]
+
+
+def test_experts_share_a_teacher_but_no_set(tmp_path):
+    kept, half = (
+        places(f"size=experts,pipeline=experts,prune.groups=2{words},seed=0", tmp_path)
+        for words in ("", ",prune.base_target=0.5")
+    )
+    assert kept[0] == half[0]
+    runs = [sweep.chain("configs/scenes.py", f"size=experts,pipeline=experts,seed={s}", tmp_path,
+                        f"run{s}") for s in (0, 1)]  # fmt: skip
+    assert {place for place, _ in runs[0][1:]}.isdisjoint(place for place, _ in runs[1][1:])
+    assert all(place.startswith(f"{tmp_path}/run0/set/") for place, _ in runs[0][1:])
+
+
+def test_the_time_left_counts_shared_stages_once_and_finished_ones_not(tmp_path):
+    arms = ["", ",invert.nodes=10", ",distill.total_steps=100"]
+    chains = [
+        sweep.chain(
+            "configs/scenes.py", f"size=ablation,pipeline=one_step{arm},seed=0", tmp_path, "r"
+        )
+        for arm in arms
+    ]
+    known = {
+        "pretrain8": {"fixed": 10.0, "each": 0.5, "flops": 1e9, "latents": 0},
+        "invert8": {"fixed": 5.0, "each": 0.001, "flops": 0.0, "latents": 1000},
+        "distill8": {"fixed": 20.0, "each": 1.0, "flops": 2e9, "latents": 0},
+    }
+    steps = {config.stage: config.total_steps for _, config in chains[0]}
+    teacher, distilled = 10 + 0.5 * steps["pretrain"], 20 + steps["distill"]
+    inversions = 5 + 79 + 5 + 19  # 2 n - 1 network calls of 1000 latents
+    assert sweep.left(chains, known) == pytest.approx(teacher + inversions + 2 * distilled + 120)
+    done = pathlib.Path(chains[0][0][0])
+    done.mkdir(parents=True)
+    (done / "stage.json").write_text(json.dumps({"kind": "pretrain8", "seconds": 1.0}))
+    assert sweep.left(chains, known) == pytest.approx(inversions + 2 * distilled + 120)
+    # a budget of FLOPs includes the stages before
+    words = "pretrain.total_flops=1e12,distill.total_flops=3e12"
+    budget = sweep.chain(
+        "configs/scenes.py", f"size=ablation,pipeline=one_step,{words}", tmp_path, "r"
+    )
+    assert sweep.seconds_left(budget, known) == pytest.approx(
+        10 + 1e12 / 1e9 * 0.5 + 5 + 79 + 20 + 2e12 / 2e9
+    )

@@ -153,6 +153,22 @@ def test_a_run_resumed_after_two_steps_equals_four_steps_bit_for_bit(make, tmp_p
     assert halves[1]["ledger"]["flops"] == whole[1]["ledger"]["flops"] > 0
 
 
+def test_a_run_ends_at_its_share_of_flops_with_those_of_earlier_stages(tmp_path):
+    def after(flops, place, **options):
+        stage = denoise_stage()
+        stage.meta["ledger"] = {"flops": 500.0, "device_seconds": 0.0}
+        return train(stage, tmp_path / place, 1, total_flops=flops, **options)
+
+    each = train(denoise_stage(), tmp_path / "one", 1)["flops_per_step"]
+    found = after(500 + 2.5 * each, "whole")
+    assert found["step"] == 3 and found["ledger"]["flops"] == 500 + 3 * each
+    assert after(500 + 2.5 * each, "whole")["step"] == 3  # finished: nothing is trained
+    assert after(500 + 2 * each, "parts")["step"] == 2  # exactly reached
+    assert after(500 + 4 * each, "parts")["ledger"]["flops"] == 500 + 4 * each
+    with pytest.raises(ValueError, match="earlier stages took 500 FLOPs and total_flops is 400"):
+        after(400.0, "little")
+
+
 @pytest.mark.parametrize("make", [denoise_stage, gan_stage])
 def test_one_and_eight_devices_agree(make, tmp_path, monkeypatch, eight_devices):
     monkeypatch.setattr(loop.sharding, "MIN_SHARDED", 1)  # shard even these small kernels
