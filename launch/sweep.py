@@ -223,12 +223,17 @@ SPLITS = ("split", "eval_split")
 
 
 def results(runs: list[tuple[str, str]], arg: str, root: pathlib.Path) -> list[dict]:
-    """The measured runs of a study, [{"arm", "seed", "figures", "model"}], in its order."""
-    rows = []
+    """The measured runs of a study, [{"arm", "seed", "figures", "model"}], in its order.
+
+    An arm is named by the words that the control lacks, the control by all of its words.
+    """
+    rows, control = [], common.split(runs[0][1].removeprefix(arg).strip(","))[:-1]
     for name, words in runs:
         if (path := root / name / "measured.json").exists():
-            own, _, seed = words.removeprefix(arg).strip(",").rpartition(",seed=")
-            rows.append({"arm": own, "seed": int(seed)} | read_json(path, "figures", "model"))
+            *own, seed = common.split(words.removeprefix(arg).strip(","))
+            arm = ",".join([word for word in own if word not in control] or own)
+            seed = int(seed.removeprefix("seed="))
+            rows.append({"arm": arm, "seed": seed} | read_json(path, "figures", "model"))
     return rows
 
 
@@ -242,8 +247,8 @@ def sweep(
     judges: Sequence = (),
     num: int = 1000,
 ) -> dict:
-    """{"runs": [{"folder", "arg", **summary of the last stage}], "results", "compared"} after all
-    runs, or those with the numbers `only`; writes <name>.md for all that are finished."""
+    """{"runs": [{"folder", "arg", **summary of the last stage}], "results", "compared" ...} after
+    all runs, or those with the numbers `only`; the results are those of all finished runs."""
     root, numbers = pathlib.Path(workdir).resolve(), chosen(runs, only)
     pilot(path, [runs[number] for number in numbers], root)
     rows = []
@@ -257,11 +262,12 @@ def sweep(
         target = root / name / "measured.json"
         if config.stage in GENERATORS and not target.exists():
             figures = measured(place, config, list(judges), num)
-            write_record(target, {"model": place, "num": num, "figures": figures})
+            model = str(pathlib.Path(place).relative_to(root))
+            write_record(target, {"model": model, "num": num, "figures": figures})
         rows.append({"folder": name, "arg": words} | summary)
     found = results(runs, arg, root)
-    compared = compare(found)
-    return {"runs": rows, "results": found, "compared": compared, "provenance": provenance()}
+    shown = {"config": path, "arg": arg, "results": found, "compared": compare(found)}
+    return {"runs": rows} | shown | {"provenance": provenance()}
 
 
 def define() -> None:
@@ -275,6 +281,7 @@ def define() -> None:
     flags.DEFINE_multi_string(
         "measure", [], "NAME=FILE of a network that judges; default: a fitted classifier."
     )
+    flags.DEFINE_string("record", None, "Also write the results to this file.")
     flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
     required("config", "configs/scenes.py")
     required("sweep", "losses")
@@ -309,6 +316,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             with atomic_write(pathlib.Path(given.workdir) / f"{given.sweep}.md") as temporary:
                 temporary.write_text(text + "\n")
             print(text)
+            write_record(given.record, {k: found[k] for k in found if k != "runs"})
             return found
 
         name = given.sweep if given.index is None else f"{given.sweep}-{given.index}"

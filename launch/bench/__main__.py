@@ -7,6 +7,7 @@
     features    Inception-v3 features of a set and its Frechet distance, against torch-fidelity
     statistics  moments, Frechet distance, precision and recall of sets of 50,000: seconds, memory
     pruned      an expert's training step and network call against its base's
+    one_step    an image of the generator --model against its teachers' samplers
 
 Both sides of a comparison compute the same function with the same weights; the record has the
 difference of their outputs. The sides take turns, call by call, so that other load on the machine
@@ -122,27 +123,39 @@ def define() -> None:
     flags.DEFINE_string("workdir", None, "Folder of the summary.")
     flags.DEFINE_string("record", "", "Path of the record (.json); default: record.json there.")
     flags.DEFINE_multi_enum(
-        "what", ["unet"], ["unet", "features", "statistics", "pruned"], "What to measure."
-    )
+        "what", ["unet"], ["unet", "features", "statistics", "pruned", "one_step"],
+        "What to measure."
+    )  # fmt: skip
+    flags.DEFINE_string("model", None, "one_step: the work directory of a generator.")
+    flags.DEFINE_integer("steps", 40, "one_step: sigma levels of the teacher's sampler.", 2, 10_000)
     flags.DEFINE_integer("rounds", 10, "Rounds, in which each side runs once.", 1, 10_000)
     flags.DEFINE_multi_enum(
         "sizes", list(SIZES), list(SIZES), "unet: these networks; pruned: the first one."
     )
     flags.DEFINE_integer("images", 128, "features: images in the set.", 2, 1_000_000)
-    flags.DEFINE_integer("batch", 64, "features: images per call of the network.", 1, 1_000_000)
+    flags.DEFINE_integer(
+        "batch", 64, "features, one_step: images per call of the network.", 1, 1_000_000
+    )
     flags.DEFINE_integer("rows", 50_000, "statistics: features in each set.", 6, 10_000_000)
     required("workdir", "runs/bench")
 
 
 def body(given) -> dict:
     jax.config.update("jax_platforms", "cpu")  # even if there is an accelerator
+    from launch.bench import one_step
     from launch.bench import statistics as large
+
+    if ("one_step" in given.what) != bool(given.model):
+        raise ValueError("--what=one_step measures the generator in --model=DIR: give both")
 
     parts = {
         "unet": lambda: {s: compare("unet", given.rounds, *SIZES[s]) for s in given.sizes},
         "features": lambda: compare("features", given.rounds, given.images, given.batch),
         "statistics": lambda: large.measure(given.rows),
         "pruned": lambda: compare("pruned", given.rounds, *SIZES[given.sizes[0]], SHARES),
+        "one_step": lambda: one_step.measure(
+            given.model, steps=given.steps, batch=given.batch, rounds=given.rounds, paired=paired
+        ),
     }
     chosen = {name: part for name, part in parts.items() if name in given.what}
     record = pathlib.Path(given.record or pathlib.Path(given.workdir) / "record.json")

@@ -5,9 +5,12 @@ import sys
 
 import pytest
 
+from cheapscale.teacher.teacher import make_generator
 from launch.bench import __main__ as bench
-from launch.bench import statistics
+from launch.bench import one_step, statistics
 
+DIFFUSION = {"process": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
+             "sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}  # fmt: skip
 TINY = dict(
     resolution=8, channels=16, channel_mult=(1, 2), num_blocks=1, attention=(4,), head_dim=8,
     groups=4,
@@ -60,6 +63,28 @@ def test_the_record_has_the_seconds_and_memory_of_large_statistics(tmp_path):
     for kind in ("moments", "frechet", "prdc"):
         assert record["statistics"][kind]["seconds"] >= 0
         assert 0 < record["statistics"][kind]["peak_gib"] < 0.5
+
+
+def test_one_step_against_the_samplers_it_replaces(monkeypatch):
+    fields = TINY | {"channel_mult": (1,), "attention": (), "num_classes": 3, "growth": (8,)}
+    model = make_generator(None, {"networks": {"generator": fields}, "diffusion": DIFFUSION})
+    model = model.replace(params=one_step.weights(model.fields))
+    monkeypatch.setattr(one_step, "load", lambda _: model)
+    rows = one_step.measure("G", steps=5, batch=2, rounds=1, paired=bench.paired)["rows"]
+    # 2 n - 1 network calls: Heun's last step, to 0, is Euler's
+    assert {name: row["calls"] for name, row in rows.items()} == {
+        "one_step": 1, "teacher8": 9, "teacher8 guided": 18, "teacher16": 9, "teacher16 guided": 18,
+    }  # fmt: skip
+    for px in (8, 16):
+        plain, guided = rows[f"teacher{px}"], rows[f"teacher{px} guided"]
+        assert guided["flops"] == pytest.approx(2 * plain["flops"], rel=0.05)
+    each = {name: row["flops"] / row["calls"] for name, row in rows.items()}
+    assert each["teacher8"] < each["one_step"] < each["teacher16"]
+    assert rows["one_step"]["ratio"] == 1 and all(row["seconds"] > 0 for row in rows.values())
+    assert [t.net.config.channel_mult for t in one_step.teachers(model)] == [(1,), (1, 1)]
+    monkeypatch.setattr(one_step, "load", lambda _: one_step.teachers(model)[0])
+    with pytest.raises(ValueError, match="W holds no one-step generator: give --model=DIR"):
+        one_step.measure("W", steps=5, batch=2, rounds=1, paired=bench.paired)
 
 
 def test_a_comparison_without_the_other_package_says_what_to_install():

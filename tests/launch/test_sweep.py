@@ -125,3 +125,17 @@ def test_the_time_left_counts_shared_stages_once_and_finished_ones_not(tmp_path)
     assert sweep.seconds_left(budget, known) == pytest.approx(
         10 + 1e12 / 1e9 * 0.5 + 5 + 79 + 20 + 2e12 / 2e9
     )
+
+
+def test_results_are_named_by_what_sets_an_arm_apart_and_read_as_far_as_they_are_there(tmp_path):
+    arg = "size=ablation,data_dir='a,b'"
+    runs = sweep.planned("configs/scenes.py", "pairs", arg)
+    for number in (0, 2, 3):
+        (tmp_path / runs[number][0]).mkdir()
+        figures = {"model": "stages/x", "figures": {"kid": float(number)}}
+        (tmp_path / runs[number][0] / "measured.json").write_text(json.dumps(figures))
+    found = sweep.results(runs, arg, tmp_path)
+    assert [(row["arm"], row["seed"], row["figures"]["kid"]) for row in found] == [
+        ("pipeline=one_step", 0, 0.0), ("distill.data_proportion=0.01", 0, 2.0),
+        ("pipeline=one_step", 1, 3.0),
+    ]  # fmt: skip
