@@ -27,6 +27,7 @@ from ml_collections import config_flags
 
 import cheapscale
 from cheapscale.data.files import atomic_write, cache_folder, local_folder
+from cheapscale.training.compiler import choose_flags
 from cheapscale.training.lock import only_writer
 from cheapscale.training.log import finish
 from cheapscale.training.mesh import pinned
@@ -222,12 +223,16 @@ def prepare(keep: bool) -> None:
     """Set up memory, logging, devices and the compilation cache; ValueError without a device."""
     # jax.devices() would start XLA's threads, and keep_memory has to come before them. So the
     # presence of an accelerator is decided from the installed packages.
+    chosen = ""
     if not any(map(importlib.util.find_spec, PLUGINS)):
         keep_memory()
+        chosen = choose_flags()
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     # Orbax and Grain write many lines to the same logger; the filter drops them.
     logging.get_absl_handler().addFilter(ours)
+    if chosen:
+        logging.info("XLA_FLAGS=%s: measured for our networks; any value of yours is kept", chosen)
     if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
         try:
             words = {name: os.environ.get(f"JAX_{name.upper()}") for name in NUMBERS}

@@ -63,7 +63,8 @@ def training_cost(config: ConfigDict, stage: Stage, compiled: bool) -> dict:
     with jax.set_mesh(mesh):
         flops = traced_flops(stage.step, *arguments)
         if compiled:
-            program = jax.jit(stage.step, donate_argnums=0).lower(*arguments).compile()
+            lowered = jax.jit(stage.step, donate_argnums=0).lower(*arguments)
+            program = lowered.compile(compiler_options=stage.compiler_options)
             memory["step"] = program.memory_analysis().temp_size_in_bytes
     networks = {}
     for net, optimiser in stage.optimisers.items():

@@ -8,6 +8,7 @@ import numpy as np
 from cheapscale.data.pixels import check_images
 from cheapscale.evaluation import resize as resizing
 from cheapscale.features.network import FeatureNetwork
+from cheapscale.training.compiler import for_depthwise
 from cheapscale.training.mesh import in_batches
 
 
@@ -38,7 +39,10 @@ def outputs(
     if resize != "network":
         prepare = functools.partial(resizing.resize, size=network.input_size, mode=resize)
     run = _program(network.outputs, logits)
-    return in_batches(run, network.params, images, batch_size=batch_size, prepare=prepare)
+    return in_batches(
+        run, network.params, images, batch_size=batch_size, prepare=prepare,
+        compiler_options=for_depthwise(),
+    )  # fmt: skip
 
 
 def check_network(network: FeatureNetwork, resize: str) -> None:

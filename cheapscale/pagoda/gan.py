@@ -28,6 +28,7 @@ from cheapscale.models.unet import init_params
 from cheapscale.pagoda.loss_networks import make_loss_networks
 from cheapscale.teacher.sampling import one_step, prior
 from cheapscale.teacher.teacher import Generator, make_generator, resolve_model
+from cheapscale.training.compiler import for_depthwise
 from cheapscale.training.log import image_grid
 from cheapscale.training.mesh import in_batches
 from cheapscale.training.optim import make_optimiser
@@ -310,6 +311,7 @@ def generator_stage(
         meta=meta,
         batch_size=config.batch_size,
         fits=networks.fits,
+        compiler_options=for_depthwise(),
     )
 
 

@@ -124,7 +124,8 @@ def compile_step(
     step = jax.jit(stage.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
     # These contexts are per thread, and this runs in a thread of its own.
     with jax.set_mesh(mesh), sharding.pinned():
-        compiled = step.lower(state, frozen, batch, stream_key(0, "step", 0)).compile()
+        lowered = step.lower(state, frozen, batch, stream_key(0, "step", 0))
+        compiled = lowered.compile(compiler_options=stage.compiler_options)
     cost = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
     peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0

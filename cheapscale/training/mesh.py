@@ -201,6 +201,7 @@ def in_batches(
     *arrays: np.ndarray,
     batch_size: int,
     prepare: Callable | None = None,
+    compiler_options: dict[str, str] | None = None,
 ) -> PyTree:
     """fn(params, *rows) for all rows, as NumPy (an array or a tree of arrays [rows, ...]).
 
@@ -209,7 +210,8 @@ def in_batches(
     than `batch_size`, the batch is smaller.
 
     prepare(rows) -> rows: NumPy preprocessing of one batch, for results that would not fit in
-    memory for all rows. Raises ValueError if there are no rows.
+    memory for all rows. compiler_options: of `fn`'s compilation. Raises ValueError if there are no
+    rows.
     """
     whole(batch_size, "batch_size", 1)
     if not len(arrays[0]):
@@ -219,7 +221,7 @@ def in_batches(
     ways = batch_ways(mesh)
     batch_size = max(1, math.ceil(min(batch_size, len(arrays[0])) / ways)) * ways
     place = batch_sharding(mesh)
-    run, out = jax.jit(fn, out_shardings=place), []
+    run, out = jax.jit(fn, out_shardings=place, compiler_options=compiler_options), []
     with pinned():
         # Every device holds all weights and computes a part of the batch, without communication.
         params = jax.device_put(params, replicated(mesh))

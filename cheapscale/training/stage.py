@@ -33,6 +33,7 @@ class Stage(NamedTuple):
     meta: JSON values that are saved beside the weights, and from which the networks are rebuilt.
     batch_size: global; the mesh has to divide it.
     fits: {network: description} of the networks that load_frozen has yet to fit.
+    compiler_options: of the compilation of `step`.
     """
 
     init_params: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -46,6 +47,7 @@ class Stage(NamedTuple):
     meta: dict
     batch_size: int
     fits: dict[str, str]
+    compiler_options: dict[str, str] | None = None
 
 
 class Job(NamedTuple):
