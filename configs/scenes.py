@@ -27,10 +27,10 @@ SIZES = {
     # The ablations of configs/sweeps.py: the shortest runs whose differences can be told.
     "ablation": {
         "model": {8: "tiny8", 16: "tiny16", 32: "tiny32"},
-        "options": {"size": 750, "single": True},
+        "options": {"size": 600, "single": True},
         "pretrain": common.train(800, 2e-3, 64),
-        "invert": {"batch_size": 250, "invert.per_shard": 250},
-        "distill": common.train(250, 1e-3, 32, common.SHORT_GAN),
+        "invert": {"batch_size": 200, "invert.per_shard": 200},
+        "distill": common.train(250, 1e-3, 16, common.SHORT_GAN),
         "grow": common.train(150, 1e-3, 16, common.SHORT_GAN),
     },
     # One object in each picture, 16 to 64 px, with features of a real network: hours.

@@ -26,6 +26,9 @@ def describe(config: ConfigDict, stage: Stage | Job, workdir: str, *, compiled: 
         plan |= {"shards": stage.num_shards, "shards_done": done} | stage.describe()
     else:
         plan |= training_cost(config, stage, compiled)
+        if config.total_flops:
+            each = plan["flops_per_step"]
+            config.total_steps = loop.steps_within(config.total_flops, stage.meta, each)
         plan |= checkpoint_disk(config, plan["checkpoint_bytes"], pathlib.Path(workdir))
         plan["flops_total"] = plan["flops_per_step"] * plan["steps"]
         plan["flops_left"] = plan["flops_per_step"] * max(plan["steps"] - plan["steps_done"], 0)

@@ -50,6 +50,8 @@ from launch.pipeline import is_stage, load_module, stage_configs
 from launch.train import run
 
 GENERATORS = ("distill", "grow")  # stages whose results are measured
+SPLITS = ("split", "eval_split")
+LEAST = 9  # network calls of an inversion whose time is that of the network
 
 
 def planned(path: str, name: str, arg: str) -> list[tuple[str, str]]:
@@ -147,11 +149,15 @@ def costs(root: pathlib.Path) -> dict[str, dict]:
             latents = summary.get("records", 0)
             rate = summary.get("steps_per_second") or summary.get("items_per_second") or np.inf
             config = read_json(path.parent / "config.json")
-            calls = 2 * config["invert"]["nodes"] - 1 if latents else 1
-            each, count = 1 / rate / calls, latents * calls or summary.get("step", 0)
+            calls = 2 * config["invert"]["nodes"] - 2 if latents else 1
+            each, count = 1 / rate / calls, latents * calls or summary.get("step", 1)
+            flops = summary["cost"]["flops"] / count if latents else summary["flops_per_step"]
+            if latents and calls < LEAST:  # reading the images took the time: count operations
+                trained = found.get(f"pretrain{config['data']['resolution']}", {"flops": 0})
+                each = trained["each"] / trained["flops"] * flops if trained["flops"] else each
             found[summary["kind"]] = {
-                "fixed": max(summary["seconds"] - count * each, 0), "each": each,
-                "flops": summary.get("flops_per_step", 0.0), "latents": latents,
+                "fixed": max(summary["seconds"] - count * each, 0), "each": each, "flops": flops,
+                "latents": latents,
             }  # fmt: skip
     return found
 
@@ -163,7 +169,7 @@ def seconds_left(stages: list[tuple[str, object]], known: dict[str, dict]) -> fl
         cost = known.get(kind(config), {"fixed": 0.0, "each": 0.0, "flops": 0.0, "latents": 0})
         count = config.total_steps
         if config.stage == "invert":
-            count = cost["latents"] * (2 * config.invert.nodes - 1)
+            count = cost["latents"] * (2 * config.invert.nodes - 2)
         elif config.total_flops:
             count = max(config.total_flops - reached, 0) / (cost["flops"] or np.inf)
             reached = config.total_flops
@@ -217,9 +223,6 @@ def measured(place: str, config, judges: list, num: int) -> dict[str, float]:
     ledger = generator.meta["ledger"]
     figures = {name: float(v) for name, v in figures.items() if not name.endswith("_std")}
     return figures | {f"training_{name}": float(value) for name, value in ledger.items()}
-
-
-SPLITS = ("split", "eval_split")
 
 
 def results(runs: list[tuple[str, str]], arg: str, root: pathlib.Path) -> list[dict]:

@@ -72,6 +72,8 @@ def test_the_plan_of_pretraining(copied):
     assert memory["state"] == plan["checkpoint_bytes"] and memory["frozen"] == 0
     assert memory["batch"] == 8 * (8 * 8 * 3 * 4 + 4)
     assert memory["bytes_per_device"] == sum(memory[k] for k in memory if k != "bytes_per_device")
+    most = 4.5 * plan["flops_per_step"]
+    assert planned("pretrain", copied, copied / "new", total_flops=most)["steps"] == 5
 
 
 def test_a_compiled_plan_adds_what_the_step_needs(copied):
