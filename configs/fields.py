@@ -113,6 +113,7 @@ INVERT = {
     ),
     "nodes": Field(40, "number of noise levels of Heun's method", low=2, high=10_000),
     "clip": Field(False, "clamp the denoiser's output to [-1, 1]"),
+    "noise": Field(0.0, "deviation of the noise added to an image first; 0: none (paper)", low=0),
     "cfg_scale": Field(1.0, "guidance scale; 1: no guidance", low=0),
     "dtype": Field("float32", "precision of the stored latents", ("float32", "float16")),
     "per_shard": Field(1024, "latents per file; resuming continues at a file", low=1),

@@ -99,17 +99,23 @@ def test_1_2_3_latents_are_the_forward_ode_of_each_image_and_of_its_mirror_image
         assert np.abs(stored - wrong).max() > 0.1
 
 
-def test_2_the_clamp_and_the_precision_of_inversion_reach_the_solver(
+def test_2_the_clamp_the_noise_and_the_precision_of_inversion_reach_the_solver(
     runs, wilful_teacher, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(invert, "load_teacher", lambda *args, **options: wilful_teacher)
     found = {}
-    for clip in (True, False):
+    for words in ({"clip": True}, {}, {"noise": 0.01}, {"noise": 0.01, "seed": 1}):
         config = runs["invert"].config.copy_and_resolve_references()
-        config.latents, config.invert.clip = str(tmp_path / f"latents-{clip}"), clip
-        jobs.run(invert.build(config), str(tmp_path / f"run-{clip}"), config.to_dict(), name="i")
-        found[clip] = PairStore.open(config.latents).latent(0, 0)
-    assert np.abs(found[True] - found[False]).max() > 0.1
+        config.latents, config.seed = str(tmp_path / f"latents{len(found)}"), words.pop("seed", 0)
+        config.invert.update(words)
+        jobs.run(invert.build(config), f"{config.latents}-run", config.to_dict(), name="i")
+        store = PairStore.open(config.latents)
+        found[len(found)] = np.stack([store.latent(i, f) for i in range(8) for f in (0, 1)])
+    clipped, plain, noisy, other = found.values()
+    assert np.abs(clipped - plain).max() > 0.1
+    # independent noise: the difference of two seeds has twice the variance of one's effect
+    effects = [np.mean((a - b) ** 2) for a, b in ((noisy, plain), (other, plain), (noisy, other))]
+    assert effects[2] == pytest.approx(effects[0] + effects[1], rel=0.2) and effects[0] > 1
     half = load_teacher(runs["pretrain"].workdir, dtype="float16")
     assert half.net.config.dtype == half.meta["networks"]["net"]["dtype"] == "float16"
 
