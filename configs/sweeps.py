@@ -12,10 +12,11 @@ SEEDS = (0, 1, 2)
 ONE = "pipeline=one_step"
 RATIONS = "data.options.size=200,data.flip=False,invert.nodes=10"  # else inversion takes all
 SWEEPS: dict[str, tuple[str, ...]] = {
-    # PaGoDA (arXiv 2405.14822), section 3.1 and our specification: nodes of the inversion, and
-    # latents of the prior's size. The paper has 40 nodes and says nothing of others.
+    # PaGoDA (arXiv 2405.14822), section 3.1: nodes of the inversion, and two ways to latents of the
+    # prior's size. The paper has 40 nodes and says nothing of others.
     "inversion": (
-        ONE, *(f"{ONE},invert.nodes={n}" for n in (10, 20, 160)), f"{ONE},rescale_latents=True"
+        ONE, *(f"{ONE},invert.nodes={n}" for n in (10, 20, 160)), f"{ONE},rescale_latents=True",
+        f"{ONE},invert.noise=0.01",
     ),
     # Section 3.3: L_rec on a small share of the pairs. The paper: 1 % loses nothing.
     "pairs": (ONE, *(f"{ONE},distill.data_proportion={p}" for p in (0.1, 0.01))),
