@@ -44,9 +44,17 @@ SIZES = {
             64,
             {"optim.decay_steps": 5000, "pretrain.label_dropout": 0.1, "ema.decay": 0.9995},
         ),
-        "invert": {"batch_size": 250, "invert.per_shard": 1000, "invert.nodes": 18},
-        "distill": common.train(4000, 5e-4, 24, common.SHORT_GAN),
-        "grow": common.train(3000, 5e-4, 16, common.SHORT_GAN | {"features.input_size": 64}),
+        "invert": {
+            "batch_size": 250,
+            "invert.per_shard": 1000,
+            "invert.nodes": 18,
+            "invert.noise": 0.0055,
+            "data.flip": False,
+        },
+        "distill": common.train(4000, 5e-4, 24, common.SHORT_GAN | {"data.flip": False}),
+        "grow": common.train(
+            3000, 5e-4, 16, common.SHORT_GAN | {"features.input_size": 64, "data.flip": False}
+        ),
         "cascade": common.train(400, 1e-3, 16),
         "prune": common.train(300, 1e-3, 48),
     },
