@@ -30,6 +30,8 @@ ARGUMENTS = {
     "base": 0,  # the teacher's resolution; 0: the preset's
     "top": 0,  # the last resolution of a pipeline; 0: the data set's
     "data_dir": "",
+    "controls": False,  # a pipeline also trains CONTROLS, for its report
+    "control": "",  # train one of CONTROLS instead of the stage itself
     "jump": False,  # grow from the base to `resolution` in one stage
     "unlabelled": False,  # ignore the labels
     "tune": "neck",  # weights that stage cascade trains
@@ -39,6 +41,17 @@ ARGUMENTS = {
 }
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", dict: "a dictionary"}
 PIPELINES = ("pagoda", "one_step", "cascade", "experts")
+# Trainings that show what a part of PaGoDA's loss does: {name: {field: value}}. They begin as the
+# stage does. Stage 2 without L_rec is GDD, a GAN that starts from the teacher: does inversion pay?
+CONTROLS = {
+    "no_rec": {
+        f"{stage}.{term}_weight": 0.0
+        for stage in ("distill", "grow") for term in ("feature", "pixel", "lpips")
+    },
+    "no_adv": {"distill.adversarial_weight": 0.0, "grow.adversarial_weight": 0.0},
+    # L_dstl: pairs of the teacher's samples, which exist at its own resolution only
+    "dstl": {"invert.direction": "sample", "distill.pairs": "teacher"},
+}  # fmt: skip
 # Factors of the learning rate for some tunings of self-cascade, which train few weights.
 TUNING_RATE = {"gain": 10, "2k": 10}
 
@@ -79,7 +92,8 @@ def parse(arg: str | None) -> tuple[ConfigDict, dict[str, str]]:
                 f"config argument {name!r} is unknown: {hint} A comma ends a word, except in "
                 "quotes around its value, such as 'a,b'"
             )
-    for name, known in (("stage", tuple(fields.STAGES)), ("pipeline", PIPELINES)):
+    choices = {"stage": fields.STAGES, "pipeline": PIPELINES, "control": ("", *CONTROLS)}
+    for name, known in choices.items():
         if args[name] not in known:
             raise ValueError(f"{name} {args[name]!r} is unknown: choose one of {', '.join(known)}")
     return args, changes
@@ -266,6 +280,7 @@ def image_config(arg: str | None, sizes: dict[str, dict], data: DataSet) -> Conf
         keep_levels(config.model, args.levels)
     changes = own_changes(changes, config)
     change(config, changes)
+    change(config, CONTROLS.get(args.control, {}))
     if stage == "prune" and "optim.decay_steps" not in changes:
         # An expert has few updates, so the rate rises in at most a fifth of them and decays to 0.
         config.optim.decay_steps = config.total_steps
@@ -346,7 +361,8 @@ def image_stages(
 
     pagoda: pretrain, invert, distill, and one growth per doubling. one_step: the same without
     growth. cascade: pretrain, and one tuning per doubling. experts: pretrain, assess, and prune for
-    each group. `teacher=DIR` in `arg` replaces pretraining.
+    each group. `teacher=DIR` in `arg` replaces pretraining. `controls` adds CONTROLS to the first
+    two.
     """
     args, changes = parse(arg)
     row = pick(args.size, sizes)
@@ -358,13 +374,16 @@ def image_stages(
     if args.pipeline == "cascade":
         top = args.top or 2 * base
         return [*first, *(f"stage=cascade,resolution={r}" for r in doublings(base, top))]
-    first += ["stage=invert", "stage=distill"]
-    if args.pipeline == "one_step":
-        return first
-    top = args.top or max(row.get("top", data.top), base)
-    reached = doublings(base, top)
-    reached = reached[-1:] if args.jump else reached
-    return first + [f"stage=grow,resolution={r}" for r in reached]
+    planned = ["stage=invert", "stage=distill"]
+    if args.pipeline == "pagoda":
+        top = args.top or max(row.get("top", data.top), base)
+        reached = doublings(base, top)
+        planned += [f"stage=grow,resolution={r}" for r in (reached[-1:] if args.jump else reached)]
+    if args.controls:
+        for one in planned[1:]:
+            planned = [*planned, f"{one},control=no_rec", f"{one},control=no_adv"]
+        planned += ["stage=invert,control=dstl", "stage=distill,control=dstl"]
+    return first + planned
 
 
 def doublings(base: int, top: int) -> list[int]:

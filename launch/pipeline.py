@@ -4,16 +4,18 @@
     python -m launch.pipeline --config=configs/scenes.py --arg=pipeline=experts,prune.k=0.4 \\
         --workdir=runs/experts
 
-pipeline=pagoda     pretrain, invert, distill, grow; then pictures and a table: data, teacher,
-                    round_trip, one_step (each column shows one z at every resolution), nearest
-                    (the samples nearest to a training image, above that image)
+pipeline=pagoda     pretrain, invert, distill, grow; then report.md with its pictures: growth and
+                    one_step (each column shows one z), reconstruction, round_trip, data, teacher,
+                    spectrum, nearest (the samples nearest to a training image, above that image)
 pipeline=one_step   the same without growth
 pipeline=cascade    pretrain, then tune upsamplers
 pipeline=experts    pretrain, assess, prune one expert for each range of noise levels (only some of
                     them with --groups=0 --groups=3)
 
-The argument `teacher=DIR` replaces pretraining. Each stage has its own folder in the work
-directory, and running the same command again resumes.
+The argument `controls` also trains the controls of both PaGoDA stages (configs/common.py), which
+then stand in the report; in the folder of a finished pipeline only these are trained.
+`teacher=DIR` replaces pretraining. Each stage has its own folder in the work directory, and running
+the same command again resumes.
 """
 
 import importlib.util
@@ -37,6 +39,9 @@ from cheapscale.training.log import duration
 from configs import common, fields
 from launch.command import execute, named_file, pipeline_flags, required, start, write_record
 from launch.train import run
+
+# To these sizes in pixels a judge enlarges images; on CPUs its own 224 px would take minutes.
+JUDGE_SIDES = {"mobilenet_v2": 96, "efficientnet_lite0": 96}
 
 
 def load_module(path: str):
@@ -72,16 +77,23 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
     for words in module.stages(arg):
         config = module.get_config(",".join(filter(None, (arg, words))))
         stage, folder = config.stage, str(root / config.stage)
+        control = common.parse(words)[0].control
         if stage in ("grow", "cascade"):
             folder += str(config.data.resolution)
         if stage == "assess":
             folder = str(places["experts"] / "assess")
         if stage == "prune":
             folder = group_folder(places["experts"], config.prune.group)
+        if control:  # it begins as the stage itself does
+            folder += f"-{control}"
+            itself = next(c for _, c in planned if report.place(c) == report.place(config))
+            config.update({name: itself[name] for name in places if name in itself})
+        if control == "dstl":  # the pairs of the teacher's samples
+            config.latents = str(root / "latents-dstl")
         for name, place in places.items():
             if name in config and not config[name]:
                 config[name] = str(place)
-        if stage in ("distill", "grow"):
+        if stage in ("distill", "grow") and not control:
             places["base"] = folder  # the next growth starts from this generator
         if stage == "cascade":
             config.cascade.init_from = str(places.get("tuned", ""))
@@ -124,6 +136,12 @@ def is_stage(arg: str) -> bool:
     return any(word.startswith("stage=") for word in common.split(arg))
 
 
+def load_judge(entry: str) -> features.FeatureNetwork:
+    """The network "NAME=FILE" of the report."""
+    name, path = named_file(entry)
+    return features.load(name, path, input_size=JUDGE_SIDES.get(name))
+
+
 def pipeline(
     path: str,
     arg: str,
@@ -134,8 +152,8 @@ def pipeline(
 ) -> dict:
     """The figures of the report, after every stage has run.
 
-    measure: "NAME=FILE" of further feature networks for the top resolution. groups: the experts to
-    prune; () for all.
+    measure: "NAME=FILE" of feature networks that judge in the report. groups: the experts to prune;
+    () for all.
     """
     began = time.monotonic()
     planned = stage_configs(path, arg, workdir)
@@ -153,12 +171,13 @@ def pipeline(
             if config.stage != "prune" or config.prune.group in groups
         ]
     check_order(planned)
-    measures = [features.load(*named_file(entry)) for entry in measure]
+    judges = [load_judge(entry) for entry in measure]
     # What the last stage cannot read is refused before the first one begins.
-    last, settings = planned[-1][1].data, planned[-1][1].get("features")
+    final = max((config for _, config in planned), key=lambda config: config.data.resolution)
+    last, settings = final.data, final.get("features")
     trained, _ = load_features(settings.to_dict(), open_data(last)) if settings else ((), {})
-    for network in measures:
-        checked_name(network, {known.name: known.sha256 for known in trained})
+    for judge in judges:
+        checked_name(judge, {known.name: known.sha256 for known in trained})
     for split in (last.split, last.eval_split) if "distill" in stages else (last.split,):
         source = open_data(last, split=split)
         if "distill" in stages and len(source) < 2:
@@ -172,10 +191,11 @@ def pipeline(
         logging.info("stage %d of %d: %s (%s so far)", position, len(planned), name, elapsed)
         begun = time.monotonic()
         summary = run(config, folder)
-        runs.append(report.Run(name, config, folder, summary, time.monotonic() - begun))
+        control = name.partition("-")[2]
+        runs.append(report.Run(name, config, folder, summary, time.monotonic() - begun, control))
         jax.clear_caches()  # the programs of one stage are not used again
     if any(run.config.stage == "distill" for run in runs):
-        summary = report.write(runs, workdir, num_samples=num_samples, measures=measures)
+        summary = report.write(runs, workdir, num_samples=num_samples, judges=judges)
     else:
         summary = {"stages": {run.folder: run.summary for run in runs}}
     return summary | {"config": path, "arg": arg, "seconds": round(time.monotonic() - began, 1)}
@@ -189,7 +209,7 @@ def define() -> None:
         "num_samples", 1000, "Generated images per network in the report.", 8, 10_000_000
     )
     flags.DEFINE_multi_string(
-        "measure", [], "NAME=FILE of a further feature network for the top resolution."
+        "measure", [], "NAME=FILE of a feature network that judges; no loss may have used it."
     )
     flags.DEFINE_multi_integer("groups", [], "Prune only this expert; may be repeated.", 0, 10_000)
     flags.DEFINE_string("record", None, "Also write the figures to this file.")

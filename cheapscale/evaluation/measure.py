@@ -54,7 +54,6 @@ def evaluate(
     num_train: int = 10_000,
     batch_size: int = 250,
     resize: str = "network",
-    said: set[str] | None = None,
 ) -> dict[str, float]:
     """{metric: number} of generated images; warnings are logged.
 
@@ -71,8 +70,6 @@ def evaluate(
         num_reference, num_train: limits of the number of images read from a source; a larger source
             is reduced to a fixed random choice. A copy of a training image outside the choice is
             not detected.
-        said: the subjects of the warnings that were logged before and are not repeated; the new
-            ones are added.
 
     Returns the numbers that `scores` describes.
     """
@@ -105,11 +102,8 @@ def evaluate(
         unseen=unseen,
         resize=resize,
     )
-    said = set() if said is None else said
     for warning in warnings:
-        if (subject := warning.partition(":")[0]) not in said:
-            logging.warning(warning)
-        said.add(subject)
+        logging.warning(warning)
     return numbers
 
 

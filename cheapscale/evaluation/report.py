@@ -1,51 +1,60 @@
-"""The report of a finished pipeline: pictures of every stage, a table, and the numbers as a dict.
+"""The report of a finished pipeline: a table of its generators and their controls, and pictures.
 
-All generators use the same latents, so that a column of `one_step.png` shows one z at every
-resolution; classes have the frequencies of the training set. `measure.evaluate` computes the
-numbers in a classifier that is not part of any loss. Two controls accompany every grown generator:
-the images of the base, enlarged by bicubic interpolation, and the grown generator at step 0, before
-its training.
+The rows are those of `report_rows`; `report_page` defines the columns for a reader. All generators
+get the same noise, so a column of `one_step.png` or `growth.png` shows one z, and two rows are
+compared with paired intervals. No number uses a network that trained a generator: judges are given
+by the caller, and all other numbers read pixels.
 """
 
 import functools
 import pathlib
+import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import logging
 
 from cheapscale.data.pixels import from_uint8, psnr, to_uint8
 from cheapscale.data.resize import area_mean, downsample
-from cheapscale.data.source import Source
-from cheapscale.data.sources import open_data
-from cheapscale.evaluation.coverage import nearest
+from cheapscale.evaluation import detail
+from cheapscale.evaluation.coverage import nearest, prdc
 from cheapscale.evaluation.embedding import embed
-from cheapscale.evaluation.image_sets import choice
-from cheapscale.evaluation.measure import evaluate, statistics_of
-from cheapscale.evaluation.naming import suffixed
+from cheapscale.evaluation.measure import checked_name
+from cheapscale.evaluation.naming import metric_name, suffixed
+from cheapscale.evaluation.patches import random_crops
+from cheapscale.evaluation.report_page import draw_curves, table
+from cheapscale.evaluation.report_rows import Row, Run, make_noise, read_some, rows, targets
 from cheapscale.features import FeatureNetwork
-from cheapscale.features.fitted import fit_classifier
-from cheapscale.models.growth import grow_params
-from cheapscale.models.unet import init_params
-from cheapscale.teacher import Experts, Generator, Teacher, load, load_teacher
-from cheapscale.teacher.data import match_classes
-from cheapscale.teacher.sampling import round_trip, sample
+from cheapscale.teacher import load_teacher
 from cheapscale.training.log import enlarge, image_grid, save_png
 
-COLUMNS = 8
+COLUMNS = 8  # of a picture
 NUM_TRAIN = 10_000  # training images in which copies are searched for
+CROP = 16  # side in pixels of a judge's crops: of 8 px it does not tell enlarged images from real
+SMALL = 16  # largest side at which whole images are compared pixel by pixel
+NEIGHBOURS = 3
 
 
-class Run(NamedTuple):
-    """One finished stage of a pipeline."""
+class Views(NamedTuple):
+    """What a set of n images is compared by.
 
-    folder: str
-    config: Any
-    workdir: str
-    summary: dict
-    seconds: float
+    patches: {judge or "detail": features [n, crops, d]}. whole: {judge or "pixels": [n, d]}.
+    """
+
+    patches: dict[str, np.ndarray]
+    whole: dict[str, np.ndarray]
+    spectrum: np.ndarray
+
+
+class Measured(NamedTuple):
+    """The numbers of a row, its patch distances, its spectrum, and the first of its images."""
+
+    numbers: dict[str, float]
+    distances: dict[str, detail.PatchDistance]
+    spectrum: np.ndarray
+    first: np.ndarray
+    first_again: np.ndarray | None
 
 
 def write(
@@ -53,173 +62,210 @@ def write(
     workdir: str | pathlib.Path,
     *,
     num_samples: int,
-    measures: Sequence[FeatureNetwork] = (),
+    judges: Sequence[FeatureNetwork] = (),
 ) -> dict:
     """The figures of a pipeline, as a dict; also writes pictures and report.md into `workdir`.
 
-    runs: the pipeline's stages in order. num_samples: generated images per network. measures:
-    further feature networks for the top resolution besides the small classifier; none of them may
-    have been part of a loss.
+    runs: the pipeline's stages in order. num_samples: generated images of each network, and real
+    images that they are compared with. judges: feature networks; ValueError for one that was part
+    of a loss.
     """
-    folder = pathlib.Path(workdir)
-    (invert,) = (run for run in runs if run.config.stage == "invert")
-    growing = [run for run in runs if run.config.stage in ("distill", "grow")]
-    final = growing[-1]
+    began, folder = time.monotonic(), pathlib.Path(workdir)
+    (invert,) = (run for run in runs if run.config.stage == "invert" and not run.control)
+    trained = [run for run in runs if run.config.stage in ("distill", "grow")]
+    growing = [run for run in trained if not run.control]
+    for run, judge in ((run, judge) for run in trained for judge in judges):
+        checked_name(judge, run.summary["frozen_networks"])
     teacher = load_teacher(invert.config.teacher, dtype=invert.config.compute.dtype)
-    top = final.config.data.resolution
+    noise = make_noise(teacher, invert, num_samples)
+    side = min(SMALL, invert.config.data.resolution)
+    train = read_some(invert.config.data, NUM_TRAIN)
+    known = small_pixels(train, side)
+    if invert.config.data.flip:  # the generators see mirror images too
+        known = np.concatenate([known, small_pixels(train[:, :, ::-1], side)])
 
-    sources = [held_out(run) for run in growing]
-    rows = [enlarge(first_images(source), top) for source in sources]
-    save_rows(folder / "data.png", rows)
-    figures = {"round_trip": inversion(folder / "round_trip.png", teacher, invert), "stages": {}}
-
-    logging.info("report: sampling %d images of each network", num_samples)
-    images, controls = samples(teacher, invert, growing, num_samples)
-    save_png(folder / "teacher.png", image_grid(images["teacher"][:64]))
-    rows = [enlarge(images[run.folder][:COLUMNS], top) for run in growing]
-    save_rows(folder / "one_step.png", rows)
-
-    said: set[str] = set()  # a warning about small numbers is the same for every network
+    drawn: dict[str, Row] = {}
+    found: dict[str, Measured] = {}
+    curves: dict[str, dict[str, np.ndarray]] = {}
     for run in growing:
-        train = open_data(run.config.data)
-        steps = run.config.features.fit_steps or None
-        classifier = fit_classifier(train, purpose="metric", steps=steps)
-        for name in (*controls[run.folder], run.folder):
+        real = read_some(run.config.data, num_samples, run.config.data.eval_split)
+        scale = float(detail.detail_of(from_uint8(real)).std())
+        look = functools.partial(views, judges=judges, side=side, scale=scale)
+        reference, wanted = look(real), targets(run, invert, teacher, noise.split)
+        shown = curves[f"{real.shape[1]} px"] = {"real": reference.spectrum}
+        beside = [c for c in trained if c.control and place(c.config) == place(run.config)]
+        for name, row in rows(run, beside, teacher, noise, drawn):
             logging.info("report: measuring %s", name)
-            numbers = {"resolution": images[name].shape[1]}
-            for network in (classifier, *(measures if run is final else ())):
-                numbers |= evaluate(
-                    to_uint8(images[name]),
-                    held_out(run),
-                    network,
-                    train=train,
-                    used_in_loss=run.summary["frozen_networks"],
-                    # A larger reference would not reduce the variance of num_samples samples.
-                    num_reference=min(5000, 4 * num_samples),
-                    num_train=NUM_TRAIN,
-                    said=said,
-                )
-            figures["stages"][name] = numbers
-        if run is final:
-            draw_nearest(folder / "nearest.png", images[run.folder], train, classifier)
-    for small, large in zip(growing, growing[1:]):
-        # Growth should keep the content of the smaller generator's image for the same z.
-        shrunk = area_mean(images[large.folder], small.config.data.resolution)
-        drift = np.sqrt(np.mean((shrunk - images[small.folder]) ** 2))
-        figures["stages"][large.folder]["drift_rms"] = float(drift)
-    figures["seconds_per_stage"] = {run.folder: round(run.seconds, 1) for run in runs}
-    figures["training_flops"] = final.summary["ledger"]["flops"]
-    figures["rms_z_over_sigma_max"] = invert.summary["rms"]
-    figures["provenance"] = final.summary["provenance"]
+            seen, base = look(row.images), drawn.get(run.config.get("base"))
+            found[name] = measured(row, seen, reference, judges, wanted, base)
+            if not name.startswith("data"):
+                nearer = relative_nearest(seen, reference, known)
+                found[name].numbers["nearest"] = nearer
+            shown[name] = seen.spectrum
+    figures = {
+        "round_trip": round_trip_figures(noise, teacher.process.sigma_max),
+        "stages": {name: row.numbers for name, row in found.items()},
+        "comparisons": comparisons(growing, found),
+        "judges": {judge.name: judge.input_size for judge in judges},
+        "seconds_per_stage": {run.folder: round(run.seconds, 1) for run in runs},
+        "training_flops": growing[-1].summary["ledger"]["flops"],
+        "rms_z_over_sigma_max": invert.summary["rms"],
+        "provenance": growing[-1].summary["provenance"],
+    }
+    save_png(folder / "spectrum.png", draw_curves(curves), 1)
+    save_rows(folder / "round_trip.png", [part[:COLUMNS] for part in noise.trip], 512)
+    draw(folder, growing, found, real, wanted["held_out"])
+    draw_nearest(folder / "nearest.png", drawn[growing[-1].workdir].images, train, known)
+    figures["report_seconds"] = round(time.monotonic() - began, 1)
     text = table(figures)
     (folder / "report.md").write_text(text + "\n")
     print(text)
     return figures
 
 
-def samples(
-    teacher: Teacher | Experts, invert: Run, growing: list[Run], num: int
-) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    """({network or control: images [num, R, R, 3]}, {run: names of its controls}), for equal z."""
-    ids, base = np.arange(num), growing[0].folder
-    source = open_data(invert.config.data)
-    match_classes(teacher.meta, teacher.num_classes, source, teacher.workdir)
-    options = {"labels": source.class_mix(num), "batch_size": 250}
-    images = {"teacher": sample(teacher, ids, steps=invert.config.invert.nodes, **options)[0]}
-    controls = {base: ["teacher"]}  # the teacher has the resolution of the first generator
+def place(config) -> tuple[str, int]:
+    """What the config of a control shares with that of the run that it is compared with."""
+    return config.stage, config.data.resolution
+
+
+def views(
+    images: np.ndarray, *, judges: Sequence[FeatureNetwork], side: int, scale: float
+) -> Views:
+    """The views of uint8 images [n, R, R, 3].
+
+    side: at which whole images are compared pixel by pixel. scale: of `detail.detail_patches`.
+    """
+    floats, n = from_uint8(images), len(images)
+    patches = {"detail": detail.detail_patches(floats, scale)}
+    whole = {"pixels": small_pixels(images, side)}
+    for judge in judges:
+        features = whole[judge.name] = embed(judge, images)
+        patches[judge.name] = features[:, None]
+        if images.shape[1] > CROP:
+            crops = random_crops(images, np.arange(n), CROP, crops=detail.CROPS)
+            patches[judge.name] = embed(judge, crops).reshape(n, detail.CROPS, -1)
+    return Views(patches, whole, detail.power_spectrum(floats))
+
+
+def small_pixels(images: np.ndarray, side: int) -> np.ndarray:
+    """The pixels [n, d] of uint8 images that are reduced to `side`."""
+    return np.stack([downsample(image, side) for image in images]).reshape(len(images), -1)
+
+
+def measured(
+    row: Row,
+    seen: Views,
+    real: Views,
+    judges: Sequence[FeatureNetwork],
+    wanted: dict[str, np.ndarray],
+    base: Row | None,
+) -> Measured:
+    """The numbers of a row, from its views and those of real images.
+
+    wanted: the images that `row.again` should equal. base: the smaller generator's row.
+    """
+    hashes = {judge.name: judge.sha256 for judge in judges}
+    numbers: dict[str, float] = {"resolution": row.images.shape[1]}
+    distances = {}
+    for key, features in seen.patches.items():
+        distance = distances[key] = detail.patch_distance(features, real.patches[key])
+        name = metric_name("kid", key, hashes.get(key, ""), variant="patch")
+        numbers |= {name: distance.value, suffixed(name, "_interval"): distance.interval}
+    numbers["spectrum_db"] = detail.spectrum_error(seen.spectrum, real.spectrum)
+    for key, features in seen.whole.items():
+        if min(len(features), len(real.whole[key])) > NEIGHBOURS:
+            (scores,) = prdc(real.whole[key], features, ks=(NEIGHBOURS,)).values()
+            numbers |= {
+                suffixed(metric_name(kind, key), f"_k{NEIGHBOURS}"): value
+                for kind, value in scores._asdict().items()
+            }
+    for part, images in row.again.items():
+        numbers[f"psnr_{part}"] = float(np.mean(psnr(images, wanted[part])))
+    if base and row.again:
+        # Growth should keep the content of the smaller generator's image of the same noise.
+        shrunk = area_mean(from_uint8(row.images), base.images.shape[1])
+        numbers["drift_rms"] = float(np.sqrt(np.mean((shrunk - from_uint8(base.images)) ** 2)))
+    again = to_uint8(row.again["held_out"][:COLUMNS]) if row.again else None
+    return Measured(numbers, distances, seen.spectrum, row.images[:COLUMNS], again)
+
+
+def relative_nearest(seen: Views, real: Views, known: np.ndarray) -> float:
+    """The mean distance of images to their nearest training images, as a share of that of held-out
+    images: 1 for new images, 0 for copies."""
+    own, unseen = (nearest(view.whole["pixels"], known)[0].mean() for view in (seen, real))
+    return float(own / unseen)
+
+
+def comparisons(growing: list[Run], found: dict[str, Measured]) -> dict[str, dict]:
+    """{text: {"ratio", "interval", "of"}}: the patch distance of each grown generator as a share of
+    that of its enlarged base, the better of both; the one-step generator's of the teacher's."""
+    result = {}
     for run in growing:
-        generator, px = load(run.workdir), run.config.data.resolution
-        images[run.folder] = sample(generator, ids, **options)[0]
-        if run.folder != base:
-            enlarged, start = f"{base} enlarged to {px} px", f"{run.folder} at step 0"
-            controls[run.folder] = [enlarged, start]
-            images[enlarged] = bicubic(images[base], px)
-            untrained = step_zero(generator, load(run.config.base))
-            images[start] = sample(untrained, ids, **options)[0]
-    return images, controls
+        mine, px = found[run.folder], run.config.data.resolution
+        base = pathlib.Path(run.config.get("base", "")).name
+        others = [f"{base}-nearest{px}", f"{base}-bicubic{px}"] if base else ["teacher"]
+        for key in mine.distances:
+            other = min(others, key=lambda name: found[name].distances[key].value)
+            ratio, interval = detail.ratio(mine.distances[key], found[other].distances[key])
+            result[f"{run.folder} {key}"] = {"ratio": ratio, "interval": interval, "of": other}
+    return result
 
 
-def held_out(run: Run) -> Source:
-    """The source of held-out images at the run's resolution."""
-    return open_data(run.config.data, split=run.config.data.eval_split)
-
-
-def first_images(source: Source) -> np.ndarray:
-    """The images of one row of a picture: at most COLUMNS."""
-    return source.read(range(min(COLUMNS, len(source))))[0]
-
-
-def bicubic(images: np.ndarray, resolution: int) -> np.ndarray:
-    """Images [n, r, r, 3] in [-1, 1], enlarged to [n, R, R, 3]."""
-    return np.stack([downsample(image, resolution, allow_upscale=True) for image in images])
-
-
-def step_zero(grown: Generator, smaller: Generator) -> Generator:
-    """The grown generator before training: `smaller`'s weights, and fresh weights of new blocks."""
-    fresh = jax.jit(functools.partial(init_params, grown.fields))(jax.random.key(0))
-    params, _ = grow_params(fresh, smaller.params, grown.net.config)
-    return grown.replace(params=params)
-
-
-def inversion(path: pathlib.Path, teacher: Teacher | Experts, run: Run, count: int = 128) -> dict:
-    """PSNR and rms(z)/sigma_max of held-out images after the teacher's round trip on the same
-    nodes; writes a picture of the first images and their reconstructions to `path`."""
-    source = held_out(run)
-    if teacher.num_classes and not source.num_classes:
-        logging.warning("the round trip is of training images, as the others have no labels")
-        source = open_data(run.config.data)
-    match_classes(teacher.meta, teacher.num_classes, source, teacher.workdir)
-    images, labels = source.read(range(min(count, len(source))))
-    nodes = run.config.invert.nodes
-    z, again = round_trip(teacher, nodes=nodes, clip=run.config.invert.clip)(images, labels)
-    save_rows(path, [images[:COLUMNS], again[:COLUMNS]], 512)
-    sigma_max = teacher.process.sigma_max
+def round_trip_figures(noise, sigma_max: float) -> dict:
+    """PSNR and rms(z) / sigma_max of held-out images after the teacher's round trip."""
+    images, again = noise.trip
+    z, _ = noise.parts["held_out"]
     return {
         "psnr": float(np.mean(psnr(images, again))),
         "num": len(images),
-        "nodes": nodes,
+        "nodes": noise.nodes,
         "rms_z_over_sigma_max": float(np.sqrt(np.mean(z**2)) / sigma_max),
     }
 
 
-def draw_nearest(path: pathlib.Path, images: np.ndarray, train, network: FeatureNetwork) -> None:
-    """Write a picture of the eight samples nearest to a training image, above those images."""
-    images = to_uint8(images)
-    known = statistics_of(train, network, num=NUM_TRAIN).features
-    distance, index = nearest(embed(network, images), known)
+def draw(
+    folder: pathlib.Path,
+    growing: list[Run],
+    found: dict[str, Measured],
+    real: np.ndarray,
+    held_out: np.ndarray,
+) -> None:
+    """Write the pictures of samples.
+
+    data.png: real images at every resolution. teacher.png. one_step.png: the generators, one noise
+    a column. growth.png: real images, the base enlarged (nearest, bicubic), the grown generator.
+    reconstruction.png: the same with held-out images and their latents.
+    """
+    final = growing[-1]
+    top, real = real.shape[1], from_uint8(real[:COLUMNS])
+    sides = [run.config.data.resolution for run in growing]
+    save_rows(folder / "data.png", [enlarge(area_mean(real, side), top) for side in sides])
+    save_rows(folder / "teacher.png", [from_uint8(found["teacher"].first)], 512)
+    rows = [enlarge(from_uint8(found[run.folder].first), top) for run in growing]
+    save_rows(folder / "one_step.png", rows)
+    if len(growing) == 1:
+        return
+    base = pathlib.Path(final.config.base).name
+    names = [f"{base}-nearest{top}", f"{base}-bicubic{top}", final.folder]
+    save_rows(folder / "growth.png", [real, *(from_uint8(found[name].first) for name in names)])
+    again = [from_uint8(found[name].first_again) for name in names]
+    save_rows(folder / "reconstruction.png", [held_out[:COLUMNS], *again])
+
+
+def draw_nearest(
+    path: pathlib.Path, images: np.ndarray, train: np.ndarray, known: np.ndarray
+) -> None:
+    """Write a picture of the samples nearest to a training image, above those images, at the
+    training images' size. known: the pixels of the training images, then of their mirror images."""
+    side = train.shape[1]
+    small = small_pixels(images, min(SMALL, side))
+    distance, index = nearest(small, known)
     order = np.argsort(distance)[:COLUMNS]
-    originals, _ = train.read(choice(len(train), NUM_TRAIN)[index[order]])
-    save_rows(path, [from_uint8(images[order]), originals])
+    originals = np.concatenate([train, train[:, :, ::-1]])[index[order]]
+    save_rows(path, [area_mean(from_uint8(images[order]), side), from_uint8(originals)])
 
 
 def save_rows(path: pathlib.Path, rows: Sequence[np.ndarray], min_side: int = 1024) -> None:
     """Write a picture with one row for each set of images; every set [n, h, w, 3] has one shape."""
-    save_png(path, image_grid(np.concatenate(rows), len(rows[0])), min_side)
-
-
-def table(figures: dict) -> str:
-    """The figures as a Markdown table, one row for each network."""
-    first = next(iter(figures["stages"].values()))
-    fd = next(name for name in first if name.startswith("fd_"))
-    kid = fd.replace("fd", "kid", 1)
-    precision, recall = (suffixed(fd.replace("fd", w, 1), "_k3") for w in ("precision", "recall"))
-    head = ["network", "px", fd, "floor", f"1000 {kid}", "precision", "recall", "drift"]
-    rows = [head, ["---"] * len(head)]
-    for network, values in figures["stages"].items():
-        drift = values.get("drift_rms")
-        rows.append([
-            network, str(values["resolution"]),
-            f"{values[fd]:.3f}", f"{values[suffixed(fd, '_floor')]:.3f}",
-            f"{1000 * values[kid]:.2f}",
-            *(f"{values[name]:.2f}" if name in values else "" for name in (precision, recall)),
-            "" if drift is None else f"{drift:.3f}",
-        ])  # fmt: skip
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    trip = figures["round_trip"]
-    lines.append(
-        f"\nInversion round trip on {trip['num']} held-out images, {trip['nodes']} nodes: "
-        f"{trip['psnr']:.1f} dB; rms(z)/sigma_max {trip['rms_z_over_sigma_max']:.3f}. "
-        "Drift: rms difference between the downsampled image and the smaller generator's image of "
-        "the same z."
-    )
-    return "\n".join(lines)
+    width = min(len(row) for row in rows)
+    save_png(path, image_grid(np.concatenate([row[:width] for row in rows]), width), min_side)

@@ -23,13 +23,18 @@ def test_the_pipeline_ends_with_a_table_pictures_and_one_json_line(pipeline):
     workdir, lines = pipeline
     summary = json.loads(lines[-1])
     assert summary == json.loads((workdir / "pipeline.json").read_text())
-    controls = ["distill enlarged to 16 px", "grow16 at step 0"]
-    assert list(summary["stages"]) == ["teacher", "distill", *controls, "grow16"]
-    assert lines[0].startswith("| network | px | fd_classifier | floor |")
-    assert {"data.png", "teacher.png", "round_trip.png", "one_step.png", "report.md"} <= {
+    enlarged = ["data8-bicubic16", "distill-nearest16", "distill-bicubic16"]
+    rows = ["data8", "teacher", "distill", "data16", *enlarged, "grow16-step0", "grow16"]
+    assert list(summary["stages"]) == rows
+    assert lines[0].startswith("| network | px | 1000 pkid_detail | spectrum | recall_pixels_k3 |")
+    names = ("data", "teacher", "round_trip", "one_step", "growth", "reconstruction", "spectrum")
+    assert {f"{name}.png" for name in names} | {"report.md"} <= {
         path.name for path in workdir.iterdir()
     }
     assert summary["training_flops"] > 0 and summary["stages"]["grow16"]["drift_rms"] > 0
+    assert summary["stages"]["distill-nearest16"]["drift_rms"] == 0
+    assert all(0 <= found["nearest"] < 10 for name, found in summary["stages"].items()
+               if not name.startswith("data"))  # fmt: skip
 
 
 def test_sample_writes_images_and_each_depends_on_its_number_alone(pipeline, tmp_path):

@@ -125,6 +125,35 @@ def test_images_are_enlarged_for_efficientnet_by_their_resolution():
     assert file.get_config("smoke,stage=distill").features.names == ("classifier",)
 
 
+def test_controls_begin_as_their_stage_does_and_differ_in_one_part_of_the_loss():
+    configs = dict(stage_configs("configs/scenes.py", "size=quick,controls", "runs"))
+    stages = ("distill", "grow16", "grow32")
+    assert set(configs) == {
+        *(f"runs/{name}" for name in ("pretrain", "invert", *stages)),
+        *(f"runs/{name}-{control}" for name in stages for control in ("no_rec", "no_adv")),
+        "runs/invert-dstl", "runs/distill-dstl",
+    }  # fmt: skip
+    for name in stages:
+        itself, no_rec, no_adv = (
+            fields.flat(configs[f"runs/{name}{end}"], fields.fields(name.rstrip("0123456789")))
+            for end in ("", "-no_rec", "-no_adv")
+        )
+        stage = itself["stage"]
+        changed = {field for field in itself if no_rec[field] != itself[field]}
+        terms = {f"{stage}.{term}_weight" for term in ("feature", "pixel", "lpips")}
+        assert changed == {term for term in terms if itself[term]}
+        assert not any(no_rec[term] for term in terms)
+        changed = {field for field in itself if no_adv[field] != itself[field]}
+        assert changed == {f"{stage}.adversarial_weight"}
+    sampled, dstl = configs["runs/invert-dstl"], configs["runs/distill-dstl"]
+    assert (sampled.invert.direction, dstl.distill.pairs) == ("sample", "teacher")
+    assert sampled.latents == dstl.latents == "runs/latents-dstl"
+    assert dstl.teacher == sampled.teacher == configs["runs/distill"].teacher == "runs/pretrain"
+    assert list(configs)[:5] == [f"runs/{n}" for n in ("pretrain", "invert", *stages)]
+    with pytest.raises(ValueError, match="control 'x' is unknown: choose one of , no_rec"):
+        module("scenes").get_config("control=x")
+
+
 def test_levels_leaves_out_the_lowest_of_the_u_net_s():
     model = module("imagenet").get_config("stage=pretrain,levels=2").model
     assert (model.channel_mult, model.attention) == ((1, 2), (32,))
