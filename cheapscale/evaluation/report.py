@@ -77,7 +77,7 @@ def write(
     for run, judge in ((run, judge) for run in trained for judge in judges):
         checked_name(judge, run.summary["frozen_networks"])
     teacher = load_teacher(invert.config.teacher, dtype=invert.config.compute.dtype)
-    noise = make_noise(teacher, invert, num_samples)
+    noise = make_noise(teacher, invert, num_samples, growing[0].config.rescale_latents)
     side = min(SMALL, invert.config.data.resolution)
     train = read_some(invert.config.data, NUM_TRAIN)
     known = small_pixels(train, side)
@@ -103,7 +103,12 @@ def write(
                 found[name].numbers["nearest"] = nearer
             shown[name] = seen.spectrum
     figures = {
-        "round_trip": round_trip_figures(noise, teacher.process.sigma_max),
+        "round_trip": {
+            "psnr": float(np.mean(psnr(*noise.trip))),
+            "num": len(noise.trip[0]),
+            "nodes": noise.nodes,
+            "rms_z_over_sigma_max": noise.rms,
+        },
         "stages": {name: row.numbers for name, row in found.items()},
         "comparisons": comparisons(growing, found),
         "judges": {judge.name: judge.input_size for judge in judges},
@@ -209,18 +214,6 @@ def comparisons(growing: list[Run], found: dict[str, Measured]) -> dict[str, dic
             ratio, interval = detail.ratio(mine.distances[key], found[other].distances[key])
             result[f"{run.folder} {key}"] = {"ratio": ratio, "interval": interval, "of": other}
     return result
-
-
-def round_trip_figures(noise, sigma_max: float) -> dict:
-    """PSNR and rms(z) / sigma_max of held-out images after the teacher's round trip."""
-    images, again = noise.trip
-    z, _ = noise.parts["held_out"]
-    return {
-        "psnr": float(np.mean(psnr(images, again))),
-        "num": len(images),
-        "nodes": noise.nodes,
-        "rms_z_over_sigma_max": float(np.sqrt(np.mean(z**2)) / sigma_max),
-    }
 
 
 def draw(

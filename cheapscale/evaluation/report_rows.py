@@ -68,13 +68,15 @@ class Noise(NamedTuple):
 
     parts: {"fresh", "train", "held_out"}: (z [n, h, w, c], labels [n]); the first is drawn from the
     prior, the others are the latents of real images. split: that of the held-out images. nodes: of
-    the teacher's ODE. trip: (held-out images, the same after the teacher's round trip).
+    the teacher's ODE. trip: (held-out images, the same after the teacher's round trip). rms:
+    rms(z) / sigma_max of the held-out images.
     """
 
     parts: dict[str, tuple[np.ndarray, np.ndarray]]
     split: str
     nodes: int
     trip: tuple[np.ndarray, np.ndarray]
+    rms: float
 
 
 def rows(
@@ -136,15 +138,19 @@ def step_zero(grown: Generator, smaller: Generator) -> Generator:
     return grown.replace(params=params)
 
 
-def make_noise(teacher: Teacher | Experts, invert: Run, num: int) -> Noise:
+def make_noise(teacher: Teacher | Experts, invert: Run, num: int, rescale: bool) -> Noise:
     """`num` draws from the prior, whose classes have the frequencies of the training set; latents
-    that the run `invert` stored; and latents of held-out images, made here on the same nodes."""
-    config = invert.config
+    that the run `invert` stored; and latents of held-out images, made here on the same nodes.
+
+    rescale: whether the generators take latents of the prior's size.
+    """
+    config, size = invert.config, np.float32(1 / invert.summary["rms"] if rescale else 1)
     train = matched(teacher, open_data(config.data))
     z = prior(0, np.arange(num), teacher.shape, teacher.process.sigma_max)
     parts = {"fresh": (np.asarray(z), train.class_mix(num))}
     if pairs := stored_pairs(invert, train):
-        parts["train"] = tuple(np.stack([pair[key] for pair in pairs]) for key in ("z", "label"))
+        z, labels = (np.stack([pair[key] for pair in pairs]) for key in ("z", "label"))
+        parts["train"] = size * z, labels
     split = config.data.eval_split
     if teacher.num_classes and not open_data(config.data, split=split).num_classes:
         logging.warning("the round trip is of training images, as the others have no labels")
@@ -153,7 +159,9 @@ def make_noise(teacher: Teacher | Experts, invert: Run, num: int) -> Noise:
     z, again = round_trip(teacher, nodes=config.invert.nodes, clip=config.invert.clip)(
         images, labels
     )
-    return Noise(parts | {"held_out": (z, labels)}, split, config.invert.nodes, (images, again))
+    parts["held_out"] = size * z, labels
+    rms = float(np.sqrt(np.mean(z**2)) / teacher.process.sigma_max)
+    return Noise(parts, split, config.invert.nodes, (images, again), rms)
 
 
 def targets(run: Run, invert: Run, teacher: Teacher | Experts, split: str) -> dict[str, np.ndarray]:
