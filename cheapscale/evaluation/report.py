@@ -147,8 +147,8 @@ def views(
         features = whole[judge.name] = embed(judge, images)
         patches[judge.name] = features[:, None]
         if images.shape[1] > CROP:
-            crops = random_crops(images, np.arange(n), CROP, crops=detail.CROPS)
-            patches[judge.name] = embed(judge, crops).reshape(n, detail.CROPS, -1)
+            crops = random_crops(images, np.arange(n), CROP, crops=2)
+            patches[judge.name] = embed(judge, crops).reshape(n, 2, -1)
     return Views(patches, whole, detail.power_spectrum(floats))
 
 
@@ -211,7 +211,10 @@ def comparisons(growing: list[Run], found: dict[str, Measured]) -> dict[str, dic
         others = [f"{base}-nearest{px}", f"{base}-bicubic{px}"] if base else ["teacher"]
         for key in mine.distances:
             other = min(others, key=lambda name: found[name].distances[key].value)
-            ratio, interval = detail.ratio(mine.distances[key], found[other].distances[key])
+            control = found[other].distances[key]
+            if control.value < control.interval:
+                continue  # the control equals real images, as far as this distance can tell
+            ratio, interval = detail.ratio(mine.distances[key], control)
             result[f"{run.folder} {key}"] = {"ratio": ratio, "interval": interval, "of": other}
     return result
 
@@ -258,7 +261,7 @@ def draw_nearest(
     save_rows(path, [area_mean(from_uint8(images[order]), side), from_uint8(originals)])
 
 
-def save_rows(path: pathlib.Path, rows: Sequence[np.ndarray], min_side: int = 1024) -> None:
+def save_rows(path: pathlib.Path, rows: Sequence[np.ndarray], min_side: int = 1600) -> None:
     """Write a picture with one row for each set of images; every set [n, h, w, 3] has one shape."""
     width = min(len(row) for row in rows)
     save_png(path, image_grid(np.concatenate([row[:width] for row in rows]), width), min_side)

@@ -1,5 +1,6 @@
 """The text and the plot of a pipeline's report."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -33,7 +34,9 @@ def cell(row: dict, name: str, form: str) -> str:
     if name not in row:
         return ""
     if not form:
-        return f"{1000 * row[name]:.3g} ± {1000 * row[name + '_interval']:.2g}"
+        value, interval = 1000 * row[name], 1000 * row[name + "_interval"]
+        digits = max(0, 1 - math.floor(math.log10(max(interval, 1e-3))))
+        return f"{value:.{digits}f} ± {interval:.{digits}f}"
     return f"{row[name]:{form}}"
 
 
