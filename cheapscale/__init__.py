@@ -19,3 +19,10 @@ def load(workdir: str | pathlib.Path, **options: Any) -> "Model":
     from cheapscale.model import load  # a top-level import would be circular
 
     return load(workdir, **options)
+
+
+def pretrained() -> dict[str, dict]:
+    """{name: card} of the models that ship with the package; load("pretrained:NAME") reads one."""
+    from cheapscale.training.exported import pretrained  # loads no JAX before it is needed
+
+    return pretrained()

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 class DataSet(NamedTuple):
     """A data set. name: that of `cheapscale.data.sources`. num_classes: -1 for as many as the
-    images have. base, top: resolutions at which its
-    pipelines begin and end. flip: whether mirror images are valid. options: of the source."""
+    images have. base, top: resolutions at which its pipelines begin and end. flip: whether mirror
+    images are valid. options: of the source. origin, licence: of the images, for the card of an
+    exported model; "" where nobody has looked."""
 
     name: str
     num_classes: int
@@ -20,16 +21,25 @@ class DataSet(NamedTuple):
     flip: bool = True
     eval_split: str = "test"
     options: dict = {}
+    origin: str = ""
+    licence: str = ""
 
 
 DATA_SETS = {
-    "scenes": DataSet("scenes", 8, base=8, top=32),
+    "scenes": DataSet(
+        "scenes", 8, base=8, top=32,
+        origin="drawn by cheapscale.data.scenes", licence="Apache-2.0",
+    ),
     "cifar10": DataSet("cifar10", 10, base=16, top=32),
-    "clothing": DataSet("clothing", 10, base=16, top=128),
+    "clothing": DataSet(
+        "clothing", 10, base=16, top=128,
+        origin="https://github.com/alexeygrigorev/clothing-dataset-small", licence="CC0-1.0",
+    ),
     # Mirrored letters and flags are wrong. Skin-tone variants of an emoji are nearly equal; keeping
     # only the default tone avoids near-copies of training images in the test split.
     "emoji": DataSet(
-        "noto_emoji", 10, base=16, top=128, flip=False, options={"where": {"skin_tone": False}}
+        "noto_emoji", 10, base=16, top=128, flip=False, options={"where": {"skin_tone": False}},
+        origin="https://github.com/googlefonts/noto-emoji", licence="Apache-2.0",
     ),
     # allow_upscale: small photographs are enlarged, as in the published preparation. probe: reading
     # a million headers would take minutes.

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
+from cheapscale.training.exported import NoModel
 from cheapscale.training.lock import Busy
 from cheapscale.training.loop import Diverged, Preempted
 from cheapscale.training.mesh import OtherFailed
@@ -92,6 +93,8 @@ def sentence(error: Exception, folder: str | os.PathLike | None = None) -> str:
     folder: named where the error names no file.
     """
     text = shorten(str(error))
+    if isinstance(error, NoModel):
+        return str(error)  # with a line for each model
     if isinstance(error, OSError) and error.errno in FULL and not error.filename and cannot_print():
         return f"stdout: {os.strerror(error.errno)}: send it to a file on another disk"
     for code, remedy in REMEDIES.items():

@@ -334,7 +334,7 @@ def report(summary: dict, warnings: list[str], model: Model | None, evaluation: 
         "resolution": evaluation.generated.resolution,
         "references": list(FLAGS.reference),
         "resize": FLAGS.resize,
-        "provenance": provenance(),
+        "provenance": provenance({"model": FLAGS.model}),
     }
     if model and FLAGS.cost:
         batch_size = min(FLAGS.batch_size, FLAGS.num)

@@ -3,48 +3,91 @@
     python -m launch.export --model=runs/quickstart/grow32 --out=scenes32.safetensors
     python -m launch.sample --model=scenes32.safetensors --num=16
 
-The file holds the averaged weights of a pretraining, distillation or growth run in float16, and the
-description of the network, its noise process and its data. The last line has its SHA-256.
+The file holds the averaged weights of a pretraining, distillation, growth or cascade run in
+float16, and the description of the network, its noise process and its data. Beside it stand a
+picture of samples and the card, NAME.json: SHA-256, data and licence, training, figures, and what
+float16 changes. A shipped model is written into the package, with its figures:
+
+    python -m launch.evaluate --model=scenes32.safetensors --workdir=runs/eval32
+    python -m launch.export --model=runs/quickstart/grow32 --figures=runs/eval32/evaluate.json \\
+        --out=cheapscale/pretrained/scenes32.safetensors
 """
 
-import os
+import pathlib
 
+import jax
+import numpy as np
 from absl import flags
 
 from cheapscale.data.numbers import LARGEST
+from cheapscale.data.pixels import psnr
+from cheapscale.model import Model
 from cheapscale.teacher.load import load
-from cheapscale.teacher.teacher import Generator, Teacher
-from cheapscale.training.cost import param_count
-from cheapscale.training.exported import SUFFIX, write_model
+from cheapscale.teacher.teacher import Generator, Teacher, fingerprint
+from cheapscale.training.checkpoint import load_network, read_meta
+from cheapscale.training.exported import SUFFIX, pretrained, rounded, write_model
+from cheapscale.training.log import image_grid, save_png
+from launch.card import card_of, moments, read_figures, shipped, write_page
 from launch.command import execute, required, start
 
 
 def define() -> None:
     """The command's flags."""
-    flags.DEFINE_string("model", None, "Work directory of a pretrain, distill or grow run.")
+    flags.DEFINE_string("model", None, "Work directory of a run.")
     flags.DEFINE_string("out", None, f"File to write, ending in {SUFFIX}.")
     flags.DEFINE_integer("step", None, "Checkpoint's step; the newest by default.", 0, LARGEST)
+    flags.DEFINE_integer("num", 32, "Samples of the picture and of the comparison.", 0, 10_000)
+    flags.DEFINE_list("figures", [], "evaluate.json of this file, or pipeline.json of its run.")
+    flags.DEFINE_string("licence", "", "Licence of the images (default: the data set's).")
+    flags.DEFINE_string("commit", "", "Commit that trained it, where the run recorded none.")
     required("model", "runs/quickstart/grow32")
     required("out", "scenes32.safetensors")
 
 
-def export(model: str, out: str, step: int | None) -> dict:
-    """Write the file and return the command's summary."""
-    if not out.endswith(SUFFIX):
+def export(given) -> dict:
+    """Write the file and its picture, and return its card, which is the command's summary."""
+    out = pathlib.Path(given.out)
+    if out.suffix != SUFFIX:
         raise ValueError(f"--out={out} does not end in {SUFFIX}: give --out={out}{SUFFIX}")
-    found = load(model, step=step)
-    if not isinstance(found, (Teacher, Generator)):
-        raise ValueError(f"{model} is a set of experts: give the work directory of one network")
-    sha256 = write_model(out, found.params, found.meta, found.step)
-    return {"file": out, "sha256": sha256, "step": found.step, "weights": param_count(found.params)}
+    if "cascade" in read_meta(given.model, given.step)[1]:
+        tuned = load_network(given.model, step=given.step)
+        sha256 = write_model(out, tuned.params, tuned.meta | {"exported": {}}, tuned.step)
+        return {"file": out.name, "sha256": sha256, "step": tuned.step}
+    found = load(given.model, step=given.step)
+    small = jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded(found.params))
+    origin = {"from": found.fingerprint, "weights": fingerprint(small)}
+    sha256 = write_model(out, found.params, found.meta | {"exported": origin}, found.step)
+    samples = compare(found, small, given.num, out.with_suffix(".png")) if given.num else {}
+    card = card_of(
+        out,
+        found,
+        samples=samples,
+        figures=read_figures(given.figures, sha256, given.model),
+        licence=given.licence,
+        commit=given.commit,
+    )
+    if shipped(out):
+        write_page(pretrained() | {out.stem: card})
+    return card
+
+
+def compare(model: Teacher | Generator, small, num: int, picture: pathlib.Path) -> dict[str, float]:
+    """Moments of samples with the weights `small`, and their PSNR in dB, mean and least, against
+    the model's own samples of the same noise; writes their picture."""
+    images, labels = Model(model.replace(params=small)).sample(num)
+    again, _ = Model(model).sample(num, labels=labels)
+    save_png(picture, image_grid(images, columns=min(num, 8)))
+    found = np.minimum(psnr(images, again), 200.0)  # of equal images it is infinite
+    rounding = {"float16_psnr": round(found.mean(), 2), "float16_least_psnr": round(found.min(), 2)}
+    return {"num": num} | moments(images) | rounding
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Export the model that the flags name; returns the summary."""
 
     def body(given) -> dict:
-        folder = os.path.dirname(given.out) or "."
-        return execute("export", folder, lambda: export(given.model, given.out, given.step))
+        out = pathlib.Path(given.out)
+        return execute(out.stem, str(out.parent), lambda: export(given))
 
     return start(define, body, argv)
 

@@ -14,8 +14,8 @@ pipeline=experts    pretrain, assess, prune one expert for each range of noise l
 
 The argument `controls` also trains the controls of both PaGoDA stages (configs/common.py), which
 then stand in the report; in the folder of a finished pipeline only these are trained.
-`teacher=DIR` replaces pretraining. Each stage has its own folder in the work directory, and running
-the same command again resumes.
+`teacher=DIR` replaces pretraining, as does a shipped model, `teacher=pretrained:scenes16_teacher`.
+Each stage has its own folder in the work directory, and running the same command again resumes.
 """
 
 import importlib.util
@@ -35,6 +35,7 @@ from cheapscale.evaluation.measure import checked_name
 from cheapscale.pagoda.loss_networks import load_features
 from cheapscale.teacher.experts import group_folder
 from cheapscale.training.checkpoint import PLACES, has_results, read_meta, saved_steps
+from cheapscale.training.exported import files_of
 from cheapscale.training.log import duration
 from configs import common, fields
 from launch.command import execute, named_file, pipeline_flags, required, start, write_record
@@ -198,7 +199,13 @@ def pipeline(
         summary = report.write(runs, workdir, num_samples=num_samples, judges=judges)
     else:
         summary = {"stages": {run.folder: run.summary for run in runs}}
-    return summary | {"config": path, "arg": arg, "seconds": round(time.monotonic() - began, 1)}
+    files = {k: v for _, config in planned for k, v in files_of(config.to_dict()).items()}
+    return summary | {
+        "config": path,
+        "arg": arg,
+        "files": files,
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
 def define() -> None:

@@ -1,5 +1,6 @@
 """Sample from any checkpoint: from a teacher by its ODE, or from a one-step generator.
 
+    python -m launch.sample --model=pretrained:scenes64        (a shipped model; pretrained: lists them)
     python -m launch.sample --model=runs/quickstart/grow32 --num=64 --out=samples
     python -m launch.sample --model=runs/quickstart/pretrain --steps=18 --method=euler --labels=0,3
 
@@ -36,6 +37,7 @@ from cheapscale.diffusion.samplers import METHODS
 from cheapscale.model import Model
 from cheapscale.teacher.sampling import MOST_STEPS, ODE_OPTIONS, check_labels
 from cheapscale.teacher.teacher import Generator
+from cheapscale.training.exported import files_of, model_file
 from cheapscale.training.log import image_grid, save_png
 from launch.command import execute, required, start
 
@@ -49,9 +51,16 @@ BEGINNING = "sampling %d images; every size compiles once, most of a short run"
 def define() -> None:
     """The command's flags."""
     flags.DEFINE_string(
-        "model", None, "Work directory of a run, or the folder of a set of experts."
+        "model",
+        None,
+        "Work directory of a run, folder of a set of experts, file of "
+        "launch.export, or a shipped model, pretrained:NAME; pretrained: lists the names.",
     )
-    flags.DEFINE_string("out", None, "Folder for the results (default: <model>/samples).")
+    flags.DEFINE_string(
+        "out",
+        None,
+        "Folder for the results (default: <model>/samples; runs/NAME/samples of a file).",
+    )
     flags.DEFINE_integer("num", 64, "How many images.", 1, LARGEST)
     flags.DEFINE_integer("start", 0, "Number of the first image.", 0, LARGEST)
     flags.DEFINE_integer("seed", 0, "Seed of the noise and of random labels.", 0, LARGEST)
@@ -107,7 +116,7 @@ def sample(given) -> dict:
             f"{', '.join(ode)}: only for a teacher's ODE, but {given.model} holds a one-step "
             f"generator: leave out {', '.join(ode)}"
         )
-    out = pathlib.Path(given.out or pathlib.Path(given.model) / "samples")
+    out = pathlib.Path(given.out)
     ids = consecutive(given.start, given.num, (model.resolution, model.resolution, 3))
     labels = model.labels(given.labels, given.num)
     if labels is not None:
@@ -133,6 +142,7 @@ def sample(given) -> dict:
     return {
         "model": given.model,
         "step": model.network.step,
+        "files": files_of({"model": given.model}),
         "out": str(out),
         "num": len(images),
         "resolution": height if height == width else [height, width],
@@ -205,8 +215,11 @@ def main(argv: list[str] | None = None) -> dict:
     """Sample as the flags say; returns the summary."""
 
     def body(given) -> dict:
-        out = given.out or str(pathlib.Path(given.model) / "samples")
-        return execute("sample", out, lambda: sample(given))
+        if not given.out:
+            file = model_file(given.model)
+            place = pathlib.Path("runs", file.stem) if file else pathlib.Path(given.model)
+            given.out = str(place / "samples")
+        return execute("sample", given.out, lambda: sample(given))
 
     return start(define, body, argv)
 

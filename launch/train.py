@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
             resume=config.resume,
             **common,
         )
-    return summary | {"provenance": loop.provenance()}
+    return summary | {"provenance": loop.provenance(config.to_dict())}
 
 
 def define() -> None:

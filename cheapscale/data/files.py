@@ -17,7 +17,7 @@ def local_folder(path: str | os.PathLike) -> pathlib.Path:
     """The absolute path of a folder that results are written to, which need not exist yet.
 
     Raises ValueError for an address such as gs://bucket/run, which would become a folder "gs:", for
-    "~" without a home folder, and for a name that TensorStore cannot open.
+    a shipped model, for "~" without a home folder, and for a name that TensorStore cannot open.
     """
     text = os.fspath(path)
     if re.search(r"(^|/)[A-Za-z][\w+.-]*:/", text):
@@ -25,6 +25,8 @@ def local_folder(path: str | os.PathLike) -> pathlib.Path:
             f"{text} is an address, but runs are read and written in folders of this machine only: "
             "mount the bucket, such as with gcsfuse, and name a folder in it"
         )
+    if text.startswith("pretrained:"):
+        raise ValueError(f"{text} names a model of this package: name a folder")
     if pathlib.PurePath(text).parts[:1] == ("~",):
         raise ValueError(f"{text}: there is no home folder here: write the whole path, from /")
     if re.search(r"[\\\0\ud800-\udfff]", text):  # surrogates stand for bytes that are not UTF-8

@@ -198,6 +198,8 @@ def make_manifest(teacher: Teacher | Experts, source, **settings) -> dict:
             # a student trained on these latents also counts the experts' training
             "extra_cost": teacher.meta["experts"]["extra_cost"],
         }
+    if exported := teacher.meta.get("exported"):
+        made_by["teacher_file"] = exported["sha256"]
     process = teacher.process
     return {
         **made_by,

@@ -96,6 +96,13 @@ class Teacher(_Model):
         """The networks of this model; a set of `Experts` has several."""
         return (self,)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short SHA-256 of the weights; of an exported file, that of the weights it rounds, so
+        that both have the same latents and experts."""
+        exported, found = self.meta.get("exported", {}), fingerprint(self.params)
+        return exported["from"] if exported.get("weights") == found else found
+
     def denoise(
         self,
         x: jax.Array,

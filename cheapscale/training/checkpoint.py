@@ -20,7 +20,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from cheapscale.data.files import atomic_write, local_folder, read_json
-from cheapscale.training.exported import model_file, read_header, read_model
+from cheapscale.training.exported import PLACES, model_file, read_header, read_model, sha256_of
 from cheapscale.training.state import TrainState
 
 PyTree = Any
@@ -33,8 +33,6 @@ HARMLESS = (
     "skip_corrupt", "accept_other_data",
 )  # fmt: skip
 
-# Fields that name a place, which may be spelled in another way or moved.
-PLACES = ("teacher", "latents", "base", "experts", "cascade.init_from")
 # Files of jobs and evaluations, from which a work directory or a store is known to be in use.
 RESULTS = ("evaluate.json", "manifest.json", "shards/*", "shard-*")
 
@@ -277,7 +275,9 @@ def same_place(old: str, new: str) -> bool:
 
 
 def held(folder: pathlib.Path) -> tuple:
-    """What tells the content of a run or a store from that of others."""
+    """What tells the content of a run, a store or an exported model from that of others."""
+    if folder.is_file():
+        return (sha256_of(folder),)
     steps, manifest = saved_steps(folder), folder / "manifest.json"
     return read_meta(folder) if steps else (), manifest.is_file() and manifest.read_bytes()
 

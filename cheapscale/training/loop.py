@@ -27,6 +27,7 @@ from absl import logging
 from cheapscale.training import checkpoint as ckpt
 from cheapscale.training import mesh as sharding
 from cheapscale.training.cost import param_count
+from cheapscale.training.exported import files_of, model_file
 from cheapscale.training.lock import only_writer
 from cheapscale.training.log import Log
 from cheapscale.training.stage import Stage
@@ -133,8 +134,9 @@ def compile_step(
     return compiled, flops, peak
 
 
-def provenance() -> dict:
-    """The origin of a result: commit, package versions and device."""
+def provenance(config: dict | None = None) -> dict:
+    """The origin of a result: commit, package versions, device, and the SHA-256 of the exported
+    models that its config names."""
     command, here = ["git", "rev-parse", "--short", "HEAD"], pathlib.Path(__file__).parent
     try:
         commit = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
@@ -145,6 +147,7 @@ def provenance() -> dict:
         "commit": commit or "unknown",
         **{name: version(package) for name, package in packages.items()},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "files": files_of(config or {}),
     }
 
 
@@ -199,7 +202,7 @@ def train(
         ledger = Ledger(meta.get("ledger", {}), flops, start)
         if total_flops:
             total_steps = start + steps_within(total_flops, meta, flops)
-        meta = stage.meta | networks | {"config": config, "provenance": provenance()}
+        meta = stage.meta | networks | {"config": config, "provenance": provenance(config)}
 
         # ---- The loop: step (asynchronous), previous metrics, save, evals, pre-emption.
         step, metrics, last = start, None, {}
@@ -259,6 +262,11 @@ def starting_point(
         accept = bool(config.get("accept_other_data"))
         check_same(workdir, inputs(meta), inputs(stage.meta), accept=accept)
         return workdir, step, meta
+    if resume and model_file(resume):
+        raise ValueError(
+            f"config.resume is {resume}, which has no optimiser's state: give the work directory "
+            "of that run"
+        )
     source, step, meta = (resume, *ckpt.read_meta(resume)) if resume else ("", 0, stage.meta)
     if step >= total_steps:
         raise ValueError(
