@@ -39,7 +39,7 @@ NEIGHBOURS = 3
 class Views(NamedTuple):
     """What a set of n images is compared by.
 
-    patches: {judge or "detail": features [n, crops, d]}. whole: {judge or "pixels": [n, d]}.
+    patches: {name of a distance: features [n, crops, d]}. whole: {judge or "pixels": [n, d]}.
     """
 
     patches: dict[str, np.ndarray]
@@ -48,7 +48,8 @@ class Views(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The numbers of a row, its patch distances, its spectrum, and the first of its images."""
+    """The numbers of a row, its patch distances by their names, its spectrum, and the first of its
+    images."""
 
     numbers: dict[str, float]
     distances: dict[str, detail.PatchDistance]
@@ -80,9 +81,9 @@ def write(
     noise = make_noise(teacher, invert, num_samples, growing[0].config.rescale_latents)
     side = min(SMALL, invert.config.data.resolution)
     train = read_some(invert.config.data, NUM_TRAIN)
-    known = small_pixels(train, side)
     if invert.config.data.flip:  # the generators see mirror images too
-        known = np.concatenate([known, small_pixels(train[:, :, ::-1], side)])
+        train = np.concatenate([train, train[:, :, ::-1]])
+    known = small_pixels(train, side)
 
     drawn: dict[str, Row] = {}
     found: dict[str, Measured] = {}
@@ -97,7 +98,7 @@ def write(
         for name, row in rows(run, beside, teacher, noise, drawn):
             logging.info("report: measuring %s", name)
             seen, base = look(row.images), drawn.get(run.config.get("base"))
-            found[name] = measured(row, seen, reference, judges, wanted, base)
+            found[name] = measured(row, seen, reference, wanted, base)
             if not name.startswith("data"):
                 nearer = relative_nearest(seen, reference, known)
                 found[name].numbers["nearest"] = nearer
@@ -141,14 +142,15 @@ def views(
     side: at which whole images are compared pixel by pixel. scale: of `detail.detail_patches`.
     """
     floats, n = from_uint8(images), len(images)
-    patches = {"detail": detail.detail_patches(floats, scale)}
+    patches = {"pkid_detail": detail.detail_patches(floats, scale)}
     whole = {"pixels": small_pixels(images, side)}
     for judge in judges:
-        features = whole[judge.name] = embed(judge, images)
-        patches[judge.name] = features[:, None]
+        whole[judge.name] = embed(judge, images)
+        name = metric_name("kid", judge.name, judge.sha256, variant="patch")
+        patches[name] = whole[judge.name][:, None]
         if images.shape[1] > CROP:
             crops = random_crops(images, np.arange(n), CROP, crops=2)
-            patches[judge.name] = embed(judge, crops).reshape(n, 2, -1)
+            patches[name] = embed(judge, crops).reshape(n, 2, -1)
     return Views(patches, whole, detail.power_spectrum(floats))
 
 
@@ -161,7 +163,6 @@ def measured(
     row: Row,
     seen: Views,
     real: Views,
-    judges: Sequence[FeatureNetwork],
     wanted: dict[str, np.ndarray],
     base: Row | None,
 ) -> Measured:
@@ -169,12 +170,10 @@ def measured(
 
     wanted: the images that `row.again` should equal. base: the smaller generator's row.
     """
-    hashes = {judge.name: judge.sha256 for judge in judges}
     numbers: dict[str, float] = {"resolution": row.images.shape[1]}
     distances = {}
-    for key, features in seen.patches.items():
-        distance = distances[key] = detail.patch_distance(features, real.patches[key])
-        name = metric_name("kid", key, hashes.get(key, ""), variant="patch")
+    for name, features in seen.patches.items():
+        distance = distances[name] = detail.patch_distance(features, real.patches[name])
         numbers |= {name: distance.value, suffixed(name, "_interval"): distance.interval}
     numbers["spectrum_db"] = detail.spectrum_error(seen.spectrum, real.spectrum)
     for key, features in seen.whole.items():
@@ -201,10 +200,11 @@ def relative_nearest(seen: Views, real: Views, known: np.ndarray) -> float:
     return float(own / unseen)
 
 
-def comparisons(growing: list[Run], found: dict[str, Measured]) -> dict[str, dict]:
-    """{text: {"ratio", "interval", "of"}}: the patch distance of each grown generator as a share of
-    that of its enlarged base, the better of both; the one-step generator's of the teacher's."""
-    result = {}
+def comparisons(growing: list[Run], found: dict[str, Measured]) -> list[dict]:
+    """[{"network", "of", "by", "ratio", "interval"}]: the patch distance of each grown generator as
+    a share of that of its enlarged base, the better of both; that of the one-step generator as a
+    share of the teacher's; and the recall of the last generator as a share of the first one's."""
+    result = []
     for run in growing:
         mine, px = found[run.folder], run.config.data.resolution
         base = pathlib.Path(run.config.get("base", "")).name
@@ -215,7 +215,13 @@ def comparisons(growing: list[Run], found: dict[str, Measured]) -> dict[str, dic
             if control.value < control.interval:
                 continue  # the control equals real images, as far as this distance can tell
             ratio, interval = detail.ratio(mine.distances[key], control)
-            result[f"{run.folder} {key}"] = {"ratio": ratio, "interval": interval, "of": other}
+            shares = {"ratio": ratio, "interval": interval}
+            result.append({"network": run.folder, "of": other, "by": key} | shares)
+    first, last = growing[0].folder, growing[-1].folder
+    for name, recall in found[first].numbers.items():
+        if name.startswith("recall") and recall and first != last:
+            share = found[last].numbers[name] / recall
+            result.append({"network": last, "of": first, "by": name, "ratio": share})
     return result
 
 
@@ -252,13 +258,12 @@ def draw_nearest(
     path: pathlib.Path, images: np.ndarray, train: np.ndarray, known: np.ndarray
 ) -> None:
     """Write a picture of the samples nearest to a training image, above those images, at the
-    training images' size. known: the pixels of the training images, then of their mirror images."""
+    training images' size. known: the pixels of the training images at `SMALL` or their size."""
     side = train.shape[1]
-    small = small_pixels(images, min(SMALL, side))
-    distance, index = nearest(small, known)
+    distance, index = nearest(small_pixels(images, min(SMALL, side)), known)
     order = np.argsort(distance)[:COLUMNS]
-    originals = np.concatenate([train, train[:, :, ::-1]])[index[order]]
-    save_rows(path, [area_mean(from_uint8(images[order]), side), from_uint8(originals)])
+    rows = [area_mean(from_uint8(images[order]), side), from_uint8(train[index[order]])]
+    save_rows(path, rows)
 
 
 def save_rows(path: pathlib.Path, rows: Sequence[np.ndarray], min_side: int = 1600) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageDraw
 
+from cheapscale.evaluation.naming import suffixed
+
 PANEL, MARGIN = 300, 40  # pixels
 COLOURS = ("#000000", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
 
@@ -15,7 +17,7 @@ def table(figures: dict) -> str:
     comparisons that matter."""
     stages = figures["stages"]
     kernels = [name for name in next(iter(stages.values())) if name.startswith("pkid")]
-    kernels = [name for name in kernels if not name.endswith("_interval")]
+    kernels = [name for name in kernels if "_interval" not in name]
     recalls = sorted({name for row in stages.values() for name in row if name.startswith("recall")})
     judged = [name for name in recalls if "pixels" not in name] or recalls
     columns = {"px": ("resolution", "d")}
@@ -34,7 +36,7 @@ def cell(row: dict, name: str, form: str) -> str:
     if name not in row:
         return ""
     if not form:
-        value, interval = 1000 * row[name], 1000 * row[name + "_interval"]
+        value, interval = 1000 * row[name], 1000 * row[suffixed(name, "_interval")]
         digits = max(0, 1 - math.floor(math.log10(max(interval, 1e-3))))
         return f"{value:.{digits}f} ± {interval:.{digits}f}"
     return f"{row[name]:{form}}"
@@ -42,10 +44,11 @@ def cell(row: dict, name: str, form: str) -> str:
 
 def notes(figures: dict) -> Iterator[str]:
     """The lines below the table."""
-    for name, found in figures["comparisons"].items():
+    for found in figures["comparisons"]:
+        interval = f" ± {found['interval']:.2f}" if "interval" in found else ""
         yield (
-            f"- **{name}: {found['ratio']:.2f} ± {found['interval']:.2f}** of the patch kernel "
-            f"distance of {found['of']}."
+            f"- {found['network']}: **{found['ratio']:.2f}{interval}** of the {found['by']} of "
+            f"{found['of']}"
         )
     trip = figures["round_trip"]
     judges = ", ".join(f"{name} at {side} px" for name, side in figures["judges"].items())
@@ -84,7 +87,7 @@ def draw_curves(panels: dict[str, dict[str, np.ndarray]]) -> np.ndarray:
     for number, (title, curves) in enumerate(panels.items()):
         left, top = number * (PANEL + MARGIN) + MARGIN // 2, MARGIN // 2
         pen.rectangle((left, top, left + PANEL, top + PANEL), outline="#888888")
-        pen.text((left + PANEL // 2, top - 14), title, fill="black")
+        pen.text((left, top - 14), f"{title}: power (60 dB) against frequency", fill="black")
         highest = 10 * np.log10(max(curve[1:].max() for curve in curves.values()))
         for place, (name, curve) in reversed(list(enumerate(curves.items()))):
             colour = COLOURS[place % len(COLOURS)]

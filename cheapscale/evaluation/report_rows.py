@@ -110,7 +110,9 @@ def rows(
         yield f"{name}-bicubic{px}", bicubic(small, px)
         yield f"{run.folder}-step0", generated(step_zero(generator, load(base)), noise)
     for control in controls:
-        yield control.folder, generated(load(control.workdir), noise)
+        # The run's own network with other weights, so that one program serves all.
+        other = generator.replace(params=load(control.workdir).params)
+        yield control.folder, generated(other, noise)
     drawn[run.workdir] = generated(generator, noise)
     yield run.folder, drawn[run.workdir]
 

@@ -101,7 +101,7 @@ def test_a_row_equal_to_real_images_reaches_every_limit():
     seen, reference = measure(real, real)
     again = {"held_out": from_uint8(real[:4])}
     wanted = {"held_out": from_uint8(real[:4]) + 0.02}
-    found = report.measured(Row(real, again), seen, reference, (), wanted, None).numbers
+    found = report.measured(Row(real, again), seen, reference, wanted, None).numbers
     assert found["spectrum_db"] == 0 and found["recall_pixels_k3"] == 1
     assert found["psnr_held_out"] == pytest.approx(40, abs=1e-3)  # 20 log10(2 / 0.02)
     assert "psnr_train" not in found and "drift_rms" not in found
@@ -113,7 +113,7 @@ def test_growth_that_keeps_the_base_does_not_drift():
     seen, reference = measure(large, large)
     for images, drift in ((large, 0), (255 - large, None)):
         row, wanted = Row(images, {"held_out": np.zeros((4, 16, 16, 3))}), np.ones((4, 16, 16, 3))
-        found = report.measured(row, seen, reference, (), {"held_out": wanted}, small).numbers
+        found = report.measured(row, seen, reference, {"held_out": wanted}, small).numbers
         expected = 2 * np.sqrt(np.mean(from_uint8(small.images) ** 2)) if drift is None else 0
         assert found["drift_rms"] == pytest.approx(expected, abs=1e-6)
 
@@ -136,7 +136,7 @@ def test_a_judge_sees_crops_of_large_images():
     np.testing.assert_allclose(seen.whole["mean"], 0.5, atol=1e-6)
     corners = crop_corners(np.arange(6), 32, report.CROP, crops=2)[..., 1]
     expected = (16 - corners.clip(max=16)) / 16
-    np.testing.assert_allclose(seen.patches["mean"][..., 0], expected, atol=1e-6)
+    np.testing.assert_allclose(seen.patches["pkid_mean"][..., 0], expected, atol=1e-6)
 
 
 def test_the_comparison_is_with_the_better_enlargement():
@@ -149,12 +149,31 @@ def test_the_comparison_is_with_the_better_enlargement():
     }
     config = ConfigDict({"base": "runs/distill", "data": {"resolution": 16}})
     run = report.Run("grow16", config, "", {}, 0.0)
-    (comparison,) = report.comparisons([run], found).values()
+    (comparison,) = report.comparisons([run], found)
     distances = [found[name].distances["detail"].value for name in names]
     assert comparison["of"] == "distill-bicubic16"
     found["distill-bicubic16"].distances["detail"] = detail.patch_distance(real, real)
     assert not report.comparisons([run], found)  # nothing is left to gain
     assert comparison["ratio"] == pytest.approx(distances[0] / distances[2])
+
+
+def test_the_recall_of_the_top_is_a_share_of_the_base_s():
+    runs = [
+        report.Run(f"g{n}", ConfigDict({"data": {"resolution": n}}), "", {}, 0) for n in (8, 16)
+    ]
+    found = {
+        name: report.Measured({"recall_m_k3": recall}, {}, None, None, None)
+        for name, recall in (("g8", 0.8), ("g16", 0.6))
+    }
+    (comparison,) = report.comparisons(runs, found)
+    assert comparison["ratio"] == pytest.approx(0.75)
+    assert (comparison["network"], comparison["of"]) == ("g16", "g8")
+
+
+def test_a_number_has_two_digits_of_its_interval():
+    row = {"a": 0.7473, "a_interval": 0.2602, "b": 0.01234, "b_interval": 0.00012, "c": 3}
+    cells = [report_page.cell(row, name, form) for name, form in zip("abcd", ("", "", "d", ".2f"))]
+    assert cells == ["747 ± 260", "12.34 ± 0.12", "3", ""]
 
 
 def test_three_images_are_drawn_and_curves_have_a_panel_each(tmp_path):
