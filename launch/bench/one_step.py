@@ -43,7 +43,7 @@ def measure(
         raise ValueError(f"{workdir} holds no one-step generator: give --model=DIR of stage grow")
     sides = {"one_step": (one_step, generator, 1)}
     for teacher in teachers(generator):
-        evaluations = nfe(levels(teacher.process, steps))
+        evaluations = int(nfe(levels(teacher.process, steps)))
         for name, scale in (("", 1.0), (" guided", GUIDANCE)):
             call = functools.partial(denoise, scale=scale)
             sides[f"teacher{teacher.resolution}{name}"] = (call, teacher, evaluations)
