@@ -18,6 +18,7 @@ WORKDIR/<sweep>.md has the table: each figure's mean over the seeds, and its dif
 the first run of the same seed, with a 95 % interval. WORKDIR/<sweep>.json has all numbers.
 """
 
+import functools
 import pathlib
 import re
 import shlex
@@ -29,15 +30,15 @@ import numpy as np
 from absl import flags, logging
 from flax.traverse_util import flatten_dict
 
-from cheapscale import features
 from cheapscale.data.digest import digest
 from cheapscale.data.files import atomic_write, read_json
-from cheapscale.data.pixels import to_uint8
+from cheapscale.data.pixels import from_uint8, to_uint8
 from cheapscale.data.sources import open_data
-from cheapscale.evaluation.measure import evaluate
+from cheapscale.evaluation import report
+from cheapscale.evaluation.detail import detail_of
+from cheapscale.evaluation.measure import checked_name
 from cheapscale.evaluation.paired import compare, table
-from cheapscale.evaluation.patches import random_crops
-from cheapscale.features.fitted import fit_classifier
+from cheapscale.evaluation.report_rows import Row, read_some
 from cheapscale.teacher import load
 from cheapscale.teacher.sampling import sample
 from cheapscale.training.checkpoint import PLACES
@@ -45,12 +46,13 @@ from cheapscale.training.lock import Busy
 from cheapscale.training.log import duration
 from cheapscale.training.loop import provenance
 from configs import common
-from launch.command import execute, named_file, pipeline_flags, required, start, write_record
-from launch.pipeline import is_stage, load_module, stage_configs
+from launch.command import execute, pipeline_flags, required, start, write_record
+from launch.pipeline import is_stage, load_judge, load_module, stage_configs
 from launch.train import run
 
 GENERATORS = ("distill", "grow")  # stages whose results are measured
-SPLITS = ("split", "eval_split")
+SIDE = 8  # in pixels, at which recall compares whole images
+SHOWN = r"patch_kid.*(?<!_interval)$|recall|spectrum"  # figures of the report
 LEAST = 9  # network calls of an inversion whose time is that of the network
 
 
@@ -202,27 +204,23 @@ def pilot(path: str, runs: list[tuple[str, str]], root: pathlib.Path) -> None:
 # The figures of a run
 
 
-def measured(place: str, config, judges: list, num: int) -> dict[str, float]:
-    """{name: figure} of a trained generator: distances and recall in each judge's features, whole
-    images and crops of half their side; FLOPs and seconds of all training."""
+def measured(place: str, config, judges: Sequence, num: int) -> dict[str, float]:
+    """{name: figure} of a trained generator, from `num` samples and as many held-out images: those
+    of launch.pipeline's report (patch distances, recall, spectrum), FLOPs and seconds of all
+    training. The noise is the same for all generators with the same base."""
     generator = load(place)
-    train, held_out = (open_data(config.data, split=config.data[s]) for s in SPLITS)
-    ids = np.arange(num)
-    images = sample(generator, ids, labels=train.class_mix(num), batch_size=250)[0]
-    images = to_uint8(images)
-    real = to_uint8(held_out.read(np.arange(min(len(held_out), 4 * num)))[0])
-    side = max(images.shape[1] // 2, 1)
-    figures: dict[str, float] = {}
-    for judge in judges or [fit_classifier(train, purpose="metric")]:
-        options = {"used_in_loss": generator.meta["frozen_networks"]}
-        whole = evaluate(images, real, judge, metrics=("kid", "prdc"), **options)
-        crops = [random_crops(rows, np.arange(len(rows)), side) for rows in (images, real)]
-        patch = evaluate(*crops, judge, metrics=("kid",), **options)
-        figures |= {name: v for name, v in whole.items() if re.match("kid|recall.*_k3", name)}
-        figures |= {f"patch_{name}": v for name, v in patch.items() if name.startswith("kid")}
+    for judge in judges:
+        checked_name(judge, generator.meta["frozen_networks"])
+    labels = open_data(config.data).class_mix(num)
+    images = sample(generator, np.arange(num), labels=labels, batch_size=250)[0]
+    row = Row(to_uint8(images), {})
+    real = read_some(config.data, num, config.data.eval_split)
+    scale = float(detail_of(from_uint8(real)).std())
+    look = functools.partial(report.views, judges=judges, side=SIDE, scale=scale)
+    numbers = report.measured(row, look(row.images), look(real), judges, {}, None).numbers
+    shown = {name: float(v) for name, v in numbers.items() if re.match(SHOWN, name)}
     ledger = generator.meta["ledger"]
-    figures = {name: float(v) for name, v in figures.items() if not name.endswith("_std")}
-    return figures | {f"training_{name}": float(value) for name, value in ledger.items()}
+    return shown | {f"training_{name}": float(value) for name, value in ledger.items()}
 
 
 def results(runs: list[tuple[str, str]], arg: str, root: pathlib.Path) -> list[dict]:
@@ -244,31 +242,38 @@ def sweep(
     runs: list[tuple[str, str]],
     path: str,
     arg: str,
-    workdir: str,
+    target: pathlib.Path,
     *,
     only: Sequence[int] = (),
     judges: Sequence = (),
     num: int = 1000,
 ) -> dict:
     """{"runs": [{"folder", "arg", **summary of the last stage}], "results", "compared" ...} after
-    all runs, or those with the numbers `only`; the results are those of all finished runs."""
-    root, numbers = pathlib.Path(workdir).resolve(), chosen(runs, only)
+    all runs, or those with the numbers `only`; the results are those of all finished runs.
+
+    target: the file of the table, in the work directory; written after each run.
+    """
+    root, numbers = target.resolve().parent, chosen(runs, only)
     pilot(path, [runs[number] for number in numbers], root)
+    setting = {"num": num, "judges": [judge.name for judge in judges]}
     rows = []
     for position, number in enumerate(numbers):
         name, words = runs[number]
         ahead = [chain(path, runs[n][1], root, runs[n][0]) for n in numbers[position:]]
         text = duration(left(ahead, costs(root)))
-        logging.info("run %d of %d: %s; about %s left", number, len(runs), name, text)
+        logging.info("run %d of %d: %s; about %s left", number + 1, len(runs), name, text)
         for place, config in ahead[0]:
             summary = finished(place, config)
-        target = root / name / "measured.json"
-        if config.stage in GENERATORS and not target.exists():
-            figures = measured(place, config, list(judges), num)
-            model = str(pathlib.Path(place).relative_to(root))
-            write_record(target, {"model": model, "num": num, "figures": figures})
         rows.append({"folder": name, "arg": words} | summary)
-    found = results(runs, arg, root)
+        record = root / name / "measured.json"
+        known = read_json(record) if record.exists() else {}
+        if config.stage in GENERATORS and not setting.items() <= known.items():
+            figures = measured(place, config, judges, num)
+            model = str(pathlib.Path(place).relative_to(root))
+            write_record(record, setting | {"model": model, "figures": figures})
+        found = results(runs, arg, root)
+        with atomic_write(target) as temporary:
+            temporary.write_text(table(compare(found)) + "\n")
     shown = {"config": path, "arg": arg, "results": found, "compared": compare(found)}
     return {"runs": rows} | shown | {"provenance": provenance()}
 
@@ -282,7 +287,7 @@ def define() -> None:
     flags.DEFINE_bool("list", False, "Print the runs as commands and stop.")
     flags.DEFINE_integer("num_samples", 1000, "Generated images per run.", 8, 10_000_000)
     flags.DEFINE_multi_string(
-        "measure", [], "NAME=FILE of a network that judges; default: a fitted classifier."
+        "measure", [], "NAME=FILE of a network that judges; no loss may have used it."
     )
     flags.DEFINE_string("record", None, "Also write the results to this file.")
     flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
@@ -310,15 +315,13 @@ def main(argv: list[str] | None = None) -> dict | None:
             return None
 
         def everything() -> dict:
-            judges = [features.load(*named_file(entry)) for entry in given.measure]
+            judges = [load_judge(entry) for entry in given.measure]
+            target = pathlib.Path(given.workdir) / f"{given.sweep}.md"
             found = sweep(
-                runs, given.config, given.arg, given.workdir, only=only, judges=judges,
+                runs, given.config, given.arg, target, only=only, judges=judges,
                 num=given.num_samples,
             )  # fmt: skip
-            text = table(found["compared"])
-            with atomic_write(pathlib.Path(given.workdir) / f"{given.sweep}.md") as temporary:
-                temporary.write_text(text + "\n")
-            print(text)
+            print(target.read_text())
             write_record(given.record, {k: found[k] for k in found if k != "runs"})
             return found
 
