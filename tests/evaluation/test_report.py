@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -9,12 +10,15 @@ from PIL import Image
 
 from cheapscale.data.pixels import from_uint8, to_uint8
 from cheapscale.data.resize import area_mean
-from cheapscale.evaluation import detail, report, report_page
+from cheapscale.evaluation import detail, report, report_page, report_rows
 from cheapscale.evaluation.fid import kernel_distance
 from cheapscale.evaluation.patches import crop_corners
 from cheapscale.evaluation.report_rows import Row
 from cheapscale.features import FeatureNetwork
+from cheapscale.teacher import load
 from cheapscale.training.log import enlarge
+from configs import scenes
+from launch.pipeline import stage_configs
 
 RNG = np.random.default_rng(0)
 
@@ -184,3 +188,29 @@ def test_three_images_are_drawn_and_curves_have_a_panel_each(tmp_path):
     curve = np.geomspace(1, 1e-3, 9)
     picture = report_page.draw_curves({"8 px": {"real": curve}, "16 px": {"real": curve / 2}})
     assert picture.shape[1] == 2 * (report_page.PANEL + report_page.MARGIN)
+
+
+def test_a_control_is_the_network_of_its_run_with_its_own_weights(pipeline, monkeypatch):
+    """Here the control is the teacher, whose weights fit stage 2; nothing compiles."""
+
+    def paint(_, generator, z, labels, batch_size):
+        generators.append(generator)
+        return np.zeros((len(z), 8, 8, 3), np.float32)
+
+    workdir, generators = pipeline[0], []
+    monkeypatch.setattr(report_rows, "in_batches", paint)
+    monkeypatch.setattr(report_rows, "sample", lambda *_, **options: (np.zeros((5, 8, 8, 3)),))
+    configs = dict(stage_configs(scenes.__file__, "smoke,levels=1,top=16", workdir))
+    folder = str(workdir / "distill")
+    run = report.Run("distill", configs[folder], folder, {}, 0.0)
+    control = report.Run("distill-x", configs[folder], str(workdir / "pretrain"), {}, 0.0, "x")
+    part = np.zeros((5, 8, 8, 3)), np.zeros(5, np.int32)
+    noise = report_rows.Noise({"fresh": part, "train": part}, "test", 3, (), 1.0)
+    drawn = {}
+    rows = dict(report_rows.rows(run, [control], None, noise, drawn))
+    assert list(rows) == ["data8", "teacher", "distill-x", "distill"] and list(drawn) == [folder]
+    assert rows["distill"].again["train"].shape == (5, 8, 8, 3)
+    assert generators[0].origin is generators[1].origin  # one program serves both
+    weights = [load(place).params for place in (control.workdir, run.workdir)]
+    for generator, params in zip(generators, weights):
+        jax.tree.map(np.testing.assert_array_equal, generator.params, params)
