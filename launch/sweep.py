@@ -174,7 +174,7 @@ def seconds_left(stages: list[tuple[str, object]], known: dict[str, dict]) -> fl
             count = cost["latents"] * (2 * config.invert.nodes - 2)
         elif config.total_flops:
             count = max(config.total_flops - reached, 0) / (cost["flops"] or np.inf)
-            reached = config.total_flops
+        reached += count * cost["flops"]
         if not (pathlib.Path(place) / "stage.json").exists():
             total += cost["fixed"] + count * cost["each"]
     return total
@@ -192,13 +192,17 @@ def left(chains: list[list], known: dict[str, dict]) -> float:
 
 
 def pilot(path: str, runs: list[tuple[str, str]], root: pathlib.Path) -> None:
-    """Run three updates of every kind of stage of the study whose time is not known yet."""
+    """Run three updates of every kind of shared stage of the study whose time is not known yet."""
+    known = set(costs(root))
     for name, arg in runs:
-        known = costs(root)
-        if any(kind(config) not in known for _, config in chain(path, arg, root, name)):
-            for place, config in chain(path, arg, root / "pilot", name, pilot=True):
-                logging.info("pilot: %s", kind(config))
-                finished(place, config)
+        stages = chain(path, arg, root / "pilot", name, pilot=True)
+        stages = [stage for stage in stages if pathlib.Path(stage[0]).parent.name == "stages"]
+        if {kind(config) for _, config in stages} <= known:
+            continue
+        for place, config in stages:  # each begins with the one before it
+            logging.info("pilot: %s", kind(config))
+            finished(place, config)
+            known.add(kind(config))
 
 
 # The figures of a run

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from configs import common, sweeps
+from configs import common, scenes, sweeps
 from launch import sweep
 
 SCENES = "--config=configs/scenes.py"
@@ -106,7 +106,7 @@ def test_the_time_left_counts_shared_stages_once_and_finished_ones_not(tmp_path)
     ]
     known = {
         "pretrain8": {"fixed": 10.0, "each": 0.5, "flops": 1e9, "latents": 0},
-        "invert8": {"fixed": 5.0, "each": 0.001, "flops": 0.0, "latents": 1000},
+        "invert8": {"fixed": 5.0, "each": 0.001, "flops": 1e6, "latents": 1000},
         "distill8": {"fixed": 20.0, "each": 1.0, "flops": 2e9, "latents": 0},
     }
     steps = {config.stage: config.total_steps for _, config in chains[0]}
@@ -117,13 +117,13 @@ def test_the_time_left_counts_shared_stages_once_and_finished_ones_not(tmp_path)
     done.mkdir(parents=True)
     (done / "stage.json").write_text(json.dumps({"kind": "pretrain8", "seconds": 1.0}))
     assert sweep.left(chains, known) == pytest.approx(inversions + 2 * distilled + 120)
-    # a budget of FLOPs includes the stages before
+    # a budget of FLOPs includes the stages before: the teacher and 78 calls of 1000 latents
     words = "pretrain.total_flops=1e12,distill.total_flops=3e12"
     budget = sweep.chain(
         "configs/scenes.py", f"size=ablation,pipeline=one_step,{words}", tmp_path, "r"
     )
     assert sweep.seconds_left(budget, known) == pytest.approx(
-        10 + 1e12 / 1e9 * 0.5 + 5 + 78 + 20 + 2e12 / 2e9
+        10 + 1e12 / 1e9 * 0.5 + 5 + 78 + 20 + (2e12 - 78e9) / 2e9
     )
 
 
@@ -139,3 +139,37 @@ def test_results_are_named_by_what_sets_an_arm_apart_and_read_as_far_as_they_are
         ("pipeline=one_step", 0, 0.0), ("distill.data_proportion=0.01", 0, 2.0),
         ("pipeline=one_step", 1, 3.0),
     ]  # fmt: skip
+
+
+def test_a_run_has_the_figures_of_the_pipelines_report(pipeline):
+    workdir, printed = pipeline
+    reported = json.loads(printed[-1])["stages"]["grow16"]
+    config = scenes.get_config("stage=grow,resolution=16,smoke")
+    figures = sweep.measured(str(workdir / "grow16"), config, [], 24)
+    shown = set(figures) & set(reported)
+    assert {"patch_kid_detail", "recall_pixels_k3", "spectrum_db"} <= shown
+    for name in shown:
+        assert figures[name] == pytest.approx(reported[name], rel=1e-4), name
+    assert figures["training_flops"] == json.loads(printed[-1])["training_flops"]
+
+
+@pytest.mark.parametrize(
+    "name, kinds",
+    [
+        ("pairs", ["pretrain8", "invert8", "distill8"]),
+        ("base", ["pretrain8", "invert8", "distill8", "grow16", "grow32",
+                  "pretrain16", "invert16", "distill16", "grow32",
+                  "pretrain32", "invert32", "distill32"]),
+        ("search", ["pretrain8"]),  # experts are not shared
+        ("cascade_k", []),  # single stages
+    ],
+)  # fmt: skip
+def test_a_pilot_runs_each_kind_of_stage_once_and_briefly(name, kinds, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(sweep, "finished", lambda place, config: ran.append(config))
+    size = {"search": "size=experts", "cascade_k": "size=cascade,resolution=32"}.get(name)
+    runs = sweep.planned("configs/scenes.py", name, size or "size=ablation")
+    sweep.pilot("configs/scenes.py", runs, tmp_path)
+    assert [sweep.kind(config) for config in ran] == kinds
+    assert all(config.total_steps == 3 and config.total_flops == 0 for config in ran)
+    assert all(config.invert.nodes == 2 for config in ran if config.stage == "invert")
