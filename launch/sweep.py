@@ -52,7 +52,7 @@ from launch.train import run
 
 GENERATORS = ("distill", "grow")  # stages whose results are measured
 SIDE = 8  # in pixels, at which recall compares whole images
-SHOWN = r"patch_kid.*(?<!_interval)$|recall|spectrum"  # figures of the report
+SHOWN = r"pkid.*(?<!_interval)$|recall|spectrum"  # figures of the report
 LEAST = 9  # network calls of an inversion whose time is that of the network
 
 
@@ -221,7 +221,7 @@ def measured(place: str, config, judges: Sequence, num: int) -> dict[str, float]
     real = read_some(config.data, num, config.data.eval_split)
     scale = float(detail_of(from_uint8(real)).std())
     look = functools.partial(report.views, judges=judges, side=SIDE, scale=scale)
-    numbers = report.measured(row, look(row.images), look(real), judges, {}, None).numbers
+    numbers = report.measured(row, look(row.images), look(real), {}, None).numbers
     shown = {name: float(v) for name, v in numbers.items() if re.match(SHOWN, name)}
     ledger = generator.meta["ledger"]
     return shown | {f"training_{name}": float(value) for name, value in ledger.items()}
