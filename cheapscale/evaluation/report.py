@@ -90,7 +90,7 @@ def write(
     curves: dict[str, dict[str, np.ndarray]] = {}
     for run in growing:
         real = read_some(run.config.data, num_samples, run.config.data.eval_split)
-        scale = float(detail.detail_of(from_uint8(real)).std())
+        scale = max(float(detail.detail_of(from_uint8(real)).std()), 1e-6)  # 0: of plain images
         look = functools.partial(views, judges=judges, side=side, scale=scale)
         reference, wanted = look(real), targets(run, invert, teacher, noise.split)
         shown = curves[f"{real.shape[1]} px"] = {"real": reference.spectrum}
