@@ -71,8 +71,27 @@ def depthwise(x: jax.Array, layer: PyTree, stride: int = 1) -> jax.Array:
     gradient is a sum of the same kind. On two CPU cores, EfficientNet-lite0's gradient with respect
     to 32 images of 32 px takes 0.08 s, against 0.15 s with the automatic gradient and 0.74 s with a
     grouped convolution (4 images of 128 px: 0.14 s against 0.30 s). Forward mode is not supported.
+
+    If x has no more pixels than the kernel has taps, it is a matrix for each channel instead: as
+    fast, but a tenth of the operations to trace and compile.
     """
-    return _depthwise(x, layer["kernel"], stride) + layer["bias"][None, None, None, :]
+    kernel = layer["kernel"]
+    few = x.shape[1] * x.shape[2] <= kernel.shape[0] * kernel.shape[1]
+    return (_matrices if few else _depthwise)(x, kernel, stride) + layer["bias"][None, None, None]
+
+
+def _matrices(x, kernel, stride):
+    """The same with a matrix from the pixels (i, j) of x to those of the result, (p, q)."""
+    rows, columns = (_reached(*axis, stride) for axis in zip(x.shape[1:3], kernel.shape))
+    matrix = jnp.einsum("tpi,uqj,tuc->ijpqc", rows, columns, kernel[:, :, 0])
+    return jnp.einsum("bijc,ijpqc->bpqc", x, matrix)
+
+
+def _reached(size, taps, stride):
+    """[taps, out, size]: one where the tap of an output reads the input."""
+    ((before, _),) = jax.lax.padtype_to_pads((size,), (taps,), (stride,), "SAME")
+    tap, out, read = np.ogrid[:taps, : -(-size // stride), :size]
+    return (out * stride + tap - before == read).astype(np.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -1,7 +1,7 @@
 """The speed of this package against other packages on CPU, and the cost of large statistics.
 
-    OMP_WAIT_POLICY=passive python -m launch.bench --workdir=runs/bench
-    OMP_WAIT_POLICY=passive taskset -c 0 python -m launch.bench --what=features --workdir=runs/bench
+    python -m launch.bench --workdir=runs/bench --cores=1
+    python -m launch.bench --workdir=runs/bench --cores=1 --what=features
 
     unet        a training step and one-step sampling against diffusers.UNet2DModel
     features    Inception-v3 features of a set and its Frechet distance, against torch-fidelity
@@ -13,8 +13,9 @@ Both sides of a comparison compute the same function with the same weights; the 
 difference of their outputs. The sides take turns, call by call, so that other load on the machine
 affects both; a ratio divides the seconds of a side by those of the first side in the same round.
 
-OpenMP threads spin by default while they wait, which makes PyTorch many times slower on a busy
-machine: OMP_WAIT_POLICY=passive avoids this. One core (taskset) gives the smallest variance.
+CPU seconds are those of all threads: on a busy machine they vary less than the clock. OpenMP
+threads spin by default while they wait, which makes PyTorch many times slower there, so the command
+sets OMP_WAIT_POLICY=passive. All threads of both sides share the first --cores cores.
 """
 
 import importlib
@@ -54,30 +55,33 @@ SHARES = (0.6, 0.8)  # shares of the base's FLOPs that the experts keep
 
 def paired(calls: dict[str, Callable], rounds: int) -> dict:
     """The `summary` of the seconds of all sides, which take turns for `rounds` rounds."""
-    seconds = {side: [] for side in calls}
+    seconds, cpu = ({side: [] for side in calls} for _ in range(2))
     for turn in range(-2, rounds):  # two warm-up rounds: memory still grows in the second
         for side, call in calls.items():
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             call()
             if turn >= 0:
-                seconds[side].append(time.perf_counter() - began)
-    return summary(seconds)
+                seconds[side].append(time.perf_counter() - began[0])
+                cpu[side].append(time.process_time() - began[1])
+    return summary(seconds, cpu)
 
 
-def summary(seconds: dict[str, list[float]]) -> dict:
-    """{side: {"seconds": median, "ratio": median, "range": [least, largest]}}.
+def summary(seconds: dict[str, list[float]], cpu: dict[str, list[float]]) -> dict:
+    """{side: {"seconds": median, "ratio": median, "range": [least, largest]}}, and the same of the
+    seconds that all threads computed as "cpu_seconds", "cpu_ratio" and "cpu_range".
 
     A ratio divides the seconds of a side by those of the first side in the same round.
     """
-    first = next(iter(seconds.values()))
-    rows = {}
-    for side, taken in seconds.items():
-        ratios = sorted(t / f for t, f in zip(taken, first, strict=True))
-        rows[side] = {
-            "seconds": round(statistics.median(taken), 5),
-            "ratio": round(statistics.median(ratios), 3),
-            "range": [round(ratios[0], 3), round(ratios[-1], 3)],
-        }
+    rows = {side: {} for side in seconds}
+    for prefix, clock in (("", seconds), ("cpu_", cpu)):
+        first = next(iter(clock.values()))
+        for side, taken in clock.items():
+            ratios = sorted(t / f for t, f in zip(taken, first, strict=True))
+            rows[side] |= {
+                f"{prefix}seconds": round(statistics.median(taken), 5),
+                f"{prefix}ratio": round(statistics.median(ratios), 3),
+                f"{prefix}range": [round(ratios[0], 3), round(ratios[-1], 3)],
+            }
     return rows
 
 
@@ -96,7 +100,8 @@ def compare(name: str, rounds: int, *args) -> dict:
     figures = facts | {"uses": {use: paired(sides, rounds) for use, sides in calls.items()}}
     for use, rows in figures["uses"].items():
         for side, row in rows.items():
-            print(f"{use:>12} {side:>15} {1e3 * row['seconds']:10.1f} ms  x {row['ratio']:.2f}")
+            times = [f"x {row[kind]:.2f}" for kind in ("ratio", "cpu_ratio")]
+            print(f"{use:>12} {side:>15} {1e3 * row['seconds']:10.1f} ms", *times, "(CPU)")
     return figures
 
 
@@ -128,6 +133,7 @@ def define() -> None:
     )  # fmt: skip
     flags.DEFINE_string("model", None, "one_step: the work directory of a generator.")
     flags.DEFINE_integer("steps", 40, "one_step: sigma levels of the teacher's sampler.", 2, 10_000)
+    flags.DEFINE_integer("cores", None, "Cores for all sides; default: all.", 1, 1024)
     flags.DEFINE_integer("rounds", 10, "Rounds, in which each side runs once.", 1, 10_000)
     flags.DEFINE_multi_enum(
         "sizes", list(SIZES), list(SIZES), "unet: these networks; pruned: the first one."
@@ -142,6 +148,12 @@ def define() -> None:
 
 def body(given) -> dict:
     jax.config.update("jax_platforms", "cpu")  # even if there is an accelerator
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch is imported
+    cores = sorted(os.sched_getaffinity(0))
+    if given.cores and given.cores > len(cores):
+        raise ValueError(f"--cores={given.cores}: there are {len(cores)}: give at most that")
+    # XLA and PyTorch take as many threads as the process has cores.
+    os.sched_setaffinity(0, cores[: given.cores])
     from launch.bench import one_step
     from launch.bench import statistics as large
 

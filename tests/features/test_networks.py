@@ -66,7 +66,9 @@ def loaded(name, weights, tmp_path, **options):
     return features.load(name, path, **options)
 
 
-@pytest.mark.parametrize("side, kernel, stride", [(8, 3, 1), (8, 3, 2), (7, 5, 2), (2, 5, 1)])
+@pytest.mark.parametrize(
+    "side, kernel, stride", [(8, 3, 1), (8, 3, 2), (7, 5, 2), (2, 5, 1), (5, 5, 2)]
+)
 def test_depthwise_and_its_gradients(side, kernel, stride):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, side, side, 4)).astype(np.float32)
