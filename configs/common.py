@@ -359,10 +359,10 @@ def image_stages(
 ) -> list[str]:
     """The argument strings of a pipeline's stages, in order.
 
-    pagoda: pretrain, invert, distill, and one growth per doubling. one_step: the same without
-    growth. cascade: pretrain, and one tuning per doubling. experts: pretrain, assess, and prune for
-    each group. `teacher=DIR` in `arg` replaces pretraining. `controls` adds CONTROLS to the first
-    two.
+    pagoda: pretrain, invert, regress if the size has it, distill, and one growth per doubling.
+    one_step: the same without growth. cascade: pretrain, and one tuning per doubling. experts:
+    pretrain, assess, and prune for each group. `teacher=DIR` in `arg` replaces pretraining.
+    `controls` adds CONTROLS to the first two.
     """
     args, changes = parse(arg)
     row = pick(args.size, sizes)
@@ -374,13 +374,13 @@ def image_stages(
     if args.pipeline == "cascade":
         top = args.top or 2 * base
         return [*first, *(f"stage=cascade,resolution={r}" for r in doublings(base, top))]
-    planned = ["stage=invert", "stage=distill"]
+    planned = ["stage=invert", *["stage=regress"] * ("regress" in row), "stage=distill"]
     if args.pipeline == "pagoda":
         top = args.top or max(row.get("top", data.top), base)
         reached = doublings(base, top)
         planned += [f"stage=grow,resolution={r}" for r in (reached[-1:] if args.jump else reached)]
     if args.controls:
-        for one in planned[1:]:
+        for one in planned[planned.index("stage=distill") :]:
             planned = [*planned, f"{one},control=no_rec", f"{one},control=no_adv"]
         planned += ["stage=invert,control=dstl", "stage=distill,control=dstl"]
     return first + planned

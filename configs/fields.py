@@ -218,6 +218,7 @@ PRUNE = {
 }
 
 TEACHER = Field("", "work directory of stage pretrain, or the folder of a set of experts")
+START = Field("", "work directory of stage regress to start from; empty: the teacher's weights")
 LATENTS = Field("", "folder of the data-latent pairs")
 RESCALE = Field(False, "divide all latents by their rms / sigma_max, so that theirs is the prior's")
 EXPERTS = Field("", "folder of the set of experts")
@@ -233,7 +234,8 @@ STAGES: dict[str, dict[str, Any]] = {
         "teacher": TEACHER, "latents": LATENTS, "invert": INVERT,
         "compute": {"dtype": COMPUTE["dtype"]},
     },
-    "distill": {"teacher": TEACHER, **GENERATOR, "distill": LOSS},
+    "regress": {"teacher": TEACHER, **GENERATOR, "regress": LOSS},
+    "distill": {"teacher": TEACHER, "start": START, **GENERATOR, "distill": LOSS},
     "grow": {
         "base": Field("", "work directory of the smaller generator"), **GENERATOR,
         "grow": LOSS | {"widths": WIDTHS, "freeze": FREEZE},
@@ -249,6 +251,9 @@ PAGODA = {  # the published code's optimisers
 # Where a stage's default differs from its field's.
 STAGE_DEFAULTS = {
     "pretrain": {"optim.warmup_steps": 100},
+    "regress": {
+        "optim.warmup_steps": 100, "regress.adversarial_weight": 0.0, "regress.feature_weight": 0.0,
+    },
     "distill": PAGODA,
     "grow": PAGODA | {"grow.adversarial_weight": 1.0, "grow.adaptive": False},
     "prune": {"optim.warmup_steps": 20},

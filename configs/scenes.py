@@ -13,6 +13,7 @@ from configs import common
 from configs.data_sets import DATA_SETS
 from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
+NO_FLIPS = {"data.flip": False}
 SIZES = {
     "quick": {
         "model": "tiny8",
@@ -49,11 +50,12 @@ SIZES = {
             "invert.per_shard": 1000,
             "invert.nodes": 18,
             "invert.noise": 0.0055,
-            "data.flip": False,
-        },
-        "distill": common.train(4000, 5e-4, 24, common.SHORT_GAN | {"data.flip": False}),
+        }
+        | NO_FLIPS,
+        "regress": common.train(3000, 1e-3, 64, NO_FLIPS | {"optim.decay_steps": 3000}),
+        "distill": common.train(3000, 5e-4, 24, common.SHORT_GAN | NO_FLIPS),
         "grow": common.train(
-            3000, 5e-4, 16, common.SHORT_GAN | {"features.input_size": 64, "data.flip": False}
+            3000, 5e-4, 16, common.SHORT_GAN | NO_FLIPS | {"features.input_size": 64}
         ),
         "cascade": common.train(400, 1e-3, 16),
         "prune": common.train(300, 1e-3, 48),

@@ -41,6 +41,8 @@ from configs import common, fields
 from launch.command import execute, named_file, pipeline_flags, required, start, write_record
 from launch.train import run
 
+# Controls that start from the teacher's weights, since stage regress has seen inverted pairs.
+FROM_TEACHER = ("no_rec", "dstl")
 # To these sizes in pixels a judge enlarges images; on CPUs its own 224 px would take minutes.
 JUDGE_SIDES = {"mobilenet_v2": 96, "efficientnet_lite0": 96}
 
@@ -94,6 +96,10 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
         for name, place in places.items():
             if name in config and not config[name]:
                 config[name] = str(place)
+        if control in FROM_TEACHER and "start" in config:
+            config.start = ""
+        if stage == "regress":
+            places["start"] = folder
         if stage in ("distill", "grow") and not control:
             places["base"] = folder  # the next growth starts from this generator
         if stage == "cascade":

@@ -28,6 +28,7 @@ from launch.command import config_flag, execute, required, start
 STAGES = {
     "pretrain": pretrain.build,
     "invert": invert.build,
+    "regress": distill.build,
     "distill": distill.build,
     "grow": grow.build,
     "cascade": tune.build,

@@ -7,6 +7,9 @@
         G:  L_rec + lambda L_adv,  lambda = 0.2 |grad L_rec| / |grad L_adv| at the last layer
     ema <- 0.999 ema + 0.001 G
 
+Stage `regress` comes before it in small runs: the same with the pixel term of L_rec alone, whose
+update costs a fifth or less. G starts from its weights if `start` names them.
+
 With `distill.pairs` "teacher" and a store of teacher samples (`invert.direction` "sample"), L_rec
 becomes the baseline L_dstl (Eq. 1), which regresses the teacher's images instead of the data.
 """
@@ -21,32 +24,44 @@ from cheapscale.models.unet import unet
 from cheapscale.pagoda.gan import generator_stage
 from cheapscale.teacher.data import check_teacher
 from cheapscale.teacher.load import load_network_teacher
+from cheapscale.training.checkpoint import load_network, read_meta
 from cheapscale.training.stage import Stage
 
 PyTree = Any
 
 
 def build(config) -> Stage:
-    """Stage 2 from its config. Raises ValueError where teacher, data and latents do not fit."""
+    """Stage 2, or `regress`, from its config. Raises ValueError where teacher, start, data and
+    latents do not fit."""
     source = open_data(config.data)
     teacher = load_network_teacher(config.teacher, "the generator starts as a copy of one network")
     model = teacher.fields | {"dropout": 0.0}
     check_teacher(teacher, source)
 
-    def copy_teacher(params: PyTree) -> PyTree:
-        if jax.tree.structure(teacher.params) != jax.tree.structure(params["generator"]):
+    upstream, start = teacher.meta, config.get("start", "")
+    if start:
+        upstream = read_meta(start)[1]
+        if upstream.get("teacher") != teacher.fingerprint or upstream["stage"] != "regress":
             raise ValueError(
-                f"the weights of the teacher in {config.teacher} do not fit its U-Net: use the "
+                f"start is {start}, which is no regression of the teacher in {config.teacher}: "
+                "give --config.start=DIR, the work directory of its stage regress"
+            )
+
+    def initial(params: PyTree) -> PyTree:
+        first = load_network(start, "generator").params if start else teacher.params
+        if jax.tree.structure(first) != jax.tree.structure(params["generator"]):
+            raise ValueError(
+                f"the weights in {start or config.teacher} do not fit the teacher's U-Net: use the "
                 "version of cheapscale that trained it"
             )
-        return params | {"generator": teacher.params}
+        return params | {"generator": first}
 
     return generator_stage(
         config,
         source,
         model=model,
-        upstream=teacher.meta,
-        warm_start=copy_teacher,
+        upstream=upstream,
+        warm_start=initial,
         trainable=None,  # every parameter trains
         adaptive_layer=last_layer(unet(**model).config),
         teacher=teacher.fingerprint,

@@ -241,9 +241,11 @@ def generator_stage(
     model = resolve_model(model | compute)
     store, pairs = open_pairs(config, source, teacher, loss["pairs"], loss["data_proportion"])
     rescaled = upstream.get("config", {}).get("rescale_latents", False)
-    if name == "grow" and rescaled != config.rescale_latents:
+    begun = "generator" in upstream["networks"]
+    if begun and rescaled != config.rescale_latents:
+        place = config.get("base") or config.start
         raise ValueError(
-            f"rescale_latents is {config.rescale_latents}, but {config.base} was trained with "
+            f"rescale_latents is {config.rescale_latents}, but {place} was trained with "
             f"{rescaled}: give --config.rescale_latents={rescaled}"
         )
     weights = {term: loss[f"{term}_weight"] for term in ("feature", "lpips", "pixel")}
@@ -266,7 +268,7 @@ def generator_stage(
         "teacher": teacher,
         # the networks in the smaller generator's losses; the training loop adds this run's
         "frozen_networks": upstream.get("frozen_networks", {}),
-        "ledger": starting_cost(upstream, store if name == "distill" else None),
+        "ledger": starting_cost(upstream, None if begun else store),
     }
     generator = make_generator(None, meta)
 
@@ -318,7 +320,7 @@ def generator_stage(
 def starting_cost(upstream: dict, store: PairStore | None) -> dict:
     """The ledger before the first step: the upstream run's, and the cost of making the latents.
 
-    Stage 2 passes the latents' `store`; stage 3 passes None, so that they are counted once.
+    store: of the latents; None for a generator that starts from another, whose run counts them.
     """
     costs = [store.cost(), store.manifest.get("extra_cost", {})] if store else []
     return {

@@ -335,3 +335,14 @@ def test_a_folder_of_ones_own_says_its_splits(tmp_path):
         file.get_config(f"data_dir={split},base=12")
     with pytest.raises(ValueError, match="there is no folder 'nowhere': give --arg=data_dir=DIR"):
         data_sets.folder("nowhere")
+
+
+def test_distillation_starts_from_the_regression_but_controls_without_it_from_the_teacher(tmp_path):
+    planned = dict(
+        stage_configs(module("scenes").__file__, "size=gallery,top=32,controls", tmp_path)
+    )
+    start = {pathlib.Path(folder).name: c.get("start") for folder, c in planned.items()}
+    regress = str(tmp_path / "regress")
+    assert start["distill"] == start["distill-no_adv"] == regress
+    assert start["distill-no_rec"] == start["distill-dstl"] == ""
+    assert planned[regress].regress.adversarial_weight == 0
