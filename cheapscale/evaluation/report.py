@@ -113,6 +113,7 @@ def write(
         "stages": {name: row.numbers for name, row in found.items()},
         "comparisons": comparisons(growing, found),
         "judges": {judge.name: judge.input_size for judge in judges},
+        "frozen_networks": growing[-1].summary["frozen_networks"],
         "seconds_per_stage": {run.folder: round(run.seconds, 1) for run in runs},
         "training_flops": growing[-1].summary["ledger"]["flops"],
         "rms_z_over_sigma_max": invert.summary["rms"],

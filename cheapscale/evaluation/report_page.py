@@ -73,7 +73,8 @@ def notes(figures: dict) -> Iterator[str]:
         "- *nearest*: distance of the samples to their nearest training images, as a share of that "
         "of held-out images (0: copies)."
     )
-    yield f"- The report took {figures['report_seconds']:.0f} s."
+    trained = ", ".join(figures["frozen_networks"])
+    yield f"- Networks of the losses: {trained}. The report took {figures['report_seconds']:.0f} s."
 
 
 def draw_curves(panels: dict[str, dict[str, np.ndarray]]) -> np.ndarray:

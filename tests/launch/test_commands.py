@@ -31,6 +31,8 @@ def test_the_pipeline_ends_with_a_table_pictures_and_one_json_line(pipeline):
     assert {f"{name}.png" for name in names} | {"report.md"} <= {
         path.name for path in workdir.iterdir()
     }
+    # a classifier for each resolution, since smoke runs name it
+    assert set(summary["frozen_networks"]) == {"loss_classifier_8px", "loss_classifier_16px"}
     assert summary["training_flops"] > 0 and summary["stages"]["grow16"]["drift_rms"] > 0
     assert summary["stages"]["distill-nearest16"]["drift_rms"] == 0
     assert all(0 <= found["nearest"] < 10 for name, found in summary["stages"].items()
