@@ -210,8 +210,8 @@ def pilot(path: str, runs: list[tuple[str, str]], root: pathlib.Path) -> None:
 
 def measured(place: str, config, judges: Sequence, num: int) -> dict[str, float]:
     """{name: figure} of a trained generator, from `num` samples and as many held-out images: those
-    of launch.pipeline's report (patch distances, recall, spectrum), FLOPs and seconds of all
-    training. The noise is the same for all generators with the same base."""
+    of launch.pipeline's report (patch distances, recall, spectrum), and the FLOPs of all training.
+    The noise is the same for all generators with the same base."""
     generator = load(place)
     for judge in judges:
         checked_name(judge, generator.meta["frozen_networks"])
@@ -223,8 +223,7 @@ def measured(place: str, config, judges: Sequence, num: int) -> dict[str, float]
     look = functools.partial(report.views, judges=judges, side=SIDE, scale=scale)
     numbers = report.measured(row, look(row.images), look(real), {}, None).numbers
     shown = {name: float(v) for name, v in numbers.items() if re.match(SHOWN, name)}
-    ledger = generator.meta["ledger"]
-    return shown | {f"training_{name}": float(value) for name, value in ledger.items()}
+    return shown | {"training_flops": float(generator.meta["ledger"]["flops"])}
 
 
 def results(runs: list[tuple[str, str]], arg: str, root: pathlib.Path) -> list[dict]:
