@@ -142,7 +142,7 @@ def step_zero(grown: Generator, smaller: Generator) -> Generator:
 
 def make_noise(teacher: Teacher | Experts, invert: Run, num: int, rescale: bool) -> Noise:
     """`num` draws from the prior, whose classes have the frequencies of the training set; latents
-    that the run `invert` stored; and latents of held-out images, made here on the same nodes.
+    that the run `invert` stored; and latents of held-out images, made here by the same nodes and noise.
 
     rescale: whether the generators take latents of the prior's size.
     """
@@ -158,9 +158,9 @@ def make_noise(teacher: Teacher | Experts, invert: Run, num: int, rescale: bool)
         logging.warning("the round trip is of training images, as the others have no labels")
         split = config.data.split
     images, labels = first_images(matched(teacher, open_data(config.data, split=split)))
-    z, again = round_trip(teacher, nodes=config.invert.nodes, clip=config.invert.clip)(
-        images, labels
-    )
+    n_x = np.random.default_rng(config.seed).standard_normal(images.shape, np.float32)
+    trip = round_trip(teacher, nodes=config.invert.nodes, clip=config.invert.clip)
+    z, again = trip(images + np.float32(config.invert.noise) * n_x, labels)
     parts["held_out"] = size * z, labels
     rms = float(np.sqrt(np.mean(z**2)) / teacher.process.sigma_max)
     return Noise(parts, split, config.invert.nodes, (images, again), rms)
