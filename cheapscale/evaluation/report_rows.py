@@ -142,7 +142,7 @@ def step_zero(grown: Generator, smaller: Generator) -> Generator:
 
 def make_noise(teacher: Teacher | Experts, invert: Run, num: int, rescale: bool) -> Noise:
     """`num` draws from the prior, whose classes have the frequencies of the training set; latents
-    that the run `invert` stored; and latents of held-out images, made here by the same nodes and noise.
+    that the run `invert` stored; and latents of held-out images, made here in the same way.
 
     rescale: whether the generators take latents of the prior's size.
     """
