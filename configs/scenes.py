@@ -31,14 +31,19 @@ SIZES = {
         "cascade": common.train(300, 1e-3, 16),
         "prune": common.train(200, 1e-3, 64),
     },
-    # The ablations of configs/sweeps.py: the shortest runs whose differences can be told.
+    # The ablations of configs/sweeps.py: size=quick cut to what differences need to be told.
     "ablation": {
         "model": {8: "tiny8", 16: "tiny16", 32: "tiny32"},
         "options": {"size": 600, "single": True},
-        "pretrain": common.train(800, 2e-3, 64),
-        "invert": {"batch_size": 200, "invert.per_shard": 200},
-        "distill": common.train(250, 1e-3, 16, common.SHORT_GAN),
-        "grow": common.train(150, 1e-3, 16, common.SHORT_GAN),
+        "pretrain": common.train(800, 2e-3, 64, {"optim.decay_steps": 800}),
+        "invert": {
+            "batch_size": 200,
+            "invert.per_shard": 200,
+            "invert.nodes": 20,
+            "invert.noise": 0.01,
+        },
+        "distill": common.train(250, 1e-3, 16, common.SHORT_GAN | {"optim.decay_steps": 250}),
+        "grow": common.train(150, 1e-3, 16, common.SHORT_GAN | {"optim.decay_steps": 150}),
     },
     # One object in each picture, 16 to 64 px, with features of a real network: hours.
     "gallery": {

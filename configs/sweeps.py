@@ -11,17 +11,21 @@ three seeds. FLOPs and updates are those of size=ablation in configs/scenes.py.
 SEEDS = (0, 1, 2)
 ONE = "pipeline=one_step"
 RATIONS = "data.options.size=200,data.flip=False,invert.nodes=10"  # else inversion takes all
+STEADY = "optim.decay_steps=0"  # the rate, where FLOPs decide how many updates there are
 SWEEPS: dict[str, tuple[str, ...]] = {
-    # PaGoDA (arXiv 2405.14822), section 3.1: nodes of the inversion, and two ways to latents of the
-    # prior's size. The paper has 40 nodes and says nothing of others.
+    # PaGoDA (arXiv 2405.14822), section 3.1: nodes of the inversion (the paper's are 40), and latents
+    # of the prior's size by the images' noise, as size=ablation has it, by a factor, or not at all,
+    # as in the paper.
     "inversion": (
-        ONE, *(f"{ONE},invert.nodes={n}" for n in (10, 20, 160)), f"{ONE},rescale_latents=True",
-        f"{ONE},invert.noise=0.01",
+        ONE, *(f"{ONE},invert.nodes={n}" for n in (10, 40, 160)), f"{ONE},invert.noise=0.0",
+        f"{ONE},invert.noise=0.0,rescale_latents=True",
     ),
     # Section 3.3: L_rec on a small share of the pairs. The paper: 1 % loses nothing.
     "pairs": (ONE, *(f"{ONE},distill.data_proportion={p}" for p in (0.1, 0.01))),
     # Section 3.3: x4 in one jump, for the FLOPs of x2 twice. The paper: as good.
-    "jump": ("top=32,grow32.total_flops=2e13", "top=32,jump=True,grow32.total_flops=2e13"),
+    "jump": tuple(
+        f"top=32{jump},grow32.total_flops=1.8e13,grow32.{STEADY}" for jump in ("", ",jump=True")
+    ),
     # Section 3.3: the paper freezes all but the end of the decoder.
     "freezing": ("top=16", "top=16,grow.freeze=False"),
     # Figure 5: L_rec on inverted data against L_dstl on the teacher's samples, for teachers that
@@ -40,7 +44,8 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     # Table 2: base resolutions, here for equal FLOPs in all (teacher, inversion, generators). The
     # paper: 32 and 64 px are equally good, below 32 px is too hard.
     "base": tuple(
-        f"base={base},top=32,{RATIONS},pretrain.batch_size=16,pretrain.total_flops=4e12,{rest}"
+        f"base={base},top=32,{RATIONS},{STEADY},pretrain.batch_size=16,pretrain.total_flops=4e12,"
+        + rest
         for base, rest in (
             (8, "distill.total_flops=6e12,grow16.total_flops=8e12,grow32.total_flops=1.2e13"),
             (16, "distill.total_flops=8e12,grow32.total_flops=1.2e13"),

@@ -111,19 +111,19 @@ def test_the_time_left_counts_shared_stages_once_and_finished_ones_not(tmp_path)
     }
     steps = {config.stage: config.total_steps for _, config in chains[0]}
     teacher, distilled = 10 + 0.5 * steps["pretrain"], 20 + steps["distill"]
-    inversions = 5 + 78 + 5 + 18  # 2 n - 2 network calls of 1000 latents
+    inversions = 5 + 38 + 5 + 18  # 2 n - 2 network calls of 1000 latents
     assert sweep.left(chains, known) == pytest.approx(teacher + inversions + 2 * distilled + 120)
     done = pathlib.Path(chains[0][0][0])
     done.mkdir(parents=True)
     (done / "stage.json").write_text(json.dumps({"kind": "pretrain8", "seconds": 1.0}))
     assert sweep.left(chains, known) == pytest.approx(inversions + 2 * distilled + 120)
-    # a budget of FLOPs includes the stages before: the teacher and 78 calls of 1000 latents
+    # a budget of FLOPs includes the stages before: the teacher and 38 calls of 1000 latents
     words = "pretrain.total_flops=1e12,distill.total_flops=3e12"
     budget = sweep.chain(
         "configs/scenes.py", f"size=ablation,pipeline=one_step,{words}", tmp_path, "r"
     )
     assert sweep.seconds_left(budget, known) == pytest.approx(
-        10 + 1e12 / 1e9 * 0.5 + 5 + 78 + 20 + (2e12 - 78e9) / 2e9
+        10 + 1e12 / 1e9 * 0.5 + 5 + 38 + 20 + (2e12 - 38e9) / 2e9
     )
 
 
