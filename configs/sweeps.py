@@ -13,7 +13,7 @@ ONE = "pipeline=one_step"
 RATIONS = "data.options.size=200,data.flip=False,invert.nodes=10"  # else inversion takes all
 STEADY = "optim.decay_steps=0"  # the rate, where FLOPs decide how many updates there are
 SWEEPS: dict[str, tuple[str, ...]] = {
-    # PaGoDA (arXiv 2405.14822), section 3.1: nodes of the inversion (the paper's are 40), and latents
+    # PaGoDA (arXiv 2405.14822), section 3.1: nodes of the inversion (the paper has 40); latents
     # of the prior's size by the images' noise, as size=ablation has it, by a factor, or not at all,
     # as in the paper.
     "inversion": (
