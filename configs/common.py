@@ -359,7 +359,8 @@ def image_stages(
 ) -> list[str]:
     """The argument strings of a pipeline's stages, in order.
 
-    pagoda: pretrain, invert, regress if the size has it, distill, and one growth per doubling.
+    pagoda: pretrain, invert, regress (if the size has it, and not in smoke runs), distill, and one
+    growth per doubling.
     one_step: the same without growth. cascade: pretrain, and one tuning per doubling. experts:
     pretrain, assess, and prune for each group. `teacher=DIR` in `arg` replaces pretraining.
     `controls` adds CONTROLS to the first two.
@@ -374,7 +375,8 @@ def image_stages(
     if args.pipeline == "cascade":
         top = args.top or 2 * base
         return [*first, *(f"stage=cascade,resolution={r}" for r in doublings(base, top))]
-    planned = ["stage=invert", *["stage=regress"] * ("regress" in row), "stage=distill"]
+    regress = ["stage=regress"] * ("regress" in row and not args.smoke)
+    planned = ["stage=invert", *regress, "stage=distill"]
     if args.pipeline == "pagoda":
         top = args.top or max(row.get("top", data.top), base)
         reached = doublings(base, top)

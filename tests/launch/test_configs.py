@@ -22,7 +22,9 @@ def module(name):
 @pytest.mark.parametrize("name", FILES)
 def test_every_stage_of_every_file_is_plain_values_and_names_a_module(name):
     file = module(name)
-    assert file.stages()[:3] == ["stage=pretrain", "stage=invert", "stage=distill"]
+    regress = ["stage=regress"] if name == "scenes" else []
+    begin = ["stage=pretrain", "stage=invert", *regress, "stage=distill"]
+    assert file.stages()[: len(begin)] == begin
     for arg in file.stages():
         for prefix in ("", "smoke,"):
             config = file.get_config(prefix + arg)
@@ -58,7 +60,7 @@ def test_a_pipeline_sets_a_field_in_every_stage_that_has_it():
     file = module("scenes")
     words = "invert.nodes=9,grow.widths=(16,),features.paths.x=FILE,optim.lr=1e-5,seed=3"
     configs = {arg: file.get_config(f"{words},{arg}") for arg in file.stages(words)}
-    assert [config.seed for config in configs.values()] == [3] * 5
+    assert [config.seed for config in configs.values()] == [3] * 6
     assert configs["stage=invert"].invert.nodes == 9
     assert configs["stage=grow,resolution=32"].grow.widths == (16,)
     assert configs["stage=distill"].features.paths.x == "FILE"
@@ -69,7 +71,7 @@ def test_a_field_of_one_stage_leaves_the_others_alone():
     words = "total_steps=7,pretrain.total_steps=5,grow32.batch_size=3,pretrain.augment=0.1,base=8"
     planned = stage_configs("configs/scenes.py", words, "runs")
     found = {pathlib.Path(place).name: config for place, config in planned}
-    assert [config.total_steps for config in found.values()] == [5, 7, 7, 7, 7]
+    assert [config.total_steps for config in found.values()] == [5, 7, 7, 7, 7, 7]
     assert found["grow32"].batch_size == 3 != found["grow16"].batch_size
     assert found["pretrain"].pretrain.augment == 0.1  # a field of its own section
     for wrong in ("grow64.batch_size=3", "distill.augment=0.1", "prune.k=0.3"):
@@ -87,7 +89,9 @@ def test_a_size_may_begin_at_several_resolutions():
 
 def test_pipelines_name_their_stages_in_order():
     file = module("scenes")
-    assert file.stages("pipeline=one_step") == ["stage=pretrain", "stage=invert", "stage=distill"]
+    assert file.stages("pipeline=one_step,smoke") == [
+        "stage=pretrain", "stage=invert", "stage=distill",
+    ]  # fmt: skip
     assert file.stages("pipeline=cascade,teacher=T,top=32") == [
         "stage=cascade,resolution=16", "stage=cascade,resolution=32",
     ]  # fmt: skip
@@ -102,8 +106,8 @@ def test_the_stages_of_a_pipeline_find_each_others_folders():
         return [(folder, config.get(name, "-")) for folder, config in planned]
 
     assert paths("top=16", "latents") == [
-        ("runs/pretrain", "-"), ("runs/invert", "runs/latents"), ("runs/distill", "runs/latents"),
-        ("runs/grow16", "runs/latents"),
+        ("runs/pretrain", "-"), ("runs/invert", "runs/latents"), ("runs/regress", "runs/latents"),
+        ("runs/distill", "runs/latents"), ("runs/grow16", "runs/latents"),
     ]  # fmt: skip
     assert dict(paths("", "base"))["runs/grow32"] == "runs/grow16"
     assert paths("pipeline=experts,prune.groups=1,teacher=T", "teacher") == [
@@ -128,8 +132,9 @@ def test_images_are_enlarged_for_efficientnet_by_their_resolution():
 def test_controls_begin_as_their_stage_does_and_differ_in_one_part_of_the_loss():
     configs = dict(stage_configs("configs/scenes.py", "size=quick,controls", "runs"))
     stages = ("distill", "grow16", "grow32")
+    begin = ("pretrain", "invert", "regress")
     assert set(configs) == {
-        *(f"runs/{name}" for name in ("pretrain", "invert", *stages)),
+        *(f"runs/{name}" for name in (*begin, *stages)),
         *(f"runs/{name}-{control}" for name in stages for control in ("no_rec", "no_adv")),
         "runs/invert-dstl", "runs/distill-dstl",
     }  # fmt: skip
@@ -141,7 +146,8 @@ def test_controls_begin_as_their_stage_does_and_differ_in_one_part_of_the_loss()
         stage = itself["stage"]
         changed = {field for field in itself if no_rec[field] != itself[field]}
         terms = {f"{stage}.{term}_weight" for term in ("feature", "pixel", "lpips")}
-        assert changed == {term for term in terms if itself[term]}
+        start = {"start"} if stage == "distill" else set()  # the regression has seen the pairs
+        assert changed == {term for term in terms if itself[term]} | start
         assert not any(no_rec[term] for term in terms)
         changed = {field for field in itself if no_adv[field] != itself[field]}
         assert changed == {f"{stage}.adversarial_weight"}
@@ -149,7 +155,7 @@ def test_controls_begin_as_their_stage_does_and_differ_in_one_part_of_the_loss()
     assert (sampled.invert.direction, dstl.distill.pairs) == ("sample", "teacher")
     assert sampled.latents == dstl.latents == "runs/latents-dstl"
     assert dstl.teacher == sampled.teacher == configs["runs/distill"].teacher == "runs/pretrain"
-    assert list(configs)[:5] == [f"runs/{n}" for n in ("pretrain", "invert", *stages)]
+    assert list(configs)[:6] == [f"runs/{n}" for n in (*begin, *stages)]
     with pytest.raises(ValueError, match="control 'x' is unknown: choose one of , no_rec"):
         module("scenes").get_config("control=x")
 
