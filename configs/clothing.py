@@ -25,7 +25,12 @@ SIZES = {
             64,
             {"optim.decay_steps": 6000, "pretrain.label_dropout": 0.1, "ema.decay": 0.9995},
         ),
-        "invert": {"batch_size": 250, "invert.per_shard": 1000, "invert.nodes": 18},
+        "invert": {
+            "batch_size": 250,
+            "invert.per_shard": 1000,
+            "invert.nodes": 18,
+            "invert.noise": 0.0055,
+        },
         "distill": common.train(3000, 5e-4, 24, common.SHORT_GAN),
         "grow": common.train(2500, 5e-4, 16, common.SHORT_GAN | {"features.input_size": 64}),
     },

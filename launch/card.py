@@ -18,6 +18,7 @@ from cheapscale.training import exported
 from cheapscale.training.cost import param_count
 from cheapscale.training.exported import PREFIX, portable, sha256_of
 from configs.data_sets import DATA_SETS
+from launch.evaluate import NO_METRICS
 
 # What a card of a shipped model must tell, by section.
 FACTS = {
@@ -135,26 +136,26 @@ def read_figures(files: list[str], sha256: str, run: str) -> dict[str, dict]:
     exported run, whose row of a pipeline is taken, with the rows of the same size: its controls.
     """
     found: dict[str, dict] = {}
-    for path in files:
-        record = read_json(pathlib.Path(path))
-        if "stages" in record:
+    for path in map(pathlib.Path, files):
+        record, here = read_json(path), pathlib.Path(run).resolve()
+        if "stages" in record and path.resolve().parent == here.parent:
             rows = record["stages"]
-            name = pathlib.Path(run).name if pathlib.Path(run).name in rows else "teacher"
-            side = rows[name]["resolution"]
+            side = rows[here.name if here.name in rows else "teacher"]["resolution"]
             found |= {k: numbers(row) for k, row in rows.items() if row["resolution"] == side}
-        elif record["provenance"]["files"].get("model") == sha256:
-            found[pathlib.Path(path).parent.name] = numbers(record)
+        elif record.get("provenance", {}).get("files", {}).get("model") == sha256:
+            found[path.parent.name] = numbers(record)
         else:
             raise ValueError(
-                f"{path} does not measure this file, whose SHA-256 is {sha256}: run "
-                "launch.evaluate with --model=FILE.safetensors first"
+                f"{path} does not measure this file, whose SHA-256 is {sha256}: give the "
+                "evaluate.json of launch.evaluate --model=FILE.safetensors, or the pipeline.json "
+                "beside the run"
             )
     return found
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers among the values of a row."""
-    return {name: value for name, value in row.items() if type(value) in (int, float)}
+    """The metrics among the values of a row."""
+    return {k: v for k, v in row.items() if isinstance(v, float) and k not in NO_METRICS}
 
 
 def page(cards: dict[str, dict]) -> str:
@@ -177,9 +178,8 @@ def page(cards: dict[str, dict]) -> str:
     parts = [INTRO, table(rows), f"{total:.1f} MB in all."]
     for name, card in cards.items():
         parts += [f"## {name}", f"![samples of {name}]({card['picture']})", facts(card)]
-        for network, values in card["figures"].items():
-            cells = [(metric, f"{value:.4g}") for metric, value in values.items()]
-            parts += [f"**{network}**", table([("metric", "value"), ("---", "---"), *cells])]
+        if card["figures"]:
+            parts.append(figures_table(card["figures"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -192,6 +192,16 @@ def facts(card: dict) -> str:
         f"{f' ({classes})' if classes else ''}, commit {training['commit']}, "
         f"{training['device']}, {training['flops']:.3g} FLOPs. SHA-256 `{card['sha256']}`."
     )
+
+
+def figures_table(figures: dict[str, dict[str, float]]) -> str:
+    """A row for each metric, a column for each network or control."""
+    metrics = dict.fromkeys(metric for values in figures.values() for metric in values)
+    cells = [
+        (metric, *(f"{v[metric]:.4g}" if metric in v else "" for v in figures.values()))
+        for metric in metrics
+    ]
+    return table([("metric", *figures), ("---",) * (1 + len(figures)), *cells])
 
 
 def table(rows: list[tuple]) -> str:

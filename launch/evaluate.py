@@ -201,6 +201,8 @@ def open_clip(class_names: list[str]) -> Clip:
     )
 
 
+# Numbers of a summary that measure no quality.
+NO_METRICS = ("device_seconds", "items_per_second", "cfg_scale")
 # Flags that only apply to one kind of evaluation; ignoring them silently would hide a mistake.
 ONLY_FOR = {
     "a teacher": ODE_OPTIONS,
@@ -359,11 +361,9 @@ def show(workdir: pathlib.Path, summary: dict) -> None:
 
 def row(summary: dict) -> str:
     """The numbers as a Markdown table with one row: metrics first, then cost."""
-    skipped = ("num", "checkpoint_step", "seed", "resolution", "num_reference", "device_seconds",
-               "steps", "cfg_scale")  # fmt: skip
     cells = {"images": summary.get("model") or summary.get("images"), "num": summary["num"]}
     for key, value in summary.items():
-        if isinstance(value, float) and key not in skipped:
+        if isinstance(value, float) and key not in NO_METRICS:
             cells[key] = f"{value:.4g}"
     cost = summary.get("cost", {})
     for key in COST:

@@ -192,6 +192,7 @@ def pipeline(
                 f"the split {split} holds 1 image, and the report compares with at least 2: add "
                 "images, or give --config.data.eval_split=SPLIT"
             )
+    files = {k: v for _, config in planned for k, v in files_of(config.to_dict()).items()}
     runs = []
     for position, (folder, config) in enumerate(planned, start=1):
         elapsed, name = duration(time.monotonic() - began), pathlib.Path(folder).name
@@ -205,7 +206,6 @@ def pipeline(
         summary = report.write(runs, workdir, num_samples=num_samples, judges=judges)
     else:
         summary = {"stages": {run.folder: run.summary for run in runs}}
-    files = {k: v for _, config in planned for k, v in files_of(config.to_dict()).items()}
     return summary | {
         "config": path,
         "arg": arg,

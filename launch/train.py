@@ -45,7 +45,7 @@ def build(config: ConfigDict) -> Stage | Job:
 
 def run(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     """The summary of a stage, after running it to its end in `workdir`."""
-    stage = build(config)
+    stage, origin = build(config), loop.provenance(config.to_dict())
     common = {"name": config.stage, "mesh": config.mesh.to_dict()}
     if isinstance(stage, Job):
         summary = jobs.run(stage, workdir, config.to_dict(), **common)
@@ -63,7 +63,7 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
             resume=config.resume,
             **common,
         )
-    return summary | {"provenance": loop.provenance(config.to_dict())}
+    return summary | {"provenance": origin}
 
 
 def define() -> None:
