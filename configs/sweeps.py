@@ -5,7 +5,9 @@
 
 A string with stage=NAME runs that stage; any other runs a pipeline. The first string of a sweep is
 its control: the table has the paired differences of all others from it. Every run is repeated with
-three seeds. FLOPs and updates are those of size=ablation in configs/scenes.py.
+three seeds. FLOPs and updates are those of size=ablation in configs/scenes.py, with which sweeps
+`inversion` to `teachers` and `base` in one work directory should take one and a half hours of
+two idle cores (from the speed of single stages; launch.sweep says what your machine needs).
 """
 
 SEEDS = (0, 1, 2)

