@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cheapscale.data.augment import flip
+from cheapscale.data.files import read_json
 from cheapscale.data.pairs import InvertedPairs, PairStore, SampledPairs
 from cheapscale.data.sources import open_data
 from cheapscale.models.growth import trainable
@@ -21,9 +22,10 @@ from cheapscale.teacher.data import check_teacher
 from cheapscale.teacher.load import load, load_teacher
 from cheapscale.teacher.sampling import sample
 from cheapscale.teacher.teacher import Generator, Origin
-from cheapscale.training import checkpoint, jobs, loop
+from cheapscale.training import checkpoint, exported, jobs, loop
 from cheapscale.training.state import split
 from configs import fields, scenes
+from launch import export
 from launch import train as run
 from launch.pipeline import stage_configs
 
@@ -383,3 +385,34 @@ def log_sigma_table(name, steps=1000):
         beta = np.linspace(1e-4, 0.02, steps)
     alpha_bar = np.cumprod(1 - beta)
     return np.log(np.sqrt((1 - alpha_bar) / alpha_bar)), np.arange(steps)
+
+
+def test_every_stage_takes_exported_models_in_place_of_runs(runs, tmp_path):
+    """Files of launch.export fit the latents of the runs that they were written from."""
+    files = {}
+    for name in ("pretrain", "distill"):
+        files[name] = str(tmp_path / f"{name}.safetensors")
+        export.main([f"--model={runs[name].workdir}", f"--out={files[name]}", "--num=0"])
+    teacher = runs["distill"].meta["teacher"]
+    for stage, place in (("distill", "teacher"), ("grow16", "base")):
+        config = runs[stage].config.copy_and_resolve_references()
+        config[place] = files["pretrain" if place == "teacher" else "distill"]
+        built = run.build(config)
+        assert built.meta["teacher"] == teacher
+        assert loop.provenance(config.to_dict())["files"] == {
+            place: exported.sha256_of(config[place])
+        }
+    # The grown generator starts from the file's weights.
+    config = runs["grow16"].config.copy_and_resolve_references()
+    config.base = files["distill"]
+    fresh = jax.tree.map(np.zeros_like, full_state(runs["grow16"]).params)
+    grown = run.build(config).warm_start(fresh)["generator"]
+    kept, wanted = grown["enc_8_conv"]["kernel"], weights(runs["distill"])["enc_8_conv"]["kernel"]
+    np.testing.assert_array_equal(kept, np.asarray(wanted, np.float16))
+    # New latents record the file that made them.
+    config = runs["invert"].config.copy_and_resolve_references()
+    config.teacher, config.latents = files["pretrain"], str(tmp_path / "latents")
+    run.build(config).prepare()
+    manifest = read_json(tmp_path / "latents" / "manifest.json")
+    assert manifest["teacher"] == teacher
+    assert manifest["teacher_file"] == exported.sha256_of(files["pretrain"])
