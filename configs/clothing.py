@@ -31,8 +31,14 @@ SIZES = {
             "invert.nodes": 18,
             "invert.noise": 0.0055,
         },
-        "distill": common.train(3000, 5e-4, 24, common.SHORT_GAN),
-        "grow": common.train(2500, 5e-4, 16, common.SHORT_GAN | {"features.input_size": 64}),
+        "regress": common.train(3000, 1e-3, 64, {"optim.decay_steps": 3000}),
+        "distill": common.train(3000, 5e-4, 24, common.SHORT_GAN | {"optim.decay_steps": 3000}),
+        "grow": common.train(
+            2500,
+            5e-4,
+            16,
+            common.SHORT_GAN | {"features.input_size": 64, "optim.decay_steps": 2500},
+        ),
     },
     "gpu": common.GPU | {"model": "wide16"},
 }

@@ -65,9 +65,14 @@ SIZES = {
         }
         | NO_FLIPS,
         "regress": common.train(3000, 1e-3, 64, NO_FLIPS | {"optim.decay_steps": 3000}),
-        "distill": common.train(3000, 5e-4, 24, common.SHORT_GAN | NO_FLIPS),
+        "distill": common.train(
+            3000, 5e-4, 24, common.SHORT_GAN | NO_FLIPS | {"optim.decay_steps": 3000}
+        ),
         "grow": common.train(
-            3000, 5e-4, 16, common.SHORT_GAN | NO_FLIPS | {"features.input_size": 64}
+            3000,
+            5e-4,
+            16,
+            common.SHORT_GAN | NO_FLIPS | {"features.input_size": 64, "optim.decay_steps": 3000},
         ),
         "cascade": common.train(400, 1e-3, 16),
         "prune": common.train(300, 1e-3, 48),
