@@ -30,7 +30,7 @@ def teacher_config():
 
 
 def invert_config(folder):
-    config = get_config("smoke,stage=invert")
+    config = get_config("smoke,stage=invert,invert.noise=0.0")
     config.teacher, config.latents = str(folder / "teacher"), str(folder / "latents")
     return config
 

@@ -74,6 +74,7 @@ def test_1_2_3_latents_are_the_forward_ode_of_each_image_and_of_its_mirror_image
     another label changes the latent."""
     monkeypatch.setattr(invert, "load_teacher", lambda *args, **options: wilful_teacher)
     config = runs["invert"].config.copy_and_resolve_references()
+    config.invert.noise = 0.0
     config.latents = str(tmp_path / "latents")
     jobs.run(invert.build(config), str(tmp_path / "run"), config.to_dict(), name="invert")
     store = PairStore.open(config.latents)
@@ -108,6 +109,7 @@ def test_2_the_clamp_the_noise_and_the_precision_of_inversion_reach_the_solver(
     found = {}
     for words in ({"clip": True}, {}, {"noise": 0.01}, {"noise": 0.01, "seed": 1}):
         config = runs["invert"].config.copy_and_resolve_references()
+        config.invert.noise = 0.0
         config.latents, config.seed = str(tmp_path / f"latents{len(found)}"), words.pop("seed", 0)
         config.invert.update(words)
         jobs.run(invert.build(config), f"{config.latents}-run", config.to_dict(), name="i")
