@@ -79,7 +79,8 @@ def parse(arg: str | None) -> tuple[ConfigDict, dict[str, str]]:
     args, changes = ConfigDict(ARGUMENTS), {}
     for word in split(arg):
         name, _, text = word.partition("=")
-        if name in ARGUMENTS:
+        # base=16 is the teacher's resolution, base=runs/distill the field of stage grow.
+        if name in ARGUMENTS and (name != "base" or re.fullmatch(r"-?\d*", text)):
             args[name] = typed(name, text or "True", ARGUMENTS[name])
             if type(args[name]) is int and not 0 <= args[name] <= 2**14:
                 raise ValueError(f"config argument {word}: give a number from 0 to {2**14}")

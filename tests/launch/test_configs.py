@@ -352,3 +352,10 @@ def test_distillation_starts_from_the_regression_but_controls_without_it_from_th
     assert start["distill"] == start["distill-no_adv"] == regress
     assert start["distill-no_rec"] == start["distill-dstl"] == ""
     assert planned[regress].regress.adversarial_weight == 0
+
+
+def test_base_is_a_resolution_or_the_smaller_generators_folder():
+    config = module("scenes").get_config("stage=grow,size=ablation,base=16,resolution=32")
+    assert config.base == "" and config.grow.widths == (32,)
+    config = module("scenes").get_config("stage=grow,resolution=16,base=runs/distill")
+    assert config.base == "runs/distill"
