@@ -3,8 +3,7 @@
 Data: the prepared TFDS set "clothing" (3,068 photographs with true detail at 128 px); the set is
 small, so read the distance to the nearest training image beside any quality number.
 Hardware: size=cpu (1,227 images) about 40 minutes on 2 cores; size=gallery (all images, 16 to
-64 px) about 3 hours on 2 cores; size=gpu about 10 minutes on
-one H100 or H200.
+64 px) about 3 hours on 2 cores; size=gpu about 10 minutes on one H100 or H200.
 
     python -m launch.pipeline --config=configs/clothing.py --arg=data_dir=DIR --workdir=runs/photos
 """
@@ -15,31 +14,7 @@ from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
 SIZES = {
     "cpu": common.CPU | {"model": "tiny16", "split": "train[:40%]"},
-    "gallery": common.CPU
-    | {
-        "model": "tiny16",
-        "top": 64,
-        "pretrain": common.train(
-            6000,
-            1e-3,
-            64,
-            {"optim.decay_steps": 6000, "pretrain.label_dropout": 0.1, "ema.decay": 0.9995},
-        ),
-        "invert": {
-            "batch_size": 250,
-            "invert.per_shard": 1000,
-            "invert.nodes": 18,
-            "invert.noise": 0.0055,
-        },
-        "regress": common.train(3000, 1e-3, 64, {"optim.decay_steps": 3000}),
-        "distill": common.train(3000, 5e-4, 24, common.SHORT_GAN | {"optim.decay_steps": 3000}),
-        "grow": common.train(
-            2500,
-            5e-4,
-            16,
-            common.SHORT_GAN | {"features.input_size": 64, "optim.decay_steps": 2500},
-        ),
-    },
+    "gallery": common.CPU | common.gallery(pretrain=6000, grow=2500),
     "gpu": common.GPU | {"model": "wide16"},
 }
 

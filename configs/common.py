@@ -207,6 +207,11 @@ def train(steps: int, lr: float, batch: int, more: dict[str, Any] | None = None)
     } | (more or {})  # fmt: skip
 
 
+def decayed(steps: int, lr: float, batch: int, more: dict[str, Any] | None = None) -> dict:
+    """`train` with a learning rate that decays to 0 at the last step."""
+    return train(steps, lr, batch, {"optim.decay_steps": steps} | (more or {}))
+
+
 # RAdam's rectification lasts about 2 / (1 - b2) updates, too long for short runs with b2 = 0.999.
 # A grown image's colours drift if lambda is 1, as published.
 SHORT_GAN = {
@@ -230,6 +235,25 @@ GPU = {
     "cascade": train(4000, 5e-4, 64),
     "prune": train(2500, 2e-4, 256),
 }
+
+
+def gallery(pretrain: int, grow: int, more: dict[str, Any] | None = None) -> dict:
+    """The row of a model that ships: 16 to 64 px in hours of two CPU cores.
+
+    pretrain, grow: updates. more: {field: value} of all stages after the teacher.
+    """
+    more = more or {}
+    teacher = {"pretrain.label_dropout": 0.1, "ema.decay": 0.9995}
+    invert = {"batch_size": 250, "invert.per_shard": 1000}
+    return {
+        "model": "tiny16",
+        "top": 64,
+        "pretrain": decayed(pretrain, 1e-3, 64, teacher),
+        "invert": invert | {"invert.nodes": 18, "invert.noise": 0.0055} | more,
+        "regress": decayed(3000, 1e-3, 64, more),
+        "distill": decayed(3000, 5e-4, 24, SHORT_GAN | more),
+        "grow": decayed(grow, 5e-4, 16, SHORT_GAN | {"features.input_size": 64} | more),
+    }
 
 
 def image_config(arg: str | None, sizes: dict[str, dict], data: DataSet) -> ConfigDict:

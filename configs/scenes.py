@@ -13,22 +13,18 @@ from configs import common
 from configs.data_sets import DATA_SETS
 from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
-NO_FLIPS = {"data.flip": False}
+# Of a teacher trained for minutes: with this noise its latents have the size of the prior's.
+INVERT = {"batch_size": 200, "invert.nodes": 20, "invert.noise": 0.01}
 SIZES = {
     # Of 15 minutes half go to the teacher, whose samples the first generator hardly betters.
     "quick": {
         "model": "tiny8",
         "options": {"size": 1500, "single": True},
-        "pretrain": common.train(3000, 2e-3, 64, {"optim.decay_steps": 3000}),
-        "invert": {
-            "batch_size": 200,
-            "invert.per_shard": 600,
-            "invert.nodes": 20,
-            "invert.noise": 0.01,
-        },
-        "regress": common.train(500, 1e-3, 64, {"optim.decay_steps": 500}),
-        "distill": common.train(200, 1e-3, 16, common.SHORT_GAN | {"optim.decay_steps": 200}),
-        "grow": common.train(250, 1e-3, 16, common.SHORT_GAN | {"optim.decay_steps": 250}),
+        "pretrain": common.decayed(3000, 2e-3, 64),
+        "invert": INVERT | {"invert.per_shard": 600},
+        "regress": common.decayed(500, 1e-3, 64),
+        "distill": common.decayed(200, 1e-3, 16, common.SHORT_GAN),
+        "grow": common.decayed(250, 1e-3, 16, common.SHORT_GAN),
         "cascade": common.train(300, 1e-3, 16),
         "prune": common.train(200, 1e-3, 64),
     },
@@ -36,44 +32,15 @@ SIZES = {
     "ablation": {
         "model": {8: "tiny8", 16: "tiny16", 32: "tiny32"},
         "options": {"size": 600, "single": True},
-        "pretrain": common.train(800, 2e-3, 64, {"optim.decay_steps": 800}),
-        "invert": {
-            "batch_size": 200,
-            "invert.per_shard": 200,
-            "invert.nodes": 20,
-            "invert.noise": 0.01,
-        },
-        "distill": common.train(250, 1e-3, 16, common.SHORT_GAN | {"optim.decay_steps": 250}),
-        "grow": common.train(150, 1e-3, 16, common.SHORT_GAN | {"optim.decay_steps": 150}),
+        "pretrain": common.decayed(800, 2e-3, 64),
+        "invert": INVERT | {"invert.per_shard": 200},
+        "distill": common.decayed(250, 1e-3, 16, common.SHORT_GAN),
+        "grow": common.decayed(150, 1e-3, 16, common.SHORT_GAN),
     },
     # One object in each picture, 16 to 64 px, with features of a real network: hours.
-    "gallery": {
-        "model": "tiny16",
-        "top": 64,
+    "gallery": common.gallery(pretrain=5000, grow=3000, more={"data.flip": False})
+    | {
         "options": {"size": 20000, "single": True},
-        "pretrain": common.train(
-            5000,
-            1e-3,
-            64,
-            {"optim.decay_steps": 5000, "pretrain.label_dropout": 0.1, "ema.decay": 0.9995},
-        ),
-        "invert": {
-            "batch_size": 250,
-            "invert.per_shard": 1000,
-            "invert.nodes": 18,
-            "invert.noise": 0.0055,
-        }
-        | NO_FLIPS,
-        "regress": common.train(3000, 1e-3, 64, NO_FLIPS | {"optim.decay_steps": 3000}),
-        "distill": common.train(
-            3000, 5e-4, 24, common.SHORT_GAN | NO_FLIPS | {"optim.decay_steps": 3000}
-        ),
-        "grow": common.train(
-            3000,
-            5e-4,
-            16,
-            common.SHORT_GAN | NO_FLIPS | {"features.input_size": 64, "optim.decay_steps": 3000},
-        ),
         "cascade": common.train(400, 1e-3, 16),
         "prune": common.train(300, 1e-3, 48),
     },

@@ -249,6 +249,7 @@ def generator_stage(
             f"{rescaled}: give --config.rescale_latents={rescaled}"
         )
     weights = {term: loss[f"{term}_weight"] for term in ("feature", "lpips", "pixel")}
+    reads_features = bool(loss["adversarial_weight"] or weights["feature"])
     networks = make_loss_networks(
         source,
         settings=config.features.to_dict(),
@@ -313,7 +314,8 @@ def generator_stage(
         meta=meta,
         batch_size=config.batch_size,
         fits=networks.fits,
-        compiler_options=for_depthwise(),
+        # A regression of pixels runs no feature network.
+        compiler_options=for_depthwise() if reads_features else None,
     )
 
 
