@@ -115,9 +115,13 @@ INVERT = {
     "clip": Field(False, "clamp the denoiser's output to [-1, 1]"),
     "noise": Field(0.0, "deviation of the noise added to an image first; 0: none (paper)", low=0),
     "cfg_scale": Field(1.0, "guidance scale; 1: no guidance", low=0),
+    "omega": Field(
+        "", "distribution of each record's guidance scale: uniform on [2, 10], or normal (2, 3) "
+        "on [1, 10], for recaptions; empty: cfg_scale", ("", "uniform", "normal"),
+    ),
     "dtype": Field("float32", "precision of the stored latents", ("float32", "float16")),
     "per_shard": Field(1024, "latents per file; resuming continues at a file", low=1),
-}
+}  # fmt: skip
 COMPUTE = {
     "dtype": Field(
         "", "precision of network calls; empty: that of the teacher",

@@ -12,6 +12,7 @@ symmetric. Images are not stored. `InvertedPairs` reads them again, at the gener
 Record n has the key divmod(n, orientations) and is in shard n // per_shard. With dtype float32 a
 record holds z itself, whose standard deviation is about sigma_max. With float16 it holds
 z / sigma_max, rounded with a relative error of at most 5e-4, far below the error of the solver. A
+store whose manifest names a distribution `omega` has the guidance scale of each record, too. A
 shard is renamed to its final name when it is complete and on the disk, so an interrupted inversion
 continues with the missing shards.
 """
@@ -59,7 +60,8 @@ class PairStore:
             )
         self.num_shards = math.ceil(len(self) / manifest["per_shard"])
         latent = ("z", np.dtype(manifest["dtype"]).newbyteorder("<"), tuple(manifest["shape"]))
-        self._record = np.dtype([("id", "<i8"), ("flip", "<i4"), ("label", "<i4"), latent])
+        conditions = [("label", "<i4")] + [("omega", "<f4")] * ("omega" in manifest)
+        self._record = np.dtype([("id", "<i8"), ("flip", "<i4"), *conditions, latent])
         self._shard = functools.lru_cache(OPEN_SHARDS)(self._read_shard)
 
     @classmethod
@@ -134,12 +136,18 @@ class PairStore:
         return len(self.records(shard)) * self._record.itemsize + 2**16
 
     def write_shard(
-        self, shard: int, z: np.ndarray, labels: np.ndarray, cost: Mapping[str, float] | None = None
+        self,
+        shard: int,
+        z: np.ndarray,
+        labels: np.ndarray,
+        cost: Mapping[str, float] | None = None,
+        omega: np.ndarray | None = None,
     ) -> dict[str, float]:
         """{"rms": rms of z / sigma_max}; writes the latents of `records(shard)` atomically.
 
         z: [n, h, w, c] with standard deviation about sigma_max. labels: int [n]. cost: {unit:
-        amount} that the computation took. A full disk raises OSError; complete shards stay intact.
+        amount} that the computation took. omega: guidance scales [n], if the store has them. A full
+        disk raises OSError; complete shards stay intact.
         """
         self.begin()
         numbers = self.records(shard)
@@ -152,6 +160,8 @@ class PairStore:
         records = np.empty(len(numbers), self._record)
         records["id"], records["flip"] = self.key(np.asarray(numbers))
         records["label"] = labels
+        if "omega" in self.manifest:
+            records["omega"] = omega
         records["z"] = z / self._scale
         finite = np.isfinite(records["z"]).reshape(len(numbers), -1).all(axis=1)
         if not finite.all():
@@ -176,8 +186,8 @@ class PairStore:
 
     # Reading
 
-    def record(self, id: int, flip: int) -> tuple[int, np.ndarray]:
-        """(label, z) of one key, z float32 [h, w, c] with standard deviation about sigma_max."""
+    def record(self, id: int, flip: int) -> Item:
+        """{label, z[, omega]} of one key, z float32 [h, w, c] with deviation about sigma_max."""
         n = self.orientations * int(id) + int(flip)
         if flip not in range(self.orientations) or not 0 <= n < len(self):
             raise ValueError(
@@ -195,11 +205,12 @@ class PairStore:
                 f"{self._path(shard)} is damaged, or is another shard: delete it and run the stage "
                 "'invert' again, which makes only this shard"
             )
-        return int(record["label"]), self._scale * record["z"].astype(np.float32)
+        conditions = {name: record[name] for name in record.dtype.names[2:-1]}
+        return conditions | {"z": self._scale * record["z"].astype(np.float32)}
 
     def latent(self, id: int, flip: int) -> np.ndarray:
         """z of one key: float32 [h, w, c] with standard deviation about sigma_max."""
-        return self.record(id, flip)[1]
+        return self.record(id, flip)["z"]
 
     def rms(self) -> float:
         """rms(z) / sigma_max over the whole store.
@@ -287,14 +298,15 @@ class InvertedPairs:
         index, flip = divmod(j, self.orientations)
         id = int(self.ids[index])
         item = self.source[id]
-        label, z = self.store.record(id, flip)
-        if label != item["label"]:
+        record = self.store.record(id, flip)
+        if record["label"] != item["label"]:
             raise ValueError(
                 f"image {id} has label {item['label']} but its latent in {self.store.folder} was "
-                f"made with {label}: invert again with these labels"
+                f"made with {record['label']}: invert again with these labels"
             )
         image = mirror(item["image"]) if flip else item["image"]
-        return {**item, "image": image, "flip": np.int32(flip), "z": self.scale * z}
+        more = {"image": image, "flip": np.int32(flip), "z": self.scale * record["z"]}
+        return item | record | more
 
 
 class SampledPairs:
@@ -311,9 +323,9 @@ class SampledPairs:
         return len(self.store)
 
     def __getitem__(self, n: int) -> Item:
-        label, image = self.store.record(*self.store.key(n))
+        record = self.store.record(*self.store.key(n))
         z = drawn_latent(self.store.manifest, n)
-        return {"image": image, "z": z, "label": np.int32(label), "id": np.int64(n)}
+        return record | {"image": record["z"], "z": z, "id": np.int64(n)}
 
 
 def drawn_latent(manifest: Mapping[str, Any], n: int) -> np.ndarray:

@@ -4,8 +4,12 @@
 
 w = `cfg_scale`: 1 gives the conditional model, 0 the unconditional one, more than 1 sharpens (the
 paper's w is ours minus 1). The score of D_w is that of p(x|c)^w p(x)^(1-w) at each noise level.
+
+A generator that takes the scale as an input, there called omega, trains on scales of a distribution
+pi(omega) of `SCALES` (PaGoDA, Kim et al. 2024, arXiv 2405.14822, section 4.2).
 """
 
+import math
 from typing import Any
 
 import jax
@@ -13,6 +17,21 @@ import jax.numpy as jnp
 
 from cheapscale.diffusion.denoiser import Denoiser
 from cheapscale.diffusion.noise import over_pixels
+
+# pi(omega): (lowest, highest, centre, deviation), a normal distribution truncated to the range; an
+# infinite deviation makes it uniform. Captions that describe more need less guidance.
+SCALES = {"uniform": (2.0, 10.0, 6.0, math.inf), "normal": (1.0, 10.0, 2.0, 3.0)}
+UNGUIDED = 1.0  # the scale of the conditional model itself
+
+
+def draw_scale(key: jax.Array, shape: tuple[int, ...], distribution: str) -> jax.Array:
+    """omega ~ pi(omega), float32 of this shape. "uniform": on [2, 10], for labels and raw captions.
+    "normal": of centre 2 and deviation 3 on [1, 10], for recaptions."""
+    low, high, centre, deviation = SCALES[distribution]
+    if math.isinf(deviation):
+        return jax.random.uniform(key, shape, jnp.float32, low, high)
+    ends = ((end - centre) / deviation for end in (low, high))
+    return centre + deviation * jax.random.truncated_normal(key, *ends, shape, jnp.float32)
 
 
 def guided(D: Denoiser, cfg_scale: Any, null: dict[str, Any]) -> Denoiser:

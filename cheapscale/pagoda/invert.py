@@ -15,11 +15,16 @@ is then higher (0.01 after 1,600 updates on scenes at 8 px: ratio 0.98, without 
 
 `invert.direction` "sample" solves the ODE from noise to images: the store then holds the teacher's
 samples of fresh noise, the pairs of the baseline L_dstl (Eq. 1).
+
+`invert.omega` guides the ODE, with a scale for each record that is drawn from pi(omega) and stored:
+the samples (z, c, omega, x) from which a guided generator learns scales above 1 (section 4.2). With
+direction "invert" it is the guided inversion of that section. Appendix C calls L_rec incompatible
+with guidance, so unguided pairs are the default.
 """
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -28,6 +33,7 @@ from cheapscale.data.augment import flip
 from cheapscale.data.pairs import PairStore, drawn_latent
 from cheapscale.data.pixels import check_finite, from_uint8, to_uint8
 from cheapscale.data.sources import open_data
+from cheapscale.diffusion.guidance import draw_scale
 from cheapscale.diffusion.samplers import nfe
 from cheapscale.features.network import full_precision
 from cheapscale.teacher.data import check_teacher
@@ -36,8 +42,9 @@ from cheapscale.teacher.load import load_teacher
 from cheapscale.teacher.sampling import check_guidance, levels, network_calls, ode_map
 from cheapscale.teacher.teacher import Teacher
 from cheapscale.training.cost import traced_flops, tree_bytes
-from cheapscale.training.mesh import in_batches
+from cheapscale.training.mesh import in_batches, pinned
 from cheapscale.training.stage import Job
+from cheapscale.training.state import stream_key
 
 
 def build(config) -> Job:
@@ -46,7 +53,13 @@ def build(config) -> Job:
     source = open_data(config.data)
     check_teacher(teacher, source)
     settings = config.invert
-    check_guidance(teacher, settings.cfg_scale)
+    scale = 2.0 if settings.omega else settings.cfg_scale  # all above 1 cost the same
+    check_guidance(teacher, scale)
+    if settings.omega and settings.cfg_scale != 1.0:
+        raise ValueError(
+            f"invert.cfg_scale is {settings.cfg_scale}, but invert.omega draws the scales: leave "
+            "out one of them"
+        )
     if not config.latents:
         raise ValueError("latents is empty: give --config.latents=DIR, a folder for the pairs")
     inverting = settings.direction == "invert"
@@ -62,18 +75,17 @@ def build(config) -> Job:
         cfg_scale=settings.cfg_scale,
         dtype=settings.dtype,
         per_shard=settings.per_shard,
+        **({"omega": settings.omega} if settings.omega else {}),
     )
     store = PairStore.create(config.latents, manifest)
     # Full float32 products: an accelerator's default would cause a larger error than Heun's method.
-    run = full_precision(
-        functools.partial(
-            ode_map,
-            direction=settings.direction,
-            steps=settings.nodes,
-            clip=settings.clip,
-            cfg_scale=settings.cfg_scale,
-        )
+    solve = functools.partial(
+        ode_map, direction=settings.direction, steps=settings.nodes, clip=settings.clip
     )
+
+    @full_precision
+    def run(teacher, x, label, omega=settings.cfg_scale):
+        return solve(teacher, x, label, cfg_scale=omega)
 
     def start(n: int) -> tuple[np.ndarray, int]:
         """(where the ODE of record n starts, its label)."""
@@ -83,9 +95,7 @@ def build(config) -> Job:
             return x + np.float32(settings.noise) * n_x, label
         return drawn_latent(manifest, n), n % max(source.num_classes, 1)
 
-    flops = functools.partial(
-        flops_of_path, teacher, settings.nodes, settings.direction, settings.cfg_scale
-    )
+    flops = functools.partial(flops_of_path, teacher, settings.nodes, settings.direction, scale)
 
     def prepare() -> float:
         store.begin()
@@ -95,15 +105,19 @@ def build(config) -> Job:
         began = time.monotonic()
         records = store.records(shard)
         x, labels = (np.stack(rows) for rows in zip(*(start(n) for n in records)))
-        labels = labels.astype(np.int32)
-        z = in_batches(run, teacher, x, labels, batch_size=config.batch_size)
+        labels, omega = labels.astype(np.int32), None
+        rows = (x, labels)
+        if settings.omega:
+            omega = scales(config.seed, records, settings.omega)
+            rows += (omega,)
+        z = in_batches(run, teacher, *rows, batch_size=config.batch_size)
         if not inverting:  # quantise samples to eight bits, as the data are
             z = from_uint8(to_uint8(check_finite(z, "samples", records)))
         cost = {
             "flops": flops_per_latent * len(records),
             "device_seconds": (time.monotonic() - began) * mesh.size,
         }
-        return store.write_shard(shard, z, labels, cost)
+        return store.write_shard(shard, z, labels, cost, omega)
 
     return Job(
         num_shards=store.num_shards,
@@ -117,7 +131,7 @@ def build(config) -> Job:
             teacher,
             store,
             calls=network_calls(
-                teacher.process, settings.nodes, settings.direction, cfg_scale=settings.cfg_scale
+                teacher.process, settings.nodes, settings.direction, cfg_scale=scale
             ),
             flops=flops,
             batch_size=min(config.batch_size, settings.per_shard),
@@ -179,6 +193,13 @@ def flops_of_path(
         nfe(part) * traced_flops(one_call, jax.eval_shape(lambda m: m, member), x, label) / 8
         for member, part in teacher.parts(levels(teacher.process, nodes, direction))
     )
+
+
+@pinned()
+def scales(seed: int, records: Sequence[int], distribution: str) -> np.ndarray:
+    """omega ~ pi(omega), float32 [n]: one draw for each record's number."""
+    keys = jax.vmap(lambda n: stream_key(seed, "omega", n))(np.asarray(records, np.uint32))
+    return np.asarray(jax.vmap(lambda key: draw_scale(key, (), distribution))(keys))
 
 
 def oriented(source, index: int, flipped: int) -> tuple[np.ndarray, int]:

@@ -9,7 +9,7 @@ import pytest
 
 from cheapscale.data.augment import flip
 from cheapscale.data.loader import batches
-from cheapscale.data.pairs import InvertedPairs, PairStore
+from cheapscale.data.pairs import InvertedPairs, PairStore, SampledPairs
 from cheapscale.data.resize import RESIZE_ID
 from cheapscale.data.sources import open_source
 
@@ -97,7 +97,27 @@ def test_float32_comes_back_bit_for_bit(folder):
     for n in reversed(range(2 * IMAGES)):
         id, flipped = divmod(n, 2)
         np.testing.assert_array_equal(store.latent(id, flipped), latent(n))
-        assert store.record(id, flipped)[0] == scenes().labels()[id]
+        record = store.record(id, flipped)
+        assert record["label"] == scenes().labels()[id] and "omega" not in record
+
+
+def test_guidance_scales_come_back_with_their_records(tmp_path):
+    """omega of every record, in both kinds of pairs; a store without scales has none."""
+    omega = np.linspace(1, 10, 2 * IMAGES, dtype=np.float32)
+    store = PairStore.create(tmp_path, manifest(omega="uniform", seed=0))
+    for shard in range(store.num_shards):
+        rows = store.records(shard)
+        labels = np.asarray([n // 2 % 8 for n in rows])
+        store.write_shard(shard, np.stack([latent(n) for n in rows]), labels, omega=omega[rows])
+    store = PairStore.open(tmp_path, expect={"omega": "uniform"})
+    sampled = SampledPairs(store)
+    np.testing.assert_array_equal([sampled[n]["omega"] for n in range(len(store))], omega)
+    np.testing.assert_array_equal(sampled[7]["image"], latent(7))
+    assert sampled[7]["label"] == 3 and np.abs(sampled[7]["z"] - latent(7)).max() > 1
+    batch = next(batches(sampled, batch_size=4, seed=0))
+    assert batch["omega"].dtype == np.float32 and batch["omega"].shape == (4,)
+    with pytest.raises(ValueError, match="omega: stored 'uniform', wanted 'normal'"):
+        PairStore.create(tmp_path, manifest(omega="normal", seed=0))
 
 
 def test_float16_keeps_five_parts_in_ten_thousand(tmp_path):

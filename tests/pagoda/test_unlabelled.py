@@ -101,7 +101,7 @@ def test_the_discriminator_has_no_class_projection(runs):
 
 def test_labels_are_zero_in_pairs_latents_and_samples_and_others_are_refused(runs):
     store = PairStore.open(runs["invert"].config.latents)
-    assert {store.record(i, f)[0] for i in range(24) for f in (0, 1)} == {0}
+    assert {int(store.record(i, f)["label"]) for i in range(24) for f in (0, 1)} == {0}
     batch = next(run.build(runs["distill"].config).batches(0))
     assert not batch["pair"]["label"].any() and not batch["real"]["label"].any()
     assert not labels_for(0, np.arange(5), 0).any()
