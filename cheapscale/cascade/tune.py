@@ -179,7 +179,7 @@ def tuning_loss(
     for i, side in enumerate(tuned.settings["sizes"]):
         k_sigma, k_eps, k_label, k_drop = jax.random.split(jax.random.fold_in(key, i), 4)
         x = block_mean(batch["image"], (side, side))
-        y = drop_labels(k_label, batch["label"], label_dropout, teacher.num_classes)
+        y = drop_labels(k_label, batch["label"], label_dropout, teacher.null)
         sigma = teacher.process.draw_sigma(k_sigma, len(x), high=sigma_K)
         D = tuning_denoiser(theta, phi, x, y, k_drop)
         losses.append(denoising_loss(D, teacher.process, x, sigma, k_eps))

@@ -129,7 +129,7 @@ def upsampled(
     With guidance, the conditional and the unconditional branch each read the pivot with their own
     label; one call computes both.
     """
-    null = jnp.full_like(label, theta.num_classes)
+    null = jnp.full_like(label, theta.null)
     if cfg_scale in (0, 1):
         label = label if cfg_scale else null
         lifted = lift(theta, tuned, pivot, label, ratio)

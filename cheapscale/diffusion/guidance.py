@@ -35,7 +35,7 @@ def draw_scale(key: jax.Array, shape: tuple[int, ...], distribution: str) -> jax
 
 
 def guided(D: Denoiser, cfg_scale: Any, null: dict[str, Any]) -> Denoiser:
-    """D_w(x, sigma, **cond), the guided denoiser; every condition has a leading axis b.
+    """D_w(x, sigma, **cond), the guided denoiser; a condition is a tree of arrays [b, ...].
 
     Args:
         D: conditional denoiser D(x, sigma, **cond), trained with dropped conditions.
@@ -53,7 +53,9 @@ def guided(D: Denoiser, cfg_scale: Any, null: dict[str, Any]) -> Denoiser:
         if missing:
             raise ValueError(f"guidance drops {missing}, but the call gives only {sorted(cond)}")
         return cond | {
-            name: jnp.broadcast_to(jnp.asarray(value, cond[name].dtype), cond[name].shape)
+            name: jax.tree.map(
+                lambda v, c: jnp.broadcast_to(jnp.asarray(v, c.dtype), c.shape), value, cond[name]
+            )
             for name, value in null.items()
         }
 
@@ -71,9 +73,10 @@ def guided(D: Denoiser, cfg_scale: Any, null: dict[str, Any]) -> Denoiser:
 
 
 def drop_labels(key: jax.Array, label: jax.Array, probability: float, null: int) -> jax.Array:
-    """label [b], each replaced by `null` with this probability, to train a network for guidance."""
+    """label [b] or rows of tokens [b, n], each replaced by `null` with this probability, to train a
+    network for guidance."""
     if not probability:
         return label
     # The draw would be another in float64, the type of a Python number under JAX_ENABLE_X64.
-    dropped = jax.random.bernoulli(key, jnp.float32(probability), label.shape)
-    return jnp.where(dropped, null, label)
+    dropped = jax.random.bernoulli(key, jnp.float32(probability), label.shape[:1])
+    return jnp.where(dropped if label.ndim == 1 else dropped[:, None], null, label)

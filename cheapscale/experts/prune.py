@@ -141,7 +141,7 @@ def group_loss(
     """
     k_sigma, k_eps, k_drop, k_label = jax.random.split(key, 4)
     x, process = batch["image"], expert.process
-    y = drop_labels(k_label, batch["label"], label_dropout, expert.num_classes)
+    y = drop_labels(k_label, batch["label"], label_dropout, expert.null)
     cond = {"label": y, "augment": batch.get("augment")}
     # A group is a narrow interval of levels, and antithetic draws cover it evenly in every batch.
     sigma = process.draw_sigma(k_sigma, len(x), *interval, antithetic=True)

@@ -222,6 +222,9 @@ def _flops_of(block: Block, h: int, w: int) -> float:
     if block.heads:
         total += 2 * pixels * writes * (2 * block.qk + 2 * block.v)  # qkv and proj
         total += 2 * pixels**2 * (block.qk + block.v)  # logits, and the sum over values
+    if block.text:  # text_q and text_proj, text_kv, attention; captions are encoded once an image
+        total += 2 * pixels * 2 * writes**2 + 2 * block.text_tokens * block.text * 2 * writes
+        total += 2 * pixels * block.text_tokens * 2 * writes
     return total
 
 

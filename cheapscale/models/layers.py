@@ -76,15 +76,20 @@ class GroupNorm(nn.Module):
         return (wide * gain.reshape(flat) + shift.reshape(flat)).astype(x.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """Softmax attention over positions. q, k: [b, n, heads * d], v: [b, n, heads * e] -> like v.
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, heads: int, bias: jax.Array | None = None
+) -> jax.Array:
+    """Softmax attention. q: [b, m, heads * d], k: [b, n, heads * d], v: [b, n, heads * e]
+    -> [b, m, heads * e].
 
-    Channels are laid out (head, dim); logits are scaled by 1 / sqrt(d).
+    Channels are laid out (head, dim); logits [b, heads, m, n] are scaled by 1 / sqrt(d), and `bias`
+    is added to them.
     """
     q, k, v = (rearrange(a, "b n (heads d) -> b n heads d", heads=heads) for a in (q, k, v))
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     # Logits and softmax are float32: in bfloat16 a large logit would lose its fraction.
-    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1)
+    logits = logits / math.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
     mixed = jnp.einsum("bhqk,bkhe->bqhe", weights.astype(v.dtype), v)
     return rearrange(mixed, "b n heads d -> b n (heads d)")
 

@@ -17,6 +17,8 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+from cheapscale.models.text import TextConfig
+
 
 class Family(NamedTuple):
     embedding: str  # cos_sin | sin_cos (swapped halves, frequencies with endpoint) | fourier
@@ -61,6 +63,8 @@ class UNetConfig:
     num_classes: 0 = no label (a label passed is then ignored).
     augment_dim: width of the augmentation label (9 for EDM's), 0 = none.
     extra_conditions: number of scalar conditions. caption_dim: width of a caption embedding.
+    text: the encoder of the captions whose tokens every attending block reads by cross-attention;
+      the label is then the row of a caption's token numbers. None = no text.
     groups, group_size: a norm of c channels has min(groups, c // group_size) groups.
     growth: width of every doubling appended to the decoder; () is the plain U-Net.
     overrides: (block, field of Block, value) entries that replace a number of the plan. Groups,
@@ -86,6 +90,7 @@ class UNetConfig:
     augment_dim: int = 0
     extra_conditions: int = 0
     caption_dim: int = 0
+    text: TextConfig | None = None
     head_dim: int = 64
     embedding_mult: int = 4
     groups: int = 32
@@ -109,6 +114,11 @@ class UNetConfig:
             raise ValueError(
                 f"model.resolution {self.resolution} is not a multiple of the stride {self.stride} "
                 f"of {len(self.channel_mult)} levels: use fewer levels or another resolution"
+            )
+        if self.text and self.num_classes:
+            raise ValueError(
+                f"the model has model.num_classes {self.num_classes} and captions: its label is "
+                "one of the two, so give --config.model.num_classes=0"
             )
         sides = [self.resolution >> level for level in range(len(self.channel_mult))]
         absent = [side for side in self.attention if side not in sides]
@@ -160,7 +170,9 @@ class Block:
     pop: the block whose kept output is concatenated to the stream. push: the output is kept for
       the decoder. inner: width between the two convolutions. emb: width of the embedding it reads.
     heads: 0 = no attention; qk, v: summed widths of the heads' queries (= keys) and of the values.
-    groups0, groups1, groups2: norms before conv0, before conv1, before qkv.
+    text, text_tokens: width and number of the tokens that cross-attention reads, 0 = none; it has
+      as many heads as self-attention.
+    groups0, groups1, groups2: norms before conv0, before conv1, before qkv and text_q.
     shortcut: the identity path has a 1x1 convolution.
     """
 
@@ -181,6 +193,8 @@ class Block:
     heads: int = 0
     qk: int = 0
     v: int = 0
+    text: int = 0
+    text_tokens: int = 0
     groups0: int = 0
     groups1: int = 0
     groups2: int = 0
@@ -241,6 +255,8 @@ def _layout(config: UNetConfig) -> list[Block]:
             residual_scale=1.0 if grown else family.residual_scale,
             shortcut=width != out or (bool(resample) and family.resample_conv and not grown),
             heads=heads, qk=out if heads else 0, v=out if heads else 0,
+            text=config.text.width if heads and config.text else 0,
+            text_tokens=config.text.length if heads and config.text else 0,
             groups0=groups(width), groups1=groups(out), groups2=groups(out) if heads else 0,
             eps=family.eps, **fields,
         )  # fmt: skip

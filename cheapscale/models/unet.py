@@ -3,12 +3,14 @@
     h     = conv1(drop(silu(norm1(conv0(resample(silu(norm0(x))))  o  affine(emb)))))          (1)
     x'    = residual_scale * (shortcut(resample(x)) + h)                                       (2)
     x''   = residual_scale * (x' + proj(attention(qkv(norm2(x')))))                            (3)
+    x'''  = x'' + text_proj(attention(text_q(norm3(x'')), text_kv(tokens)))      with captions (3t)
     o:      ADM  norm1(h) * (1 + scale) + shift;  others, and grown blocks:  norm1(h + shift)
     emb   = silu(map_layer1(silu(map_layer0(features(noise)))) + conditions)                   (4)
 
 Dhariwal & Nichol 2021 (arXiv 2105.05233), Song et al. 2021 (2011.13456), in the form of Karras et
-al. 2022 (2206.00364, Table 7). conv1, proj and the head's convolution start at zero, so every block
-starts as its identity path, and grown blocks start as nearest-neighbour enlargement of features.
+al. 2022 (2206.00364, Table 7). conv1, proj, text_proj and the head's convolution start at zero, so
+every block starts as its identity path, grown blocks as nearest-neighbour enlargement of features,
+and a network with captions as the same one without.
 
 Arrays are NHWC.
 """
@@ -25,6 +27,7 @@ import jax.numpy as jnp
 
 from cheapscale.models import layers
 from cheapscale.models.plan import FAMILIES, Block, UNetConfig, plan
+from cheapscale.models.text import NO_TOKEN, TextConfig, TextEncoder, TextFeatures
 
 __all__ = ["Block", "ResBlock", "UNet", "UNetConfig", "plan", "unet"]
 
@@ -33,7 +36,7 @@ zeros = nn.initializers.zeros
 
 
 class ResBlock(nn.Module):
-    """Equations (1) to (3) for one entry of the plan."""
+    """Equations (1) to (3t) for one entry of the plan."""
 
     block: Block
     kernel_init: tuple[float, str]
@@ -42,7 +45,9 @@ class ResBlock(nn.Module):
     entropy_scaling: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, emb: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, emb: jax.Array, train: bool, text: TextFeatures | None = None
+    ) -> jax.Array:
         """x [b, h, w, in_channels], emb [b, emb] -> [b, h', w', out_channels]."""
         block, init = self.block, layers.uniform(*self.kernel_init)
         dense = functools.partial(layers.Dense, kernel_init=init)
@@ -70,6 +75,8 @@ class ResBlock(nn.Module):
         x = (x + h) * block.residual_scale
         if block.heads:  # (3)
             x = (x + self.attend(x)) * block.residual_scale
+        if block.text:  # (3t)
+            x = x + self.attend_text(x, text)
         return x
 
     def attend(self, x: jax.Array) -> jax.Array:
@@ -88,6 +95,20 @@ class ResBlock(nn.Module):
         h = layers.attention(q, k, v, block.heads)
         h = dense(block.out_channels, kernel_init=zeros, name="proj")(h)
         return h.reshape(b, height, width, -1)
+
+    def attend_text(self, x: jax.Array, text: TextFeatures) -> jax.Array:
+        """text_proj(attention(text_q(norm3(x)), text_kv(tokens))): [b, h, w, c] -> the same shape.
+
+        Zero where the caption is empty.
+        """
+        block, c = self.block, x.shape[-1]
+        dense = functools.partial(layers.Dense, kernel_init=layers.uniform(*self.kernel_init))
+        h = layers.GroupNorm(block.groups2, block.eps, name="norm3")(x).reshape(len(x), -1, c)
+        k, v = jnp.split(dense(2 * c, name="text_kv")(text.tokens.astype(x.dtype)), 2, axis=-1)
+        bias = jnp.where(text.mask[:, None, None, :], 0.0, -1e9)
+        h = layers.attention(dense(c, name="text_q")(h), k, v, block.heads, bias)
+        h = dense(c, use_bias=False, kernel_init=zeros, name="text_proj")(h)
+        return h.reshape(x.shape) * text.mask.any(axis=1)[:, None, None, None]
 
 
 class Head(nn.Module):
@@ -125,10 +146,11 @@ class UNet(nn.Module):
         Args:
             noise: the noise feature, see UNetConfig.noise_feature.
             label: class indices [b], or weights [b, num_classes] to mix classes. Any index outside
-                [0, num_classes), and None, mean no class: a zero embedding.
+                [0, num_classes), and None, mean no class: a zero embedding. With captions: token
+                numbers [b, n], or what `encode` made of them; anything else means no caption.
             augment: [b, augment_dim]; None is zero.
             extra: [b, extra_conditions] scalars, embedded like the noise; None adds nothing.
-            caption: [b, caption_dim]; None is zero.
+            caption: [b, caption_dim]; None is zero, or with captions their pooled vector.
             inject: {place: array}, added to a block's output. The place "block" adds it for all
                 readers, "block/skip" only for the decoder block that reads the skip connection,
                 "block/stream" only for the next block.
@@ -154,6 +176,14 @@ class UNet(nn.Module):
                 )
             return h + inject[place].astype(h.dtype)
 
+        text = None
+        if config.text:
+            encoder = TextEncoder(config.text, name="text")
+            if not isinstance(label, TextFeatures):
+                given = label is not None and label.ndim == 2
+                label = encoder(label if given else jnp.full((len(x), 1), NO_TOKEN))
+            text, label = label, None
+            caption = text.pooled if caption is None else caption
         emb = self._embedding(noise, label, augment, extra, caption)
         h = aux = x.astype(dtype)
         skips, tapped = {}, {"emb": emb}
@@ -166,7 +196,7 @@ class UNet(nn.Module):
             elif block.kind == "res":
                 if block.pop:
                     h = jnp.concatenate([h, skips.pop(block.pop)], axis=-1)
-                h = self._res(block)(h, emb, train)
+                h = self._res(block)(h, emb, train, text)
             elif block.kind == "aux":
                 side = 1 + (len(block.taps) - 1) // 2  # the filter reads beyond the border
                 wide = conv(block.out_channels, padding=side, name=name)(aux)
@@ -181,6 +211,13 @@ class UNet(nn.Module):
             h = tapped[name] = injected(h, f"{name}/stream")
         out = h.astype(x.dtype)
         return (out, {name: tapped[name] for name in taps}) if taps else out
+
+    def encode(self, params: Any, label: Any) -> Any:
+        """The TextFeatures of token numbers [b, n], so that a sampler computes them once for all
+        of its calls; any other label, and that of a network without captions, as it is."""
+        if self.config.text is None or isinstance(label, TextFeatures) or label.ndim != 2:
+            return label
+        return TextEncoder(self.config.text, parent=None).apply({"params": params["text"]}, label)
 
     def _res(self, block: Block) -> nn.Module:
         config = self.config
@@ -280,6 +317,9 @@ def unet(**fields: Any) -> UNet:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean model.{near[0]}?" if near else f"give one of {', '.join(known)}"
             raise ValueError(f"the U-Net has no field model.{name}: {hint}")
+    text = fields.get("text")
+    if isinstance(text, dict):
+        fields["text"] = TextConfig(**text)
     config = UNetConfig(**{name: _frozen(value) for name, value in fields.items()})
     plan(config)
     return UNet(config)

@@ -126,7 +126,7 @@ def loss(
     # k_eps: noise, k_drop: dropout in the network, k_label: labels dropped for guidance.
     k_sigma, k_eps, k_drop, k_label = jax.random.split(key, 4)
     x, process = batch["image"], teacher.process
-    y = drop_labels(k_label, batch["label"], label_dropout, teacher.num_classes)
+    y = drop_labels(k_label, batch["label"], label_dropout, teacher.null)
     sigma = process.draw_sigma(k_sigma, len(x), antithetic=antithetic)
     D = functools.partial(
         teacher.replace(params=params).denoise,

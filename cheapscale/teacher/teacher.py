@@ -14,11 +14,13 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cheapscale.diffusion import guidance
 from cheapscale.diffusion.denoiser import Denoiser, Process, process_from
 from cheapscale.diffusion.samplers import Segment
+from cheapscale.models.text import NO_TOKEN
 from cheapscale.models.unet import UNet, unet
 
 PyTree = Any
@@ -75,8 +77,13 @@ class _Model(flax.struct.PyTreeNode):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, 0 for an unconditional model; also the label that means "no class"."""
+        """Number of classes, 0 for an unconditional model and for one of captions."""
         return self.net.config.num_classes
+
+    @property
+    def null(self) -> int:
+        """The label that means "no class", or every token of the empty caption."""
+        return NO_TOKEN if self.net.config.text else self.num_classes
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -116,7 +123,8 @@ class Teacher(_Model):
 
         Args:
             x: [b, h, w, c]; h and w may be larger than the trained size. sigma: scalar or [b].
-            label: [b] class indices; None or `num_classes` means no class.
+            label: [b] class indices, or of a model of captions token numbers [b, n] or what
+                `UNet.encode` made of them; None or `null` means no class or caption.
             noise_shift: see `EDM.denoise`.
             options: of `UNet.__call__` (augment, inject, train, rngs, variables ...).
         """
@@ -128,12 +136,14 @@ class Teacher(_Model):
         self, label: jax.Array, *, cfg_scale: float = 1.0, noise_shift: float = 1.0
     ) -> Denoiser:
         """D(x, sigma) with its label bound, guided where cfg_scale is not 1."""
+        # Captions are encoded here, once for all levels.
+        null = jnp.full_like(label, self.null)
+        label, null = (self.net.encode(self.params, one) for one in (label, null))
 
         def D(x, sigma, label):
             return self.denoise(x, sigma, label, noise_shift=noise_shift)
 
-        # The label num_classes selects no class: its embedding is zero.
-        D_w = guidance.guided(D, cfg_scale, null={"label": self.num_classes})
+        D_w = guidance.guided(D, cfg_scale, null={"label": null})
         return lambda x, sigma: D_w(x, sigma, label=label)
 
     def parts(self, grid: np.ndarray, shift: float = 1.0) -> list[tuple["Teacher", np.ndarray]]:
