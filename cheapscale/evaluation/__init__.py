@@ -1,5 +1,1 @@
 """Evaluation: named metrics of generated images against reference images."""
-
-from cheapscale.evaluation.measure import evaluate
-
-__all__ = ["evaluate"]

@@ -11,18 +11,10 @@ def clip_scores(image_features: np.ndarray, text_features: np.ndarray) -> np.nda
 
     image_features, text_features: [n, d], row i of the texts for row i of the images.
     """
-    images = np.asarray(image_features, np.float64)
-    texts = np.asarray(text_features, np.float64)
-    if images.shape != texts.shape:
-        raise ValueError(
-            f"image features are {images.shape}, text features {texts.shape}: give one caption to "
-            "each image, both through the towers of one CLIP model"
-        )
-    for features, name in ((images, "image features"), (texts, "text features")):
-        check_features(features, name)
-        lengths = np.linalg.norm(features, axis=1)
-        if not lengths.all():
-            raise ValueError(f"row {int(np.argmin(lengths))} of the {name} is all zeros")
-    cosine = np.einsum("nd,nd->n", images, texts)
-    cosine /= np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
-    return 100 * np.maximum(cosine, 0)
+    check_features(image_features, "image features")
+    check_features(text_features, "text features")
+    images, texts = (
+        np.asarray(x, np.float64) / np.linalg.norm(x, axis=1, keepdims=True)
+        for x in (image_features, text_features)
+    )
+    return 100 * np.maximum(np.einsum("nd,nd->n", images, texts), 0)

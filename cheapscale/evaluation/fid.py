@@ -146,8 +146,7 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 
     It may be negative: for equal distributions its expectation is 0.
     """
-    x, y = _checked_pair(x, y)
-    return _unbiased_mmd(x, y)
+    return _unbiased_mmd(*_checked_pair(x, y))
 
 
 def kernel_subsets(
@@ -156,13 +155,12 @@ def kernel_subsets(
     *,
     subsets: int = 100,
     subset_size: int = 1000,
-    gamma: float | None = None,
     seed: int = 2020,
 ) -> MeanStd:
     """Equation (2) as KID is reported: mean and standard deviation over random subsets.
 
     The defaults and the random draws are those of torch-fidelity: for generated features x [n, d]
-    and real features y [m, d] in the same order, both compare the same subsets. gamma: default 1/d.
+    and real features y [m, d] in the same order, both compare the same subsets.
     """
     x, y = _checked_pair(x, y)
     if min(len(x), len(y)) < subset_size or subset_size < 2:
@@ -175,7 +173,7 @@ def kernel_subsets(
     for _ in range(subsets):
         first = x[rng.choice(len(x), subset_size, replace=False)]
         second = y[rng.choice(len(y), subset_size, replace=False)]
-        found.append(_unbiased_mmd(first, second, gamma))
+        found.append(_unbiased_mmd(first, second))
     return MeanStd(float(np.mean(found)), float(np.std(found)))
 
 
@@ -225,28 +223,27 @@ def _checked_pair(x, y):
     return x, y
 
 
-def _unbiased_mmd(x, y, gamma=None):
+def _unbiased_mmd(x, y):
     """Equation (2), the unbiased estimate of the squared MMD."""
-    gamma = 1 / x.shape[1] if gamma is None else gamma
     # The estimate is unbiased because means within a set leave out pairs of a vector with itself.
     n, m = len(x), len(y)
-    within_x = (_kernel_sum(x, x, gamma) - _self_kernels(x, gamma)) / (n * (n - 1))
-    within_y = (_kernel_sum(y, y, gamma) - _self_kernels(y, gamma)) / (m * (m - 1))
-    return float(within_x + within_y - 2 * _kernel_sum(x, y, gamma) / (n * m))
+    within_x = (_kernel_sum(x, x) - _self_kernels(x)) / (n * (n - 1))
+    within_y = (_kernel_sum(y, y) - _self_kernels(y)) / (m * (m - 1))
+    return float(within_x + within_y - 2 * _kernel_sum(x, y) / (n * m))
 
 
-def _self_kernels(x, gamma):
+def _self_kernels(x):
     """The sum of k(x_i, x_i)."""
     chunks = (x[i : i + CHUNK].astype(np.float64) for i in range(0, len(x), CHUNK))
-    return sum(float(np.sum((gamma * np.einsum("nd,nd->n", c, c) + 1) ** 3)) for c in chunks)
+    return sum(float(np.sum((np.einsum("nd,nd->n", c, c) / c.shape[1] + 1) ** 3)) for c in chunks)
 
 
-def _kernel_sum(x, y, gamma, tile=2048):
+def _kernel_sum(x, y, tile=2048):
     """The sum of k(x_i, y_j) over all i and j."""
     # Tiles avoid a 50,000 x 50,000 matrix and float64 copies of all features in memory.
     total = 0.0
     for i in range(0, len(x), tile):
-        rows = gamma * x[i : i + tile].astype(np.float64)
+        rows = x[i : i + tile].astype(np.float64) / x.shape[1]
         for j in range(0, len(y), tile):
             kernels = rows @ y[j : j + tile].astype(np.float64).T
             kernels += 1

@@ -1,15 +1,16 @@
 """The report of a finished pipeline: a table of its generators and their controls, and pictures.
 
-The rows are those of `report_rows`; `report_page` defines the columns for a reader. All generators
-get the same noise, so a column of `one_step.png` or `growth.png` shows one z, and two rows are
-compared with paired intervals. No number uses a network that trained a generator: judges are given
-by the caller, and all other numbers read pixels.
+The rows are those of `report_rows`; `notes` defines the columns for a reader. All generators get
+the same noise, so a column of `one_step.png` or `growth.png` shows one z, and two rows are compared
+with paired intervals. No number uses a network that trained a generator: judges are given by the
+caller, and all other numbers read pixels.
 """
 
 import functools
+import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,6 @@ from cheapscale.evaluation.embedding import embed
 from cheapscale.evaluation.measure import checked_name
 from cheapscale.evaluation.naming import metric_name, suffixed
 from cheapscale.evaluation.patches import random_crops
-from cheapscale.evaluation.report_page import draw_curves, table
 from cheapscale.evaluation.report_rows import Row, Run, make_noise, read_some, rows, targets
 from cheapscale.features import FeatureNetwork
 from cheapscale.teacher import load_teacher
@@ -48,12 +48,10 @@ class Views(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The numbers of a row, its patch distances by their names, its spectrum, and the first of its
-    images."""
+    """The numbers of a row, its patch distances by their names, and the first of its images."""
 
     numbers: dict[str, float]
     distances: dict[str, detail.PatchDistance]
-    spectrum: np.ndarray
     first: np.ndarray
     first_again: np.ndarray | None
 
@@ -87,13 +85,13 @@ def write(
 
     drawn: dict[str, Row] = {}
     found: dict[str, Measured] = {}
-    curves: dict[str, dict[str, np.ndarray]] = {}
+    spectra: dict[str, dict[str, list[float]]] = {}
     for run in growing:
         real = read_some(run.config.data, num_samples, run.config.data.eval_split)
         scale = max(float(detail.detail_of(from_uint8(real)).std()), 1e-6)  # 0: of plain images
         look = functools.partial(views, judges=judges, side=side, scale=scale)
         reference, wanted = look(real), targets(run, invert, teacher, noise.split)
-        shown = curves[f"{real.shape[1]} px"] = {"real": reference.spectrum}
+        shown = spectra[f"{real.shape[1]} px"] = {"held out": decibels(reference.spectrum)}
         beside = [c for c in trained if c.control and place(c.config) == place(run.config)]
         for name, row in rows(run, beside, teacher, noise, drawn):
             logging.info("report: measuring %s", name)
@@ -102,7 +100,7 @@ def write(
             if not name.startswith("data"):
                 nearer = relative_nearest(seen, reference, known)
                 found[name].numbers["nearest"] = nearer
-            shown[name] = seen.spectrum
+            shown[name] = decibels(seen.spectrum)
     figures = {
         "round_trip": {
             "psnr": float(np.mean(psnr(*noise.trip))),
@@ -111,6 +109,7 @@ def write(
             "rms_z_over_sigma_max": noise.rms,
         },
         "stages": {name: row.numbers for name, row in found.items()},
+        "spectra": spectra,
         "comparisons": comparisons(growing, found),
         "judges": {judge.name: judge.input_size for judge in judges},
         "frozen_networks": growing[-1].summary["frozen_networks"],
@@ -119,7 +118,6 @@ def write(
         "rms_z_over_sigma_max": invert.summary["rms"],
         "provenance": growing[-1].summary["provenance"],
     }
-    save_png(folder / "spectrum.png", draw_curves(curves), 1)
     save_rows(folder / "round_trip.png", [part[:COLUMNS] for part in noise.trip], 512)
     draw(folder, growing, found, real, wanted["held_out"])
     draw_nearest(folder / "nearest.png", drawn[growing[-1].workdir].images, train, known)
@@ -153,6 +151,11 @@ def views(
             crops = random_crops(images, np.arange(n), CROP, crops=2)
             patches[name] = embed(judge, crops).reshape(n, 2, -1)
     return Views(patches, whole, detail.power_spectrum(floats))
+
+
+def decibels(spectrum: np.ndarray) -> list[float]:
+    """The power at each radius, in decibels."""
+    return np.round(10 * np.log10(np.maximum(spectrum, 1e-30)), 1).tolist()
 
 
 def small_pixels(images: np.ndarray, side: int) -> np.ndarray:
@@ -191,7 +194,7 @@ def measured(
         shrunk = area_mean(from_uint8(row.images), base.images.shape[1])
         numbers["drift_rms"] = float(np.sqrt(np.mean((shrunk - from_uint8(base.images)) ** 2)))
     again = to_uint8(row.again["held_out"][:COLUMNS]) if row.again else None
-    return Measured(numbers, distances, seen.spectrum, row.images[:COLUMNS], again)
+    return Measured(numbers, distances, row.images[:COLUMNS], again)
 
 
 def relative_nearest(seen: Views, real: Views, known: np.ndarray) -> float:
@@ -271,3 +274,68 @@ def save_rows(path: pathlib.Path, rows: Sequence[np.ndarray], min_side: int = 16
     """Write a picture with one row for each set of images; every set [n, h, w, 3] has one shape."""
     width = min(len(row) for row in rows)
     save_png(path, image_grid(np.concatenate([row[:width] for row in rows]), width), min_side)
+
+
+def table(figures: dict) -> str:
+    """The report as Markdown: a row for each network or control, what the columns mean, and the
+    comparisons that matter."""
+    stages = figures["stages"]
+    kernels = [name for name in next(iter(stages.values())) if name.startswith("pkid")]
+    kernels = [name for name in kernels if "_interval" not in name]
+    recalls = sorted({name for row in stages.values() for name in row if name.startswith("recall")})
+    judged = [name for name in recalls if "pixels" not in name] or recalls
+    columns = {"px": ("resolution", "d")}
+    columns |= {f"1000 {name}": (name, "") for name in kernels}
+    columns |= {"spectrum": ("spectrum_db", ".1f")} | {name: (name, ".2f") for name in judged}
+    columns |= {"train": ("psnr_train", ".1f"), "held out": ("psnr_held_out", ".1f")}
+    columns |= {"nearest": ("nearest", ".2f")}
+    lines = [["network", *columns], ["---"] * (1 + len(columns))]
+    for network, row in stages.items():
+        lines.append([network, *(cell(row, *column) for column in columns.values())])
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *notes(figures)])
+
+
+def cell(row: dict, name: str, form: str) -> str:
+    """One entry of the table; a kernel distance is multiplied by 1000 and has its interval."""
+    if name not in row:
+        return ""
+    if not form:
+        value, interval = 1000 * row[name], 1000 * row[suffixed(name, "_interval")]
+        digits = max(0, 1 - math.floor(math.log10(max(interval, 1e-3))))
+        return f"{value:.{digits}f} ± {interval:.{digits}f}"
+    return f"{row[name]:{form}}"
+
+
+def notes(figures: dict) -> Iterator[str]:
+    """The lines below the table."""
+    for found in figures["comparisons"]:
+        interval = f" ± {found['interval']:.2f}" if "interval" in found else ""
+        yield (
+            f"- {found['network']}: **{found['ratio']:.2f}{interval}** of the {found['by']} of "
+            f"{found['of']}"
+        )
+    trip = figures["round_trip"]
+    judges = ", ".join(f"{name} at {side} px" for name, side in figures["judges"].items())
+    yield (
+        "- *pkid*: kernel distance of random patches to those of held-out images (0: equal), and "
+        "its 95 % interval; *detail*: of what an image loses when it is halved and enlarged, "
+        "without a network"
+        + (f"; {judges}: in features of a network that trained nothing here." if judges else
+           ". Name a network that judges: --measure=mobilenet_v2=FILE.")
+    )  # fmt: skip
+    yield (
+        "- *spectrum*: rms difference in dB from the power spectrum of held-out images, at the "
+        "frequencies that half the resolution lacks (whole spectra: pipeline.json)."
+    )
+    yield "- *recall*: share of held-out images among the 3-neighbourhoods of the samples."
+    yield (
+        "- *train*, *held out*: PSNR in dB of images, regenerated from their latents. The "
+        f"teacher's own round trip on {trip['nodes']} nodes: {trip['psnr']:.1f} dB; "
+        f"rms(z)/sigma_max {trip['rms_z_over_sigma_max']:.3f}."
+    )
+    yield (
+        "- *nearest*: distance of the samples to their nearest training images, as a share of that "
+        "of held-out images (0: copies)."
+    )
+    trained = ", ".join(figures["frozen_networks"])
+    yield f"- Networks of the losses: {trained}. The report took {figures['report_seconds']:.0f} s."

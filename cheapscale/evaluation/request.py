@@ -123,9 +123,8 @@ class Evaluation:
             check_match(
                 statistics,
                 sha256=networks[name].sha256,
-                variant="",
                 resolution=self.generated.resolution,
-                resize=measure.resize_name(networks[name], self.resize),
+                resize=resize_name(networks[name], self.resize),
             )
             found[name, ""] = statistics
         return found
@@ -136,12 +135,14 @@ class Evaluation:
         patch = f"patch {self.patch} x {CROPS} seed 0"
         variants = {"": "", "patch": patch, "base": f"base {self.base}"}
         return {
-            (name, network.name, view): measure.identity_of(
-                source,
-                self.sets[name].num * (CROPS if view == "patch" else 1),
-                self.sets[name].resolution,
-                network,
-                resize=self.resize,
+            (name, network.name, view): Identity(
+                data=source.fingerprint(),
+                split=source.split,
+                resolution=self.sets[name].resolution,
+                num=self.sets[name].num * (CROPS if view == "patch" else 1),
+                network=network.name,
+                sha256=network.sha256,
+                resize=resize_name(network, self.resize),
                 variant=variants[view],
             )
             for name, source in ((REAL, self.real), (TRAIN, self.train))
@@ -225,6 +226,11 @@ def mistakes(e: Evaluation) -> Iterator[str]:
                 f"metrics {needing} need the features of real images and {statistics.path} holds "
                 "moments only: leave it out and compare with --data, or ask for fd"
             )
+
+
+def resize_name(network: FeatureNetwork, resize: str) -> str:
+    """The entry `resize` of an identity: the resizing, the network's variant and input size."""
+    return f"{resize} {network.variant} {network.input_size or ''}".strip()
 
 
 def _shapes(network: FeatureNetwork, side: int) -> dict:

@@ -11,7 +11,7 @@ Published files can be loaded too: ADM's (mu, sigma, mu_s, sigma_s and the image
 
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +19,9 @@ import numpy as np
 from cheapscale.data.arrays import read_npz
 from cheapscale.data.digest import digest
 from cheapscale.data.files import atomic_write, cache_folder, damaged
-from cheapscale.evaluation.fid import Gaussian, Moments, check_features, moments
+from cheapscale.evaluation.fid import Gaussian, Moments, moments
 
 VERSION = 1  # change it with the format of the file, or with code that changes the numbers
-FOREIGN_NETWORK = "inception_v3"  # the network of published files
 LARGEST_CHECKED = 4096  # dimension up to which eigenvalues are computed, which takes seconds
 
 
@@ -31,7 +30,7 @@ class Identity(NamedTuple):
 
     data: the source's fingerprint (images and their order). num: number of images. network, sha256:
     name and hash of the feature network. resize: how images were resized to its input size
-    (measure.resize_name). variant: "" for whole images, or their transformation, for example
+    (request.resize_name). variant: "" for whole images, or their transformation, for example
     "patch 64 x 3 seed 0" or "base 16".
     """
 
@@ -62,34 +61,22 @@ class Statistics(NamedTuple):
     path: str
 
 
-def reference_statistics(
-    identity: Identity,
-    compute: Callable[[], Iterable[np.ndarray]],
-    *,
-    cache_dir: str | pathlib.Path | None = None,
-) -> Statistics:
-    """The statistics `identity`, from the cache or from the batches [n_i, d] of `compute()`."""
-    path = cache_path(identity, cache_dir)
+def reference_statistics(identity: Identity, compute: Callable[[], np.ndarray]) -> Statistics:
+    """The statistics `identity`, from the cache or from the features [n, d] of `compute()`."""
+    path = cache_path(identity)
     if not path.exists():
-        features = np.concatenate([np.asarray(batch, np.float32) for batch in compute()])
-        save_statistics(path, features, identity)
+        save_statistics(path, compute(), identity)
     return load_statistics(path, identity=identity)
 
 
-def cache_path(identity: Identity, cache_dir: str | pathlib.Path | None = None) -> pathlib.Path:
+def cache_path(identity: Identity) -> pathlib.Path:
     """The path of the statistics `identity` in the cache."""
     name = f"{identity.network}-{identity.resolution}px-{identity.digest()}.npz"
-    return pathlib.Path(cache_dir or cache_folder()) / "statistics" / name
+    return cache_folder() / "statistics" / name
 
 
 def save_statistics(path: str | pathlib.Path, features: np.ndarray, identity: Identity) -> None:
     """Write moments and features [n, d] atomically."""
-    path = pathlib.Path(path)
-    check_features(features)
-    if len(features) != identity.num:
-        raise ValueError(
-            f"{len(features)} features were computed for statistics of {identity.num} images"
-        )
     found = moments(features)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(
@@ -132,27 +119,19 @@ def load_statistics(path: str | pathlib.Path, *, identity: Identity | None = Non
     return found
 
 
-def check_match(statistics: Statistics, **asked: Any) -> None:
-    """Raise ValueError unless the statistics match the features that are compared with them.
+def check_match(statistics: Statistics, *, sha256: str, resolution: int, resize: str) -> None:
+    """Raise ValueError unless the statistics are of whole images, and of the same weights,
+    resolution and resizing as the features that are compared with them.
 
-    asked: any of network, sha256, dimension, resolution, resize (as in `Identity`) and variant (the
-    first word of the identity's variant, "" for whole images). A published file does not record its
-    images and weights: it is taken to hold whole images that inception_v3 itself resized.
+    A published file records none of these: it is taken to hold images that the network resized.
     """
-    identity = statistics.identity
-    recorded = {
-        "network": FOREIGN_NETWORK,
-        "variant": "",
-        "dimension": len(statistics.moments.mean),
-    }
-    if identity is not None:
-        recorded |= identity._asdict() | {"variant": identity.variant.partition(" ")[0]}
-    elif "resize" in asked:
-        recorded["resize"] = (
-            "network" if not asked["resize"].startswith("network") else asked["resize"]
-        )
+    asked = {"sha256": sha256, "resolution": resolution, "resize": resize, "variant": ""}
+    if statistics.identity is not None:
+        recorded = statistics.identity._asdict()
+    else:
+        recorded = asked | ({} if resize.startswith("network") else {"resize": "network"})
     for field, value in asked.items():
-        if field in recorded and recorded[field] != value:
+        if recorded[field] != value:
             raise ValueError(
                 f"{statistics.path} holds statistics of {field} {recorded[field]!r}, but the "
                 f"features are of {value!r}: give or compute a reference with the same {field}"

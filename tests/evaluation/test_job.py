@@ -1,32 +1,17 @@
 """The evaluation job: its numbers do not depend on shards, interruption or resuming."""
 
-import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
-from cheapscale.data.pairs import PairStore
 from cheapscale.data.pixels import from_uint8, to_uint8
 from cheapscale.data.sources import SceneSource
-from cheapscale.evaluation import image_sets
 from cheapscale.evaluation.coverage import prdc
 from cheapscale.evaluation.fid import classifier_splits, frechet, kernel_distance
-from cheapscale.evaluation.image_sets import (
-    Images,
-    Pairs,
-    choice,
-    chosen_images,
-    file_images,
-    file_pairs,
-    generator_pairs,
-    npz_images,
-    sampled_images,
-)
-from cheapscale.evaluation.job import evaluation_job
+from cheapscale.evaluation.image_sets import Images, Pairs, choice, chosen_images, npz_images
+from cheapscale.evaluation.job import evaluation_job, unseen_rows
 from cheapscale.evaluation.request import Clip, Evaluation, identity
 from cheapscale.evaluation.statistics import Identity, save_statistics
 from cheapscale.features import FeatureNetwork
@@ -231,55 +216,6 @@ def test_reconstructions_are_compared_pair_by_pair(tmp_path):
     assert any("no LPIPS" in warning for warning in found["warnings"])
 
 
-def test_files_are_paired_in_their_order(tmp_path):
-    images, _ = Noisy(5).images.read(np.arange(5))
-    np.savez(tmp_path / "a.npz", images=images)
-    for i, image in enumerate(images):
-        (tmp_path / "b").mkdir(exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "b" / f"{i}.png")
-    pairs = file_pairs(*(file_images(str(tmp_path / name), 16, 5) for name in ("a.npz", "b")))
-    np.testing.assert_array_equal(*pairs.read(np.array([3, 0, 4])))
-    with pytest.raises(ValueError, match="5 images of 16 px but 4 targets of 16"):
-        file_pairs(pairs, file_images(str(tmp_path / "a.npz"), 16, 4))
-    shutil.copytree(tmp_path / "b", tmp_path / "c")
-    folders = [file_images(str(tmp_path / name), 16, 5) for name in "bc"]
-    np.testing.assert_array_equal(*file_pairs(*folders).read(np.arange(5)))
-    (tmp_path / "c" / "2.png").rename(tmp_path / "c" / "9.png")
-    with pytest.raises(ValueError, match="the target of 2 would be 3: give both the same name"):
-        file_pairs(folders[0], file_images(str(tmp_path / "c"), 16, 5))
-
-
-def test_the_contact_sheets_of_samples_are_not_measured(tmp_path):
-    Image.new("RGB", (50, 50)).save(tmp_path / "samples.png")
-    np.savez(tmp_path / "samples.npz", images=np.zeros((4, 16, 16, 3), np.uint8))
-    with pytest.raises(ValueError, match=f"give its file, --images={tmp_path}/samples.npz"):
-        file_images(str(tmp_path), 16, 4)
-    assert file_images(str(tmp_path / "samples.npz"), 16, 4).num == 4
-
-
-@pytest.mark.parametrize("orientations", [1, 2])
-def test_a_store_without_mirror_images_gives_pairs_of_a_generator(
-    tmp_path, monkeypatch, orientations
-):
-    source, shape = SceneSource("train", 8, size=6), (8, 8, 3)
-    n = orientations * len(source)
-    wanted = {"teacher": "t", "direction": "invert", "source": source.describe(), "shape": shape}
-    wanted |= {"num_images": len(source), "orientations": orientations, "dtype": "float32"}
-    writer = PairStore.create(tmp_path, wanted | {"per_shard": n, "sigma_max": 80.0, "nodes": 3})
-    labels = np.repeat(source.labels(), orientations)
-    z = np.random.default_rng(0).normal(size=(n, *shape)).astype(np.float32)
-    writer.write_shard(0, z, labels, {"flops": 1.0, "seconds": 1.0})
-    monkeypatch.setattr(image_sets, "in_batches", lambda call, model, z, *_, **__: z)
-    model = SimpleNamespace(meta={"teacher": "t"}, fingerprint="g")
-    pairs = generator_pairs(model, source, str(tmp_path), 99, batch_size=2)
-    drawn, targets = pairs.read(np.arange(n))
-    order = choice(n, 99)
-    np.testing.assert_array_equal(drawn, np.clip(z[order], -1, 1))
-    plain = source.read(order // orientations)[0]
-    mirrored = (order % orientations == 1)[:, None, None, None]
-    np.testing.assert_array_equal(targets, np.where(mirrored, plain[:, :, ::-1], plain))
-
-
 def statistics_file(path, *, features=True, **changes):
     """A file of statistics of 30 random features of `pooled(2)`, or of their moments alone."""
     of = dict(data="x", split="test", resolution=16, num=30, network="blocks", sha256="b")
@@ -328,23 +264,6 @@ def test_another_resolution_is_refused(tmp_path):
         evaluation_job(Evaluation(Noisy().images, ("fd",), [pooled(2)], large), tmp_path)
 
 
-def test_images_come_from_a_folder_or_a_file(tmp_path):
-    images, _ = Noisy(5).images.read(np.arange(5))
-    np.savez(tmp_path / "own.npz", images=images, labels=np.arange(5))
-    np.savez(tmp_path / "adm.npz", arr_0=images)
-    (tmp_path / "folder").mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(tmp_path / "folder" / f"{i}.png")
-    for place in ("own.npz", "adm.npz", "folder"):
-        found = file_images(str(tmp_path / place), 16, 5)
-        read, _ = found.read(np.arange(5))
-        assert sorted(map(bytes, read)) == sorted(map(bytes, images)), place
-    with pytest.raises(ValueError, match="neither a folder nor"):
-        file_images(str(tmp_path / "none"), 16, 5)
-    with pytest.raises(ValueError, match="holds 16 px images, not 32"):
-        file_images(str(tmp_path / "own.npz"), 32, 5)
-
-
 def test_files_without_labels_or_captions_have_none(tmp_path):
     """Labels and captions are optional in an .npz; a folder has none."""
     source = SceneSource("test", 64, size=6)
@@ -361,19 +280,6 @@ def test_files_without_labels_or_captions_have_none(tmp_path):
     wrong = asked._replace(captions=lambda ids: [texts[(i + 1) % 6] for i in ids], fingerprint="w")
     found = finished(replace(evaluation, generated=wrong), tmp_path / "b")
     assert found["composition_all"] < 0.5 and found["composition_all_real"] == 1
-
-
-def test_images_with_nan_are_refused():
-    broken = SimpleNamespace(fingerprint="broken")
-
-    def draw(ids, labels):
-        return np.full((len(ids), 16, 16, 3), np.nan, np.float32), labels
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_sets, "sampler", lambda model: draw)
-        images = sampled_images(broken, 16, None, 4)
-    with pytest.raises(ValueError, match="image 0 of 4 images holds a NaN"):
-        images.read(np.arange(4))
 
 
 def test_a_work_directory_accepts_only_its_own_evaluation(tmp_path, real, train):
@@ -393,25 +299,6 @@ def test_a_work_directory_accepts_only_its_own_evaluation(tmp_path, real, train)
     ):
         with pytest.raises(ValueError, match="started with another config"):
             finished(replace(asked, **change), tmp_path)
-
-
-def test_sets_of_other_images_have_other_fingerprints(tmp_path):
-    images, _ = Noisy(5).images.read(np.arange(5))
-    prints = set()
-    for name, arrays in {
-        "a": {"images": images},
-        "b": {"images": images[::-1]},
-        "c": {"images": images, "labels": np.arange(5)},
-        "d": {"images": images, "labels": np.arange(5)[::-1]},
-        "e": {"images": images, "captions": np.asarray(list("abcde"))},
-    }.items():
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-        prints.add(npz_images(tmp_path / f"{name}.npz", 5).fingerprint)
-    prints.add(npz_images(tmp_path / "a.npz", 4).fingerprint)
-    for source in (SceneSource("test", 16, size=5), SceneSource("test", 32, size=5)):
-        prints.add(chosen_images(source, np.arange(5)).fingerprint)
-    prints.add(chosen_images(source, np.arange(4)).fingerprint)
-    assert len(prints) == 9
 
 
 def test_the_job_and_the_library_give_equal_numbers(tmp_path, real, train):
@@ -466,3 +353,11 @@ def test_clip_scores_compare_images_with_their_label_or_caption(tmp_path):
     assert score(asked, [], 1, "c") == pytest.approx(100, abs=1e-3)
     with pytest.raises(ValueError, match="names of the classes: give --data"):
         score(generated, [], 1, "d")
+
+
+def test_the_floor_uses_training_images_that_the_classifier_was_not_fitted_on():
+    """The classifier was fitted on the even ids; other networks have seen none."""
+    ids = choice(300, 200)
+    kept = unseen_rows(pooled(2)._replace(name="classifier"), 300, 200)
+    np.testing.assert_array_equal(ids[kept], ids[ids % 2 == 1])
+    np.testing.assert_array_equal(unseen_rows(pooled(2), 300, 200), np.arange(200))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cheapscale.data.pixels import from_uint8, to_uint8
 from cheapscale.data.resize import area_mean
-from cheapscale.evaluation import detail, report, report_page, report_rows
+from cheapscale.evaluation import detail, report, report_rows
 from cheapscale.evaluation.fid import kernel_distance
 from cheapscale.evaluation.patches import crop_corners
 from cheapscale.evaluation.report_rows import Row
@@ -146,9 +146,7 @@ def test_a_judge_sees_crops_of_large_images():
 def test_the_comparison_is_with_the_better_enlargement():
     real, names = RNG.normal(size=(30, 1, 2)), ("grow16", "distill-nearest16", "distill-bicubic16")
     found = {
-        name: report.Measured(
-            {}, {"detail": detail.patch_distance(real + shift, real)}, None, None, None
-        )
+        name: report.Measured({}, {"detail": detail.patch_distance(real + shift, real)}, None, None)
         for name, shift in zip(names, (1, 3, 2))
     }
     config = ConfigDict({"base": "runs/distill", "data": {"resolution": 16}})
@@ -166,7 +164,7 @@ def test_the_recall_of_the_top_is_a_share_of_the_base_s():
         report.Run(f"g{n}", ConfigDict({"data": {"resolution": n}}), "", {}, 0) for n in (8, 16)
     ]
     found = {
-        name: report.Measured({"recall_m_k3": recall}, {}, None, None, None)
+        name: report.Measured({"recall_m_k3": recall}, {}, None, None)
         for name, recall in (("g8", 0.8), ("g16", 0.6))
     }
     (comparison,) = report.comparisons(runs, found)
@@ -176,18 +174,15 @@ def test_the_recall_of_the_top_is_a_share_of_the_base_s():
 
 def test_a_number_has_two_digits_of_its_interval():
     row = {"a": 0.7473, "a_interval": 0.2602, "b": 0.01234, "b_interval": 0.00012, "c": 3}
-    cells = [report_page.cell(row, name, form) for name, form in zip("abcd", ("", "", "d", ".2f"))]
+    cells = [report.cell(row, name, form) for name, form in zip("abcd", ("", "", "d", ".2f"))]
     assert cells == ["747 ± 260", "12.34 ± 0.12", "3", ""]
 
 
-def test_three_images_are_drawn_and_curves_have_a_panel_each(tmp_path):
+def test_three_images_are_drawn(tmp_path):
     images = edges(3, 0)[:, :8, :8]
     report.save_rows(tmp_path / "rows.png", [images, images], 1)
     with Image.open(tmp_path / "rows.png") as picture:
         assert picture.size == (2 + 3 * 10, 2 + 2 * 10)  # three columns of 8 px and gaps of 2
-    curve = np.geomspace(1, 1e-3, 9)
-    picture = report_page.draw_curves({"8 px": {"real": curve}, "16 px": {"real": curve / 2}})
-    assert picture.shape[1] == 2 * (report_page.PANEL + report_page.MARGIN)
 
 
 def test_a_control_is_the_network_of_its_run_with_its_own_weights(pipeline, monkeypatch):

@@ -27,10 +27,13 @@ def test_the_pipeline_ends_with_a_table_pictures_and_one_json_line(pipeline):
     rows = ["data8", "teacher", "distill", "data16", *enlarged, "grow16-step0", "grow16"]
     assert list(summary["stages"]) == rows
     assert lines[0].startswith("| network | px | 1000 pkid_detail | spectrum | recall_pixels_k3 |")
-    names = ("data", "teacher", "round_trip", "one_step", "growth", "reconstruction", "spectrum")
+    names = ("data", "teacher", "round_trip", "one_step", "growth", "reconstruction")
     assert {f"{name}.png" for name in names} | {"report.md"} <= {
         path.name for path in workdir.iterdir()
     }
+    assert {key: len(curve["held out"]) for key, curve in summary["spectra"].items()} == {
+        "8 px": 5, "16 px": 9,
+    }  # fmt: skip
     # a classifier for each resolution, since smoke runs name it
     assert set(summary["frozen_networks"]) == {"loss_classifier_8px", "loss_classifier_16px"}
     assert summary["training_flops"] > 0 and summary["stages"]["grow16"]["drift_rms"] > 0
