@@ -1,6 +1,7 @@
 """The net for errors: one sentence, a status that is not 0, a traceback where it can be kept."""
 
 import errno
+import fcntl
 import importlib
 import os
 import pathlib
@@ -141,10 +142,11 @@ def test_a_work_directory_that_cannot_be_one_is_refused_at_once(name, monkeypatc
 
 
 def test_a_second_writer_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
-    held = lock._me() | {"pid": os.getppid(), "started": lock._started(os.getppid())}
-    (tmp_path / lock.NAME).write_text(lock.json.dumps(held))
-    with pytest.raises(SystemExit, match=f"written by process {os.getppid()} on "):
-        train.main([SCENES, f"--workdir={tmp_path}"])
+    with open(tmp_path / lock.NAME, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        print('{"host": "node7", "pid": 3}', file=held, flush=True)
+        with pytest.raises(SystemExit, match="written by process 3 on node7: wait"):
+            train.main([SCENES, f"--workdir={tmp_path}"])
     assert os.listdir(tmp_path) == [lock.NAME]
 
 
