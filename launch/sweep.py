@@ -11,8 +11,8 @@ a stage runs that stage; any other runs a whole pipeline.
 
 Stages of pipelines are shared: the folder WORKDIR/stages/NAME-HASH is named by everything that the
 stage depends on, so that one teacher serves all runs of its seed, also those of other sweeps in the
-same work directory. Running the same command again resumes; finished stages are not opened. Before
-the start every kind of stage runs three updates, from which the time is estimated.
+same work directory. Running the same command again resumes; finished stages are not opened. The
+time left is estimated from the finished stages.
 
 WORKDIR/<sweep>.md has the table: each figure's mean over the seeds, and its difference from that of
 the first run of the same seed, with a 95 % interval. WORKDIR/<sweep>.json has all numbers.
@@ -53,7 +53,6 @@ from launch.train import run
 GENERATORS = ("distill", "grow")  # stages whose results are measured
 SIDE = 8  # in pixels, at which recall compares whole images
 SHOWN = r"pkid.*(?<!_interval)$|recall|spectrum"  # figures of the report
-LEAST = 9  # network calls of an inversion whose time is that of the network
 
 
 def planned(path: str, name: str, arg: str) -> list[tuple[str, str]]:
@@ -85,21 +84,15 @@ def chosen(runs: list, only: Sequence[int]) -> Sequence[int]:
 # The stages of a run
 
 
-def chain(path: str, arg: str, root: pathlib.Path, name: str, *, pilot: bool = False) -> list:
+def chain(path: str, arg: str, root: pathlib.Path, name: str) -> list:
     """[(folder, config)] of a run's stages. The folders of a pipeline are named by what they hold;
-    experts, which belong to one assessment, stay in the run's own folder.
-
-    pilot: reduce each stage to a few network calls.
-    """
+    experts, which belong to one assessment, stay in the run's own folder."""
     if is_stage(arg):
         stages = [(str(root / name), load_module(path).get_config(arg))]
     else:
         stages = stage_configs(path, arg, str(root / name))
     found, moved = [], {}
     for place, config in stages:
-        if pilot:
-            small = {"total_steps": 3, "total_flops": 0.0, "invert.nodes": 2, "save_every": 3}
-            common.change(config, small)
         given = flatten_dict(config.to_dict(), sep=".")
         common.change(config, {key: moved[given[key]] for key in PLACES if given.get(key) in moved})
         if not is_stage(arg) and config.stage not in ("assess", "prune"):
@@ -138,71 +131,20 @@ def finished(place: str, config) -> dict:
     return read_json(done, "kind", "seconds")
 
 
-# The time that a study takes
-
-
-def costs(root: pathlib.Path) -> dict[str, dict]:
-    """{kind of stage: {"fixed": seconds, "each": seconds of an update or a network call, "flops" of
-    an update, "latents"}} of the finished stages, or else of the pilots."""
-    found = {}
-    for place in (root / "pilot", root):
-        for path in sorted(place.glob("stages/*/stage.json"), key=lambda p: p.stat().st_mtime):
-            summary = read_json(path, "kind", "seconds")
-            latents = summary.get("records", 0)
-            rate = summary.get("steps_per_second") or summary.get("items_per_second") or np.inf
-            config = read_json(path.parent / "config.json")
-            calls = 2 * config["invert"]["nodes"] - 2 if latents else 1
-            each, count = 1 / rate / calls, latents * calls or summary.get("step", 1)
-            flops = summary["cost"]["flops"] / count if latents else summary["flops_per_step"]
-            if latents and calls < LEAST:  # reading the images took the time: count operations
-                trained = found.get(f"pretrain{config['data']['resolution']}", {"flops": 0})
-                each = trained["each"] / trained["flops"] * flops if trained["flops"] else each
-            found[summary["kind"]] = {
-                "fixed": max(summary["seconds"] - count * each, 0), "each": each, "flops": flops,
-                "latents": latents,
-            }  # fmt: skip
-    return found
-
-
-def seconds_left(stages: list[tuple[str, object]], known: dict[str, dict]) -> float:
-    """The seconds that the unfinished ones of a chain of stages will take."""
-    total, reached = 0.0, 0.0
-    for place, config in stages:
-        cost = known.get(kind(config), {"fixed": 0.0, "each": 0.0, "flops": 0.0, "latents": 0})
-        count = config.total_steps
-        if config.stage == "invert":
-            count = cost["latents"] * (2 * config.invert.nodes - 2)
-        elif config.total_flops:
-            count = max(config.total_flops - reached, 0) / (cost["flops"] or np.inf)
-        reached += count * cost["flops"]
-        if not (pathlib.Path(place) / "stage.json").exists():
-            total += cost["fixed"] + count * cost["each"]
-    return total
-
-
-def left(chains: list[list], known: dict[str, dict]) -> float:
-    """The seconds that the unfinished stages of all runs will take; shared ones count once."""
-    seen, total = set(), 0.0
-    for stages in chains:
-        own = seconds_left(stages, known)
-        again = seconds_left([stage for stage in stages if stage[0] in seen], known)
-        total += own - again
-        seen |= {place for place, _ in stages}
-    return total
-
-
-def pilot(path: str, runs: list[tuple[str, str]], root: pathlib.Path) -> None:
-    """Run three updates of every kind of shared stage of the study whose time is not known yet."""
-    known = set(costs(root))
-    for name, arg in runs:
-        stages = chain(path, arg, root / "pilot", name, pilot=True)
-        stages = [stage for stage in stages if pathlib.Path(stage[0]).parent.name == "stages"]
-        if {kind(config) for _, config in stages} <= known:
-            continue
-        for place, config in stages:  # each begins with the one before it
-            logging.info("pilot: %s", kind(config))
-            finished(place, config)
-            known.add(kind(config))
+def left(chains: list[list], root: pathlib.Path) -> str:
+    """The time that the unfinished stages of all runs will take, as text; shared ones count once. A
+    stage takes as long as the finished ones of its kind on average, or as all if there are none."""
+    known: dict[str, list[float]] = {}
+    for path in root.glob("stages/*/stage.json"):
+        summary = read_json(path, "kind", "seconds")
+        known.setdefault(summary["kind"], []).append(summary["seconds"])
+    if not known:
+        return "an unknown time"
+    kinds = {place: kind(config) for stages in chains for place, config in stages}
+    ahead = [kinds[place] for place in kinds if not (pathlib.Path(place) / "stage.json").exists()]
+    mean = {name: float(np.mean(seconds)) for name, seconds in known.items()}
+    overall = float(np.mean(list(mean.values())))
+    return "about " + duration(sum(mean.get(name, overall) for name in ahead))
 
 
 # The figures of a run
@@ -257,14 +199,12 @@ def sweep(
     target: the file of the table, in the work directory; written after each run.
     """
     root, numbers = target.resolve().parent, chosen(runs, only)
-    pilot(path, [runs[number] for number in numbers], root)
     setting = {"num": num, "judges": [judge.name for judge in judges]}
     rows = []
     for position, number in enumerate(numbers):
         name, words = runs[number]
         ahead = [chain(path, runs[n][1], root, runs[n][0]) for n in numbers[position:]]
-        text = duration(left(ahead, costs(root)))
-        logging.info("run %d of %d: %s; about %s left", number + 1, len(runs), name, text)
+        logging.info("run %d of %d: %s; %s left", number + 1, len(runs), name, left(ahead, root))
         for place, config in ahead[0]:
             summary = finished(place, config)
         rows.append({"folder": name, "arg": words} | summary)

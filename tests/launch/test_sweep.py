@@ -104,27 +104,14 @@ def test_the_time_left_counts_shared_stages_once_and_finished_ones_not(tmp_path)
         )
         for arm in arms
     ]
-    known = {
-        "pretrain8": {"fixed": 10.0, "each": 0.5, "flops": 1e9, "latents": 0},
-        "invert8": {"fixed": 5.0, "each": 0.001, "flops": 1e6, "latents": 1000},
-        "distill8": {"fixed": 20.0, "each": 1.0, "flops": 2e9, "latents": 0},
-    }
-    steps = {config.stage: config.total_steps for _, config in chains[0]}
-    teacher, distilled = 10 + 0.5 * steps["pretrain"], 20 + steps["distill"]
-    inversions = 5 + 38 + 5 + 18  # 2 n - 2 network calls of 1000 latents
-    assert sweep.left(chains, known) == pytest.approx(teacher + inversions + 2 * distilled + 120)
-    done = pathlib.Path(chains[0][0][0])
-    done.mkdir(parents=True)
-    (done / "stage.json").write_text(json.dumps({"kind": "pretrain8", "seconds": 1.0}))
-    assert sweep.left(chains, known) == pytest.approx(inversions + 2 * distilled + 120)
-    # a budget of FLOPs includes the stages before: the teacher and 38 calls of 1000 latents
-    words = "pretrain.total_flops=1e12,distill.total_flops=3e12"
-    budget = sweep.chain(
-        "configs/scenes.py", f"size=ablation,pipeline=one_step,{words}", tmp_path, "r"
-    )
-    assert sweep.seconds_left(budget, known) == pytest.approx(
-        10 + 1e12 / 1e9 * 0.5 + 5 + 38 + 20 + (2e12 - 38e9) / 2e9
-    )
+    assert sweep.left(chains, tmp_path) == "an unknown time"
+    finished = {chains[0][0][0]: ("pretrain8", 100), chains[0][1][0]: ("invert8", 20)}
+    for place, (kind, seconds) in finished.items():
+        pathlib.Path(place).mkdir(parents=True)
+        record = json.dumps({"kind": kind, "seconds": seconds})
+        (pathlib.Path(place) / "stage.json").write_text(record)
+    # one inversion is left, and three distillations, of which none is finished
+    assert sweep.left(chains, tmp_path) == "about 3:20"  # 20 + 3 * (100 + 20) / 2 seconds
 
 
 def test_results_are_named_by_what_sets_an_arm_apart_and_read_as_far_as_they_are_there(tmp_path):
@@ -151,25 +138,3 @@ def test_a_run_has_the_figures_of_the_pipelines_report(pipeline):
     for name in shown:
         assert figures[name] == pytest.approx(reported[name], rel=0.01), name
     assert figures["training_flops"] == json.loads(printed[-1])["training_flops"]
-
-
-@pytest.mark.parametrize(
-    "name, kinds",
-    [
-        ("pairs", ["pretrain8", "invert8", "distill8"]),
-        ("base", ["pretrain8", "invert8", "distill8", "grow16", "grow32",
-                  "pretrain16", "invert16", "distill16", "grow32",
-                  "pretrain32", "invert32", "distill32"]),
-        ("search", ["pretrain8"]),  # experts are not shared
-        ("cascade_k", []),  # single stages
-    ],
-)  # fmt: skip
-def test_a_pilot_runs_each_kind_of_stage_once_and_briefly(name, kinds, tmp_path, monkeypatch):
-    ran = []
-    monkeypatch.setattr(sweep, "finished", lambda place, config: ran.append(config))
-    size = {"search": "size=experts", "cascade_k": "size=cascade,resolution=32"}.get(name)
-    runs = sweep.planned("configs/scenes.py", name, size or "size=ablation")
-    sweep.pilot("configs/scenes.py", runs, tmp_path)
-    assert [sweep.kind(config) for config in ran] == kinds
-    assert all(config.total_steps == 3 and config.total_flops == 0 for config in ran)
-    assert all(config.invert.nodes == 2 for config in ran if config.stage == "invert")
