@@ -32,6 +32,7 @@ ARGUMENTS = {
     "data_dir": "",
     "controls": False,  # a pipeline also trains CONTROLS, for its report
     "control": "",  # train one of CONTROLS instead of the stage itself
+    "guided": False,  # the generator takes the guidance scale omega
     "jump": False,  # grow from the base to `resolution` in one stage
     "unlabelled": False,  # ignore the labels
     "tune": "neck",  # weights that stage cascade trains
@@ -52,6 +53,8 @@ CONTROLS = {
     # L_dstl: pairs of the teacher's samples, which exist at its own resolution only
     "dstl": {"invert.direction": "sample", "distill.pairs": "teacher"},
 }  # fmt: skip
+# The words of stage invert that make the teacher's guided samples.
+SAMPLES = "invert.direction=sample,invert.omega=uniform"
 # Factors of the learning rate for some tunings of self-cascade, which train few weights.
 TUNING_RATE = {"gain": 10, "2k": 10}
 
@@ -285,6 +288,8 @@ def image_config(arg: str | None, sizes: dict[str, dict], data: DataSet) -> Conf
     if stage == "pretrain":
         classes = 0 if args.unlabelled else data.num_classes
         config.model = ConfigDict(model | {"num_classes": classes})
+        if args.guided:
+            config.pretrain.label_dropout = 0.1
     if stage == "grow":
         known = growth_widths(name, args.top or row.get("top", data.top))
         config.grow.widths = widths(known, config.data.resolution, base if args.jump else 0)
@@ -384,8 +389,8 @@ def image_stages(
 ) -> list[str]:
     """The argument strings of a pipeline's stages, in order.
 
-    pagoda: pretrain, invert, regress (if the size has it, and not in smoke runs), distill, and one
-    growth per doubling.
+    pagoda: pretrain, invert (with `guided` also for the teacher's samples), regress (if the size
+    has it, and not in smoke runs), distill, and one growth per doubling.
     one_step: the same without growth. cascade: pretrain, and one tuning per doubling. experts:
     pretrain, assess, and prune for each group. `teacher=DIR` in `arg` replaces pretraining.
     `controls` adds CONTROLS to the first two.
@@ -401,7 +406,8 @@ def image_stages(
         top = args.top or 2 * base
         return [*first, *(f"stage=cascade,resolution={r}" for r in doublings(base, top))]
     regress = ["stage=regress"] * ("regress" in row and not args.smoke)
-    planned = ["stage=invert", *regress, "stage=distill"]
+    samples = [f"stage=invert,{SAMPLES}"] * args.guided
+    planned = ["stage=invert", *samples, *regress, "stage=distill"]
     if args.pipeline == "pagoda":
         top = args.top or max(row.get("top", data.top), base)
         reached = doublings(base, top)

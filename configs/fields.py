@@ -166,6 +166,9 @@ DISCRIMINATOR = {
     "width": Field(16, "channels of the finest mixed map", low=1),
     "embedding_dim": Field(64, "size of a class embedding", low=1),
     "class_table": Field("", "file (.npy, .npz) of initial class embeddings [classes, n]"),
+    "tokens": Field(
+        False, "heads on every token of vision transformers (text-to-image); False: on mixed maps"
+    ),
 }
 CASCADE = {  # self-cascade (arXiv 2402.10491), Algorithm 1
     "tune": Field("neck", "weights that are trained", ("neck", "gain", "2k", "full", "lora", "ft")),
@@ -222,6 +225,10 @@ PRUNE = {
 }
 
 TEACHER = Field("", "work directory of stage pretrain, or the folder of a set of experts")
+SAMPLES = Field(
+    "",
+    "folder of the teacher's guided samples, which teach the generator omega; empty: no guidance",
+)
 START = Field("", "work directory of stage regress to start from; empty: the teacher's weights")
 LATENTS = Field("", "folder of the data-latent pairs")
 RESCALE = Field(False, "divide all latents by their rms / sigma_max, so that theirs is the prior's")
@@ -238,8 +245,10 @@ STAGES: dict[str, dict[str, Any]] = {
         "teacher": TEACHER, "latents": LATENTS, "invert": INVERT,
         "compute": {"dtype": COMPUTE["dtype"]},
     },
-    "regress": {"teacher": TEACHER, **GENERATOR, "regress": LOSS},
-    "distill": {"teacher": TEACHER, "start": START, **GENERATOR, "distill": LOSS},
+    "regress": {"teacher": TEACHER, "samples": SAMPLES, **GENERATOR, "regress": LOSS},
+    "distill": {
+        "teacher": TEACHER, "start": START, "samples": SAMPLES, **GENERATOR, "distill": LOSS,
+    },
     "grow": {
         "base": Field("", "work directory of the smaller generator"), **GENERATOR,
         "grow": LOSS | {"widths": WIDTHS, "freeze": FREEZE},

@@ -103,7 +103,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "spacing", "karras", SPACINGS, "Teacher: spacing of levels; all but karras need VP."
     )
-    flags.DEFINE_float("cfg_scale", 1.0, "Teacher: guidance scale; 1 is none.", 0)
+    flags.DEFINE_float("cfg_scale", 1.0, "Guidance scale of a model trained for it; 1: none.", 0)
     flags.DEFINE_bool("ema", True, "Use the EMA weights.")
     flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).", 0, LARGEST)
     flags.DEFINE_integer("patch", 0, "Side of the crops of the metric 'patch'.", 0, 2**14)
@@ -123,9 +123,9 @@ def define_flags() -> None:
 
 
 def solver_flags(model: Model) -> dict:
-    """The options of a teacher's sampler; {} for a generator."""
+    """The options of a teacher's sampler; for a generator at most the guidance scale."""
     if isinstance(model, Generator):
-        return {}
+        return {"cfg_scale": FLAGS.cfg_scale} if model.guided or FLAGS.cfg_scale != 1 else {}
     return {name: FLAGS[name].value for name in ("steps", "method", "cfg_scale", "spacing")}
 
 

@@ -14,6 +14,7 @@ pipeline=experts    pretrain, assess, prune one expert for each range of noise l
 
 The argument `controls` also trains the controls of both PaGoDA stages (configs/common.py), which
 then stand in the report; in the folder of a finished pipeline only these are trained.
+`guided` also makes guided samples of the teacher, and trains a generator for --cfg_scale.
 `teacher=DIR` replaces pretraining, as does a shipped model, `teacher=pretrained:scenes16_teacher`.
 Each stage has its own folder in the work directory, and running the same command again resumes.
 """
@@ -81,6 +82,9 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
         config = module.get_config(",".join(filter(None, (arg, words))))
         stage, folder = config.stage, str(root / config.stage)
         control = common.parse(words)[0].control
+        if stage == "invert" and config.invert.omega:  # the guided samples, not the pairs
+            folder, config.latents = str(root / "sample"), str(root / "samples")
+            places["samples"] = root / "samples"
         if stage in ("grow", "cascade"):
             folder += str(config.data.resolution)
         if stage == "assess":

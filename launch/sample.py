@@ -73,7 +73,7 @@ def define() -> None:
     flags.DEFINE_enum(
         "spacing", "karras", SPACINGS, "Teacher: spacing of levels; all but karras need VP."
     )
-    flags.DEFINE_float("cfg_scale", 1.0, "Teacher: guidance scale; 1 is none.", 0)
+    flags.DEFINE_float("cfg_scale", 1.0, "Guidance scale of a model trained for it; 1: none.", 0)
     flags.DEFINE_bool("ema", True, "Use the EMA weights.")
     flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).", 0, LARGEST)
     flags.DEFINE_string(
@@ -110,7 +110,8 @@ def sample(given) -> dict:
     if stray:
         raise ValueError(f"{', '.join(stray)}: only for a cascade: give --cascade=2x,4x as well")
     model = cheapscale.load(given.model, ema=given.ema, step=given.step)
-    ode = [f"--{name}" for name in ODE_OPTIONS if given[name].present]
+    taken = ODE_OPTIONS if given.cascade else ODE_OPTIONS[:-1]
+    ode = [f"--{name}" for name in taken if given[name].present]
     if ode and isinstance(model.network, Generator):
         raise ValueError(
             f"{', '.join(ode)}: only for a teacher's ODE, but {given.model} holds a one-step "
@@ -127,9 +128,7 @@ def sample(given) -> dict:
     if given.cascade:
         images, labels, more = sample_cascade(model, given, ids, labels, out)
     else:
-        options = {"batch_size": given.batch_size}
-        if not isinstance(model.network, Generator):
-            options |= {name: given[name].value for name in ODE_OPTIONS}
+        options = {name: given[name].value for name in ("batch_size", *ODE_OPTIONS)}
         logging.info(BEGINNING, given.num)
         images, labels = model.sample(
             given.num, start=given.start, labels=labels, seed=given.seed, **options

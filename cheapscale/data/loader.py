@@ -93,15 +93,22 @@ def pair_and_real_batches(
     *,
     seed: int,
     flips: bool,
+    sampled: Sequence[Item] | None = None,
     **options,
 ) -> Iterator[dict[str, Batch]]:
     """{"pair": {image, z, label}, "real": {image, label}}: PaGoDA's two independent batches.
 
     pairs: `InvertedPairs` or `SampledPairs`, for L_rec. source: all images, also those without a
-    pair, for the discriminator. options: batch_size, process and num_threads of `batches`.
+    pair, for the discriminator. sampled: guided `SampledPairs`, which add a batch "sampled" {image,
+    z, label, omega}. options: batch_size, process and num_threads of `batches`.
     """
-    transform = random_flip if flips else None
-    pair = training_batches(pairs, start_step, seed=seed, **options)
-    # Another seed makes the real images independent of the images in the pairs.
-    real = training_batches(source, start_step, seed=seed + 1, transform=transform, **options)
-    return ({"pair": p, "real": r} for p, r in zip(pair, real))
+    # Other seeds make the real images independent of the images in the pairs.
+    made = {
+        "pair": training_batches(pairs, start_step, seed=seed, **options),
+        "real": training_batches(
+            source, start_step, seed=seed + 1, transform=random_flip if flips else None, **options
+        ),
+    }
+    if sampled is not None:
+        made["sampled"] = training_batches(sampled, start_step, seed=seed + 2, **options)
+    return (dict(zip(made, rows)) for rows in zip(*made.values()))

@@ -21,6 +21,7 @@ from cheapscale.diffusion.noise import over_pixels
 # pi(omega): (lowest, highest, centre, deviation), a normal distribution truncated to the range; an
 # infinite deviation makes it uniform. Captions that describe more need less guidance.
 SCALES = {"uniform": (2.0, 10.0, 6.0, math.inf), "normal": (1.0, 10.0, 2.0, 3.0)}
+LARGEST_SCALE = max(high for _, high, *_ in SCALES.values())
 UNGUIDED = 1.0  # the scale of the conditional model itself
 
 

@@ -70,7 +70,8 @@ def write(
     of a loss.
     """
     began, folder = time.monotonic(), pathlib.Path(workdir)
-    (invert,) = (run for run in runs if run.config.stage == "invert" and not run.control)
+    inversions = (run for run in runs if run.config.stage == "invert")
+    (invert,) = (run for run in inversions if run.config.invert.direction == "invert")
     trained = [run for run in runs if run.config.stage in ("distill", "grow")]
     growing = [run for run in trained if not run.control]
     for run, judge in ((run, judge) for run in trained for judge in judges):

@@ -48,10 +48,13 @@ def build(weights: Weights, input_size: int = 224, seed: int = 0) -> FeatureNetw
     def outputs(params, x):
         return pooled(params["vit"], vit.sized(NAME, x, input_size, patch))
 
+    def tokens(params, x):
+        x = standardised(vit.sized(NAME, x, input_size, patch))
+        return vit.all_tokens(params["vit"], x, resize_positions)
+
     params = redraw(jax.random.key(seed))
-    return FeatureNetwork(
-        NAME, apply, params, weights.sha256, input_size, redraw=redraw, outputs=outputs
-    )
+    functions = {"redraw": redraw, "outputs": outputs, "tokens": tokens}
+    return FeatureNetwork(NAME, apply, params, weights.sha256, input_size, **functions)
 
 
 def encode(network: PyTree, x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:

@@ -7,7 +7,8 @@ For the maps f_0 (finest) ... f_n of one frozen network:
     o_i = up(CSM_i (m_i + o_{i+1}))       `up` gives the size of f_{i-1}; twice f_0's for i = 0 (3)
 
 The discriminator and the feature distance read such maps, each through random convolutions of its
-own. `projections` computes them for several batches in one pass of the frozen networks.
+own. `projections` computes them for several batches in one pass of the frozen networks. The
+discriminator may read the tokens of vision transformers instead, which are not mixed.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,10 +51,12 @@ def projections(
     resolution: int,
     width: int,
     policy: tuple[str, ...] = POLICY,
+    tokens: bool = False,
 ) -> Projections:
     """The mixed maps of frozen networks with distinct names, for images of one resolution.
 
-    width: channels of the finest mixed map. policy: operations of DiffAugment, () for none.
+    width: channels of the finest mixed map. policy: operations of DiffAugment, () for none. tokens:
+    of a network that has tokens [b, t, c] the discriminator reads these.
     """
     names = [network.name for network in networks]
     if not names or len(set(names)) != len(names):
@@ -84,10 +87,23 @@ def projections(
     def apply(frozen, views):
         found = {name: {} for name in views}
         for n in networks:
-            # One call for all batches compiles the network once. It has no batch statistics.
-            prepared = [prepare(view, n.input_size) for view in views.values()]
-            maps = reduced(n, resolution, n.apply(frozen[n.name]["network"], together(prepared)))
-            for (name, view), own in zip(views.items(), apart(maps, len(views))):
+
+            def read(views, function, n=n):
+                # One call for all batches compiles the network once. It has no batch statistics.
+                prepared = [prepare(view, n.input_size) for view in views.values()]
+                read = function(frozen[n.name]["network"], together(prepared))
+                return zip(views.items(), apart(read, len(views)))
+
+            by_tokens = {
+                name: view
+                for name, view in views.items()
+                if tokens and n.tokens and view.reader == "discriminator"
+            }
+            by_maps = {name: view for name, view in views.items() if name not in by_tokens}
+            for (name, _), own in read(by_tokens, n.tokens) if by_tokens else ():
+                found[name][n.name] = own
+            for (name, view), own in read(by_maps, n.apply) if by_maps else ():
+                own = reduced(n, resolution, own)
                 found[name][n.name] = mix(frozen[n.name][view.reader], own)
         return found
 
@@ -111,6 +127,12 @@ def map_shapes(network: FeatureNetwork, resolution: int) -> list[tuple[int, int]
     x = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
     maps = reduced(network, resolution, jax.eval_shape(network.apply, network.params, x))
     return [(m.shape[1], m.shape[3]) for m in maps]
+
+
+def token_shapes(network: FeatureNetwork, resolution: int) -> list[tuple[int, int]]:
+    """(number, channels) of a network's tokens at each depth, without running it."""
+    x = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
+    return [t.shape[1:] for t in jax.eval_shape(network.tokens, network.params, x)]
 
 
 def reduced(network: FeatureNetwork, resolution: int, maps: Sequence) -> tuple:

@@ -26,6 +26,8 @@ class FeatureNetwork(NamedTuple):
     redraw: key -> params with new random frozen parts; None if the network has none.
     outputs: (params, x) -> {"features" [b, d] (pooled), "logits" [b, classes]}; a network may lack
       either.
+    tokens: (params, x) -> tuple of the tokens [b, t, c] of a vision transformer, before its blocks
+      and after each quarter of them; None for other networks.
     variant: which of several published ways of using the same weights this is. Statistics of two
       variants must not be compared.
     """
@@ -37,6 +39,7 @@ class FeatureNetwork(NamedTuple):
     input_size: int = 0
     redraw: Callable[[jax.Array], PyTree] | None = None
     outputs: Callable[[PyTree, jax.Array], dict[str, jax.Array]] | None = None
+    tokens: Callable[[PyTree, jax.Array], tuple[jax.Array, ...]] | None = None
     variant: str = ""
 
     def draw(self, key: jax.Array) -> PyTree:

@@ -124,7 +124,19 @@ def encode_images(
     params: PyTree, x: jax.Array, resize: Callable | None = None, **options
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Standardised images [b, h, w, 3] -> (extra tokens [b, n, c], patch tokens [b, h/p, w/p, c]),
-    each after every quarter of the blocks.
+    each after every quarter of the blocks. Arguments: see `all_tokens`.
+    """
+    p, n = params["patch"]["kernel"].shape[0], params["extra"].shape[1]
+    h, w = x.shape[1] // p, x.shape[2] // p
+    _, *found = all_tokens(params, x, resize, **options)
+    return [t[:, :n] for t in found], [t[:, n:].reshape(len(x), h, w, -1) for t in found]
+
+
+def all_tokens(
+    params: PyTree, x: jax.Array, resize: Callable | None = None, **options
+) -> tuple[jax.Array, ...]:
+    """Standardised images [b, h, w, 3] -> tokens [b, n + patches, c], the extra ones first: before
+    the blocks, and after every quarter of them.
 
     resize: (positions [1, s, s, c], h/p, w/p) -> [1, h/p, w/p, c], for images of another size than
       the file's; `options` are those of `transform`.
@@ -146,8 +158,7 @@ def encode_images(
     tokens = tokens + position
     if "norm_first" in params:
         tokens = layer_norm(params["norm_first"], tokens, options["eps"])
-    found = encode(params["segments"], tokens, **options)
-    return [t[:, :n] for t in found], [t[:, n:].reshape(b, h, w, c) for t in found]
+    return (tokens, *encode(params["segments"], tokens, **options))
 
 
 def encode(segments: list[PyTree], tokens: jax.Array, **options) -> list[jax.Array]:

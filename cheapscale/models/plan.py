@@ -65,6 +65,7 @@ class UNetConfig:
     extra_conditions: number of scalar conditions. caption_dim: width of a caption embedding.
     text: the encoder of the captions whose tokens every attending block reads by cross-attention;
       the label is then the row of a caption's token numbers. None = no text.
+    encoder: only the encoder, whose pooled features give out_channels numbers.
     groups, group_size: a norm of c channels has min(groups, c // group_size) groups.
     growth: width of every doubling appended to the decoder; () is the plain U-Net.
     overrides: (block, field of Block, value) entries that replace a number of the plan. Groups,
@@ -91,6 +92,7 @@ class UNetConfig:
     extra_conditions: int = 0
     caption_dim: int = 0
     text: TextConfig | None = None
+    encoder: bool = False
     head_dim: int = 64
     embedding_mult: int = 4
     groups: int = 32
@@ -165,7 +167,7 @@ class UNetConfig:
 class Block:
     """One entry of the plan. Fields that a kind does not use are 0, "" or False.
 
-    kind: map (embedding), conv_in, res, aux (NCSN++'s image branch), head.
+    kind: map (embedding), conv_in, res, aux (NCSN++'s image branch), head, pool (an encoder's end).
     resolution: native side of the output. in_channels counts the channels from `pop` too.
     pop: the block whose kept output is concatenated to the stream. push: the output is kept for
       the decoder. inner: width between the two convolutions. emb: width of the embedding it reads.
@@ -282,6 +284,9 @@ def _layout(config: UNetConfig) -> list[Block]:
             stream = out
             skips.append((name, stream))
 
+    if config.encoder:
+        out, groups0 = config.out_channels, groups(stream)
+        return [*blocks, Block("pool", "pool", stream, out, groups0=groups0, eps=family.eps)]
     blocks += [
         res(f"dec_{side}_in0", side, stream, stream, attend=True),
         res(f"dec_{side}_in1", side, stream, stream),

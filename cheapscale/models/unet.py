@@ -122,6 +122,18 @@ class Head(nn.Module):
         return layers.Conv(self.block.out_channels, kernel_init=zeros, name="conv")(h)
 
 
+class Pool(nn.Module):
+    """The numbers [b, out_channels] of an encoder: norm, silu, mean over positions, linear."""
+
+    block: Block
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = nn.silu(layers.GroupNorm(self.block.groups0, self.block.eps, name="norm")(x))
+        h = h.mean(axis=(1, 2))
+        return layers.Dense(self.block.out_channels, kernel_init=zeros, name="dense")(h)
+
+
 class UNet(nn.Module):
     """The raw network F. See `__call__`; build it with `unet(**fields)`."""
 
@@ -149,7 +161,7 @@ class UNet(nn.Module):
                 [0, num_classes), and None, mean no class: a zero embedding. With captions: token
                 numbers [b, n], or what `encode` made of them; anything else means no caption.
             augment: [b, augment_dim]; None is zero.
-            extra: [b, extra_conditions] scalars, embedded like the noise; None adds nothing.
+            extra: [b, extra_conditions] scalars, embedded like the noise; 0 and None add nothing.
             caption: [b, caption_dim]; None is zero, or with captions their pooled vector.
             inject: {place: array}, added to a block's output. The place "block" adds it for all
                 readers, "block/skip" only for the decoder block that reads the skip connection,
@@ -203,8 +215,9 @@ class UNet(nn.Module):
                 # NCSN++'s residual encoder; sqrt(1/2) keeps the variance of the sum.
                 h = aux = (h + layers.filter_stride2(wide, block.taps)) * 0.5**0.5
             else:
-                # The head computes in x's dtype: bfloat16 near 1 resolves half a grey level.
-                h = Head(block, name=name)(h.astype(x.dtype))
+                # The end computes in x's dtype: bfloat16 near 1 resolves half a grey level.
+                end = Head if block.kind == "head" else Pool
+                h = end(block, name=name)(h.astype(x.dtype))
             h = injected(h, name)
             if block.push:
                 skips[name] = injected(h, f"{name}/skip")
@@ -270,12 +283,16 @@ class UNet(nn.Module):
             unit = layers.uniform(config.num_classes)  # a row for each class, of unit variance
             emb += dense("map_label", weights, unit, use_bias=False)
         if config.extra_conditions:
-            given = absent(config.extra_conditions) if extra is None else extra
-            scalars = layers.sinusoids(given.reshape(-1), config.channels)
-            hidden = nn.silu(dense("map_extra0", scalars.reshape(given.shape[0], -1)))
-            by_extra = dense("map_extra1", hidden, zeros)
-            # 0 * by_extra: the parameters exist also when the network is initialised without extra
-            emb += by_extra if extra is not None else 0 * by_extra
+            first = layers.Dense(widths["map_extra0"], kernel_init=init, name="map_extra0")
+
+            def hidden(scalars):
+                features = layers.sinusoids(scalars.reshape(-1), config.channels)
+                return nn.silu(first(features.reshape(len(scalars), -1).astype(dtype)))
+
+            # Relative to the scalar 0, so that it leaves the network without scalars as it is.
+            none = absent(config.extra_conditions)
+            change = hidden(none if extra is None else extra) - hidden(none)
+            emb += dense("map_extra1", change, zeros, use_bias=False)
         if config.caption_dim:
             given = absent(config.caption_dim) if caption is None else caption
             emb += dense("map_caption", given, use_bias=False)

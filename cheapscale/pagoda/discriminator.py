@@ -14,6 +14,14 @@ nominally 8 px (round(log2(side / 8)) times), then a spectral-norm 4x4 convoluti
 Two rules serve small runs: a map that needs no halving gets one 3x3 block at its own size, so that
 no head is linear in the frozen features; and the side of the last kernel is min(4, side).
 
+For text-to-image PaGoDA reads the tokens of DINO instead, its patches and its layers 2, 5, 8 and 11
+(as StyleGAN-T, Sauer et al. 2023, arXiv 2301.09515). There a head is a linear layer and a residual
+convolution over 9 neighbours in the row of tokens, closed to a ring; its last layer gives every
+token a logit. The hinge is averaged over the logits of all heads, not taken of their mean.
+
+The guidance scale omega is embedded as in the generator, 0 at omega = 1, and added both to the
+features after the first block and to the embedding of the class (PaGoDA, section 4.2).
+
 Batch norm always uses the statistics of the batch it is given: pass real and fake images in
 separate calls. Under `jit` with a batch sharded over devices these are the statistics of the global
 batch; `bn_groups` splits it into equal consecutive ghost batches.
@@ -32,12 +40,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.features.mixing import map_shapes, mixed_shapes
+from cheapscale.features.mixing import map_shapes, mixed_shapes, token_shapes
 from cheapscale.features.network import FeatureNetwork
+from cheapscale.models.layers import sinusoids
 
 PyTree = Any
 
 HEAD_SIZE = 8  # nominal side at which a head stops halving
+NEIGHBOURS = 9  # tokens that one of a token head's convolutions sees
+TOKEN_WIDTH = 6  # channels of a token head / width: 384 in StyleGAN-T
+OMEGA_WIDTH = 64  # of the embedding of omega
 WIDTH_MULTIPLES = {128: 1, 64: 1, 32: 2, 16: 4, 8: 8}  # nominal side -> channels / width
 
 
@@ -45,9 +57,9 @@ class ProjectedDiscriminator(NamedTuple):
     """The two functions of a discriminator.
 
     init: key -> (params, spectral); traceable.
-    apply: (params, spectral, maps, label [b] int or None) -> (logits [b, n], new spectral), for the
-      maps of `features.mixing.projections`. A label outside [0, num_classes) has a zero embedding;
-      without classes labels are ignored.
+    apply: (params, spectral, maps, c) -> (logits [b, n], new spectral), for the maps or tokens of
+      `features.mixing.projections` and c = {"label": int [b][, "omega": [b]]}. A label outside
+      [0, num_classes) has a zero embedding; without classes labels are ignored.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -64,6 +76,8 @@ def projected_discriminator(
     embedding_dim: int = 64,
     embedding: np.ndarray | None = None,
     bn_groups: int = 1,
+    tokens: bool = False,
+    guided: bool = False,
 ) -> ProjectedDiscriminator:
     """A projected discriminator for images of one resolution.
 
@@ -76,6 +90,7 @@ def projected_discriminator(
       embedding_dim: size of the class embeddings, which start at random (N(0, 1)).
       embedding: initial table [num_classes, any] of class embeddings instead.
       bn_groups: ghost batches per batch.
+      tokens: read the tokens of networks that have them. guided: take omega.
     """
     names = [network.name for network in networks]
     if embedding is not None and embedding.shape[:1] != (num_classes,):
@@ -90,48 +105,47 @@ def projected_discriminator(
         def embedding_init(key, shape):
             return jnp.asarray(embedding, jnp.float32)
 
-    shapes = {n.name: map_shapes(n, resolution) for n in networks}
-    heads = {
-        name: [
-            Head(
-                channels=head_channels(side, width),
-                condition_dim=condition_dim,
-                num_classes=num_classes,
-                embedding_dim=embedding_dim,
-                embedding_init=embedding_init,
-                bn_groups=bn_groups,
+    options = dict(
+        condition_dim=condition_dim,
+        num_classes=num_classes,
+        embedding_dim=embedding_dim,
+        embedding_init=embedding_init,
+        bn_groups=bn_groups,
+    )
+    heads, inputs = {}, {}
+    for n in networks:
+        if tokens and n.tokens:
+            inputs[n.name] = token_shapes(n, resolution)
+            heads[n.name] = [TokenHead(channels=TOKEN_WIDTH * width, **options)] * len(
+                inputs[n.name]
             )
-            for side, _ in mixed_shapes(shapes[name], width)
-        ]
-        for name in names
-    }
+        else:
+            shapes = mixed_shapes(map_shapes(n, resolution), width)
+            inputs[n.name] = [(side, side, channels) for side, channels in shapes]
+            heads[n.name] = [Head(channels=head_channels(s, width), **options) for s, _ in shapes]
 
     def init(key):
         params, spectral = {}, {}
         for name in names:
             params[name], spectral[name] = {}, {}
-            for i, (side, channels) in enumerate(mixed_shapes(shapes[name], width)):
+            for i, shape in enumerate(inputs[name]):
                 key, use = jax.random.split(key)
-                x = jnp.zeros((bn_groups, side, side, channels))
-                label = jnp.zeros((bn_groups,), jnp.int32) if num_classes else None
-                made = heads[name][i].init(use, x, label)
+                x = jnp.zeros((bn_groups, *shape))
+                c = {"label": jnp.zeros((bn_groups,), jnp.int32)}
+                c |= {"omega": jnp.ones((bn_groups,))} if guided else {}
+                made = heads[name][i].init(use, x, c)
                 params[name][f"head{i}"] = made["params"]
                 spectral[name][f"head{i}"] = made["spectral"]
         return params, spectral
 
-    def apply(params, spectral, maps, label):
-        if num_classes and label is None:
-            raise ValueError(
-                f"discriminator with num_classes={num_classes} got label=None: give labels [b], or "
-                "build it with num_classes=0"
-            )
+    def apply(params, spectral, maps, c):
         logits, advanced = [], {}
         for name in names:
             advanced[name] = {}
             for i, (head, feature) in enumerate(zip(heads[name], maps[name], strict=True)):
                 slot = f"head{i}"
                 variables = {"params": params[name][slot], "spectral": spectral[name][slot]}
-                out, state = head.apply(variables, feature, label, mutable=["spectral"])
+                out, state = head.apply(variables, feature, c, mutable=["spectral"])
                 logits.append(out)
                 advanced[name][slot] = state["spectral"]
         return jnp.concatenate(logits, axis=1), advanced
@@ -150,15 +164,16 @@ class SpectralConv(nn.Module):
     """Convolution with a spectrally normalised kernel; `u` lives in the collection "spectral"."""
 
     features: int
-    kernel: int
+    kernel: int | tuple[int, int]  # (height, width), or both
     stride: int = 1
     padding: int = 0
     use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        bound = (self.kernel**2 * x.shape[-1]) ** -0.5
+        sides = (self.kernel,) * 2 if isinstance(self.kernel, int) else self.kernel
+        shape = (*sides, x.shape[-1], self.features)
+        bound = math.prod(shape[:3]) ** -0.5
         # PyTorch's default initialisation, uniform within 1 / sqrt(fan-in), as in the paper's code.
         kernel = self.param("kernel", _uniform(bound), shape)
         u = self.variable(
@@ -218,39 +233,55 @@ class BatchNorm(nn.Module):
         return (centred * factor + bias[None, None, :]).reshape(x.shape)
 
 
-class Head(nn.Module):
-    """One mini-discriminator D_i.
+class Omega(nn.Module):
+    """omega [b] -> [b, width], zero at the start of training and at omega = 1."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, omega: jax.Array) -> jax.Array:
+        first = nn.Dense(OMEGA_WIDTH, name="map0")
+
+        def hidden(scalar):
+            return nn.silu(first(sinusoids(scalar, OMEGA_WIDTH)))
+
+        change = hidden(100.0 * (omega - 1.0)) - hidden(jnp.zeros(1))
+        zeros = nn.initializers.zeros
+        return nn.Dense(self.width, use_bias=False, kernel_init=zeros, name="map1")(change)
+
+
+class ConditionalHead(nn.Module):
+    """What all heads share: how they take the conditions.
 
     Attributes:
-      channels: output channels of the halving convolutions; () for one 3x3 block at full size.
       condition_dim: channels of the last convolution, multiplied with the class embedding.
       num_classes: 0 for unconditional (the last convolution has one channel).
     """
 
-    channels: tuple[int, ...]
     condition_dim: int = 64
     num_classes: int = 0
     embedding_dim: int = 64
     embedding_init: Callable = nn.initializers.normal(1.0)
     bn_groups: int = 1
 
-    @nn.compact
-    def __call__(self, x: jax.Array, label: jax.Array | None) -> jax.Array:
-        """x [b, h, w, c], label [b] -> logits [b, n], one per position of the last convolution."""
-        blocks = [(c, 4, 2) for c in self.channels] or [(x.shape[-1], 3, 1)]
-        for i, (features, kernel, stride) in enumerate(blocks):
-            x = SpectralConv(features, kernel, stride, padding=1, name=f"block{i}_conv")(x)
-            x = nn.leaky_relu(BatchNorm(self.bn_groups, name=f"block{i}_norm")(x), 0.2)
+    def normalised(self, x: jax.Array, c: dict[str, jax.Array], block: int) -> jax.Array:
+        """The end of a block: batch norm and LeakyReLU of x [b, h, w, c]; the first adds omega."""
+        x = nn.leaky_relu(BatchNorm(self.bn_groups, name=f"block{block}_norm")(x), 0.2)
+        if block == 0 and "omega" in c:
+            x = x + Omega(x.shape[-1], name="omega_features")(c["omega"])[:, None, None, :]
+        return x
+
+    def logits(self, x: jax.Array, c: dict[str, jax.Array], kernel: int) -> jax.Array:
+        """x [b, h, w, c] -> logits [b, n], one per position of the last convolution."""
         outputs = self.condition_dim if self.num_classes else 1
-        last = SpectralConv(outputs, min(4, x.shape[1], x.shape[2]), use_bias=False, name="out")
-        x = last(x).reshape(x.shape[0], -1, outputs)
+        x = SpectralConv(outputs, kernel, use_bias=False, name="out")(x)
+        x = x.reshape(x.shape[0], -1, outputs)
         if not self.num_classes:
             return x[:, :, 0]
         # Projection discriminator (Miyato & Koyama 2018): an inner product at every position.
-        condition = self._condition(label)
-        return jnp.einsum("bnc,bc->bn", x, condition) * self.condition_dim**-0.5
+        return jnp.einsum("bnc,bc->bn", x, self._condition(c)) * self.condition_dim**-0.5
 
-    def _condition(self, label: jax.Array) -> jax.Array:
+    def _condition(self, c: dict[str, jax.Array]) -> jax.Array:
         # The linear layer follows StyleGAN's equalised learning rate: weights are stored with unit
         # variance and scaled by 1 / sqrt(fan-in) in the forward pass.
         dim = self.embedding_dim
@@ -259,9 +290,46 @@ class Head(nn.Module):
             "condition_kernel", nn.initializers.normal(1.0), (dim, self.condition_dim)
         )
         bias = self.param("condition_bias", nn.initializers.zeros, (self.condition_dim,))
-        embedded = jax.nn.one_hot(label, self.num_classes) @ table
+        embedded = jax.nn.one_hot(c["label"], self.num_classes) @ table
         hidden = embedded @ kernel * dim**-0.5 + bias[None, :]
+        if "omega" in c:
+            hidden += Omega(self.condition_dim, name="omega_condition")(c["omega"])
         return nn.leaky_relu(hidden, 0.2) * math.sqrt(2.0)
+
+
+class Head(ConditionalHead):
+    """One mini-discriminator D_i on a map.
+
+    channels: output channels of the halving convolutions; () for one 3x3 block at full size.
+    """
+
+    channels: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: dict[str, jax.Array]) -> jax.Array:
+        """x [b, h, w, c] -> logits [b, n], one per position of the last convolution."""
+        blocks = [(width, 4, 2) for width in self.channels] or [(x.shape[-1], 3, 1)]
+        for i, (features, kernel, stride) in enumerate(blocks):
+            x = SpectralConv(features, kernel, stride, padding=1, name=f"block{i}_conv")(x)
+            x = self.normalised(x, c, i)
+        return self.logits(x, c, min(4, x.shape[1], x.shape[2]))
+
+
+class TokenHead(ConditionalHead):
+    """One mini-discriminator on the tokens of one depth, of `channels` channels."""
+
+    channels: int = 384
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: dict[str, jax.Array]) -> jax.Array:
+        """Tokens x [b, t, c] -> logits [b, t]."""
+        x = SpectralConv(self.channels, 1, name="block0_conv")(x[:, None])
+        x = self.normalised(x, c, 0)
+        reach = NEIGHBOURS // 2
+        ring = jnp.pad(x, ((0, 0), (0, 0), (reach, reach), (0, 0)), mode="wrap")
+        h = SpectralConv(self.channels, (1, NEIGHBOURS), name="block1_conv")(ring)
+        x = (x + self.normalised(h, c, 1)) * 0.5**0.5
+        return self.logits(x, c, 1)
 
 
 def _uniform(bound: float) -> Callable:

@@ -10,8 +10,10 @@
 Stage `regress` comes before it in small runs: the same with the pixel term of L_rec alone, whose
 update costs a fifth or less. G starts from its weights if `start` names them.
 
-With `distill.pairs` "teacher" and a store of teacher samples (`invert.direction` "sample"), L_rec
-becomes the baseline L_dstl (Eq. 1), which regresses the teacher's images instead of the data.
+With `samples`, the guided samples of the teacher, G also takes the guidance scale omega, and L_dstl
+is added to L_rec (guided.py). With `distill.pairs` "teacher" and a store of unguided samples
+(`invert.direction` "sample"), L_rec becomes the baseline L_dstl (Eq. 1), which regresses the
+teacher's images instead of the data.
 """
 
 from typing import Any
@@ -21,7 +23,8 @@ import jax
 from cheapscale.data.sources import open_data
 from cheapscale.models.growth import last_layer
 from cheapscale.models.unet import unet
-from cheapscale.pagoda.gan import generator_stage
+from cheapscale.pagoda.guided import initial_estimator, with_omega
+from cheapscale.pagoda.stage import generator_stage
 from cheapscale.teacher.data import check_teacher
 from cheapscale.teacher.load import load_network_teacher
 from cheapscale.training.checkpoint import load_network, read_meta
@@ -35,7 +38,7 @@ def build(config) -> Stage:
     latents do not fit."""
     source = open_data(config.data)
     teacher = load_network_teacher(config.teacher, "the generator starts as a copy of one network")
-    model = teacher.fields | {"dropout": 0.0}
+    model = teacher.fields | {"dropout": 0.0, "extra_conditions": int(bool(config.samples))}
     check_teacher(teacher, source)
 
     upstream, start = teacher.meta, config.get("start", "")
@@ -49,6 +52,10 @@ def build(config) -> Stage:
 
     def initial(params: PyTree) -> PyTree:
         first = load_network(start, "generator").params if start else teacher.params
+        if config.samples:
+            first = with_omega(params["generator"], first)
+            phi = initial_estimator(params["estimator"], start, teacher.params)
+            params = params | {"estimator": phi}
         if jax.tree.structure(first) != jax.tree.structure(params["generator"]):
             raise ValueError(
                 f"the weights in {start or config.teacher} do not fit the teacher's U-Net: use the "

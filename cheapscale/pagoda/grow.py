@@ -8,6 +8,9 @@ arXiv 2405.14822, section 3.3).
     each iteration (`gan.gan_step`): as in stage 2 at resolution R, with a fresh discriminator,
            lambda = 1, and L_rec = d(G_R(z, y), x_R) for the latent z of the base-resolution image
 
+A guided generator grows likewise. Without samples at resolution R it has no L_dstl, and its
+estimator of omega stays that of the base (guided.py).
+
 No teacher is loaded; the latents must have been made by the teacher of the generator `base`.
 """
 
@@ -16,7 +19,8 @@ from typing import Any
 from cheapscale.data.sources import open_data
 from cheapscale.models import growth
 from cheapscale.models.unet import unet
-from cheapscale.pagoda.gan import generator_stage
+from cheapscale.pagoda.guided import initial_estimator
+from cheapscale.pagoda.stage import generator_stage
 from cheapscale.teacher.data import match_classes
 from cheapscale.training.checkpoint import load_network, read_meta
 from cheapscale.training.stage import Stage
@@ -55,6 +59,9 @@ def build(config) -> Stage:
     def grow(params: PyTree) -> PyTree:
         smaller = load_network(config.base, "generator").params
         grown, _ = growth.grow_params(params["generator"], smaller, plan)
+        if "estimator" in params:
+            phi = initial_estimator(params["estimator"], config.base, {})
+            params = params | {"estimator": phi}
         return params | {"generator": grown}
 
     return generator_stage(

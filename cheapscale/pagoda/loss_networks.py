@@ -100,15 +100,22 @@ def make_loss_networks(
     discriminator: dict,
     weights: dict[str, float],
     conditional: bool = True,
+    guided: bool = False,
 ) -> LossNetworks:
     """The discriminator and the reconstruction distance for one resolution, before any fitting.
 
     weights: of the terms of L_rec: "feature" as in PaGoDA's published scripts, "lpips" as in the
-    paper, "pixel". A term of weight 0 is left out.
+    paper, "pixel". A term of weight 0 is left out. guided: the discriminator takes omega.
     """
     backbones, unfitted = load_features(settings, source)
     networks = list(backbones)
     discriminator = dict(discriminator)
+    tokens = discriminator.get("tokens", False)
+    if tokens and not any(network.tokens for network in backbones):
+        raise ValueError(
+            f"discriminator.tokens is True, but no network in {settings['names']} has tokens: give "
+            "--config.features.names=dino_vits16 and its file, or leave it out"
+        )
     table = discriminator.pop("class_table", "")
     if table and not conditional:
         raise ValueError(
@@ -120,7 +127,10 @@ def make_loss_networks(
 
     def project(networks: list[features.FeatureNetwork]) -> Projections:
         return projections(
-            networks[: len(backbones)], resolution=source.resolution, width=discriminator["width"]
+            networks[: len(backbones)],
+            resolution=source.resolution,
+            width=discriminator["width"],
+            tokens=tokens,
         )
 
     P = project(networks)
@@ -129,6 +139,7 @@ def make_loss_networks(
         resolution=source.resolution,
         num_classes=source.num_classes if conditional else 0,
         embedding=embedding,
+        guided=guided,
         **discriminator,
     )
     lpips = lpips_distance(networks[-1]) if weights["lpips"] else None

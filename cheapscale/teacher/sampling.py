@@ -15,6 +15,7 @@ import numpy as np
 from cheapscale.data.numbers import image_ids, real, whole
 from cheapscale.data.pixels import check_finite
 from cheapscale.diffusion.denoiser import Process
+from cheapscale.diffusion.guidance import LARGEST_SCALE
 from cheapscale.diffusion.samplers import nfe, solve
 from cheapscale.features.network import full_precision
 from cheapscale.teacher.experts import Experts
@@ -23,7 +24,8 @@ from cheapscale.training.mesh import in_batches, pinned
 from cheapscale.training.state import stream_key
 
 Model = Teacher | Experts | Generator
-ODE_OPTIONS = ("steps", "method", "spacing", "cfg_scale")  # a one-step generator takes none of them
+# A one-step generator takes at most the last one, if it was trained with guidance.
+ODE_OPTIONS = ("steps", "method", "spacing", "cfg_scale")
 MOST_STEPS = 10_000  # of a sampler; a larger number is a mistake
 
 
@@ -71,9 +73,21 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
 
 
 def check_guidance(model: Model, cfg_scale: float) -> None:
-    """Refuse a scale below 0, and guidance by a teacher that never saw its null class."""
+    """Refuse a scale below 0, guidance by a teacher that never saw its null class, and a scale that
+    a generator was not trained with."""
     real(cfg_scale, "cfg_scale", 0)
-    if cfg_scale != 1.0 and not model.meta["config"]["pretrain"]["label_dropout"]:
+    if isinstance(model, Generator):
+        if cfg_scale != 1.0 and not model.guided:
+            raise ValueError(
+                f"cfg_scale is {cfg_scale}, but the generator in {model.workdir} was trained "
+                "without guidance: leave it out, or train one with --arg=guided"
+            )
+        if not 1.0 <= cfg_scale <= LARGEST_SCALE:
+            raise ValueError(
+                f"cfg_scale is {cfg_scale}, but a generator is trained on scales from 1 to "
+                f"{LARGEST_SCALE:g}: give one of these"
+            )
+    elif cfg_scale != 1.0 and not model.meta["config"]["pretrain"]["label_dropout"]:
         raise ValueError(
             f"cfg_scale is {cfg_scale}, but this teacher was trained without label dropout, so it "
             "has no unconditional estimate: give 1, or train one with "
@@ -144,11 +158,17 @@ def _image_noise(seed: int, ids: jax.Array | None, like: jax.Array, step: jax.Ar
 
 
 def one_step(
-    generator: Generator, z: jax.Array, label: jax.Array, ids: jax.Array | None = None
+    generator: Generator,
+    z: jax.Array,
+    label: jax.Array,
+    ids: jax.Array | None = None,
+    *,
+    cfg_scale: float = 1.0,
 ) -> jax.Array:
-    """G(z, label); the signature is that of `ode_map`."""
+    """G(z, label, omega = cfg_scale); the signature is that of `ode_map`."""
     del ids
-    return generator(z, label)
+    omega = None if cfg_scale == 1.0 else jnp.full(len(z), cfg_scale, jnp.float32)
+    return generator(z, label, omega)
 
 
 def network_calls(
@@ -177,13 +197,13 @@ def sampler(
 ) -> Callable[..., Samples]:
     """A function draw(ids, labels=None) -> Samples of those ids, clamped to [-1, 1].
 
-    A generator ignores steps, method, cfg_scale and spacing. All draws of one sampler share one
-    compilation.
+    A generator ignores steps, method and spacing. All draws of one sampler share one compilation.
     """
+    check_guidance(model, cfg_scale)
     if isinstance(model, Generator):
-        top, run = model.process.sigma_max, one_step  # G is called at sigma_max
+        top = model.process.sigma_max  # G is called at sigma_max
+        run = functools.partial(one_step, cfg_scale=cfg_scale) if cfg_scale != 1.0 else one_step
     else:
-        check_guidance(model, cfg_scale)
         # The first noise has the deviation of the grid's own first level: a VP schedule's spacing
         # need not begin at sigma_max.
         top = levels(model.process, steps, "sample", spacing)[0]

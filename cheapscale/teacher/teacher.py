@@ -201,11 +201,24 @@ class Teacher(_Model):
 
 
 class Generator(_Model):
-    """A one-step generator G(z, label) (PaGoDA, Kim et al. 2024, arXiv 2405.14822)."""
+    """A one-step generator G(z, label[, omega]) (PaGoDA, Kim et al. 2024, arXiv 2405.14822)."""
 
-    def __call__(self, z: jax.Array, label: jax.Array | None = None) -> jax.Array:
-        """Images [b, H, W, c] of noise z [b, h, w, c] at scale sigma_max; H = h * 2^doublings."""
-        F = functools.partial(self.network, label=label)
+    @property
+    def guided(self) -> bool:
+        """Whether the guidance scale omega is an input."""
+        return bool(self.net.config.extra_conditions)
+
+    def __call__(
+        self, z: jax.Array, label: jax.Array | None = None, omega: jax.Array | None = None
+    ) -> jax.Array:
+        """Images [b, H, W, c] of noise z [b, h, w, c] at scale sigma_max; H = h * 2^doublings.
+
+        omega: guidance scales [b]; None is 1. Section 4.2 embeds 100 omega as a time is embedded.
+        Here it is 100 (omega - 1), the same up to a rotation of each pair of sinusoids, which the
+        next layer can undo: then omega = 1 is the network without the embedding, in training too.
+        """
+        scalars = None if omega is None else 100.0 * (omega[:, None] - guidance.UNGUIDED)
+        F = functools.partial(self.network, label=label, extra=scalars)
         return self.process.one_step(F, z, feature=self.net.config.noise_feature)
 
 

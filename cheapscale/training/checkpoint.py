@@ -143,14 +143,15 @@ def load_network(
     """The EMA weights (or with ema=False the raw ones) of a network, as NumPy arrays.
 
     workdir: a work directory, or an exported model, which has averaged weights only.
-    net: name of the network; None if the checkpoint has only one. step: default the newest.
+    net: name of the network, or with ema=False of one that only helped to train it, as
+        meta["helpers"] names them; None if the checkpoint has one. step: default the newest.
     Raises FileNotFoundError without a checkpoint, ValueError if it lacks the network.
     """
     file, (step, meta) = model_file(workdir), read_meta(workdir, step)
     names = list(meta["networks"])
     if net is None and len(names) == 1:
         net = names[0]
-    if net not in names:
+    if net not in names and (ema or net not in meta.get("helpers", {})):
         raise ValueError(f"{workdir} holds the networks {names}, not {net!r}: name one of them")
     if file and not ema:
         raise ValueError(f"{workdir} has averaged weights only: leave out --ema=False")

@@ -26,7 +26,7 @@ PyTree = Any
 PREFIX, SUFFIX = "pretrained:", ".safetensors"
 FOLDER = pathlib.Path(__file__).parent.parent / "pretrained"
 # The fields of a config that name a place, which may be spelled in another way or moved.
-PLACES = ("teacher", "latents", "start", "base", "experts", "cascade.init_from")
+PLACES = ("teacher", "latents", "samples", "start", "base", "experts", "cascade.init_from")
 
 
 class NoModel(ValueError):

@@ -161,13 +161,11 @@ def test_conditions_act_and_default_to_nothing():
     base = run()[0]
     for name in ("augment", "extra", "caption"):
         assert np.abs(run(**{name: 0.7})[0] - base).max() > 1e-4
-    # A zero vector means no augmentation and no caption. The scalar 0 is an ordinary value, but its
-    # embedding starts at zero.
+    # Zeros mean no augmentation, no scalars and no caption, whatever the weights are.
     params, apply = tiny()
-    params = params | {"map_extra1": jax.tree.map(np.zeros_like, params["map_extra1"])}
     absent = apply(params, X, NOISE, LABEL)
     given = apply(
-        params, X, NOISE, LABEL, augment=np.zeros((2, 9)), extra=np.ones((2, 2)),
+        params, X, NOISE, LABEL, augment=np.zeros((2, 9)), extra=np.zeros((2, 2)),
         caption=np.zeros((2, 5)),
     )  # fmt: skip
     np.testing.assert_allclose(given, absent, atol=1e-6)
@@ -175,7 +173,6 @@ def test_conditions_act_and_default_to_nothing():
 
 def test_label_weights_are_indices_made_soft():
     params, apply = tiny()
-    params = params | {"map_extra1": jax.tree.map(np.zeros_like, params["map_extra1"])}
     hot = np.eye(3, dtype=np.float32)[LABEL]
     by_index, by_weight = apply(params, X, NOISE, LABEL), apply(params, X, NOISE, hot)
     np.testing.assert_allclose(by_weight, by_index, atol=1e-6)

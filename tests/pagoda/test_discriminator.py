@@ -35,7 +35,7 @@ def on_images(d, p):
 
     def apply(params, spectral, frozen, x, label, key):
         maps = p.apply(frozen, {"x": View("discriminator", x, key)})["x"]
-        return d.apply(params, spectral, maps, label)
+        return d.apply(params, spectral, maps, {"label": label})
 
     return apply
 
@@ -196,8 +196,6 @@ def test_wrong_inputs_are_named(built):
     d, params, spectral, frozen, _ = built
     with pytest.raises(ValueError, match="resolution 8"):
         d(params, spectral, frozen, images(0, side=16), jnp.zeros(4, int), jax.random.key(0))
-    with pytest.raises(ValueError, match="num_classes=3 got label=None"):
-        d(params, spectral, frozen, images(0), None, jax.random.key(0))
     for networks in ([pooling_network(), pooling_network()], []):
         with pytest.raises(ValueError, match="distinct names"):
             projections(networks, resolution=8, width=2)

@@ -25,9 +25,9 @@ def dirac(eta, *, gan_loss="logistic", rate=0.1, **options):
     state = create_state(params, {"discriminator": {}}, optimisers, ["generator"])
     step = functools.partial(
         gan_step,
-        generate=lambda p, z, label: jnp.zeros_like(z) + p["theta"],
+        generate=lambda p, z, c: jnp.zeros_like(z) + p["theta"],
         see=as_they_are,
-        discriminate=lambda p, s, x, label: (p["psi"] * x, s),
+        discriminate=lambda p, s, x, c: (p["psi"] * x, s),
         distance=lambda frozen, f, g, x, y: {"pixel": eta * ((x - y) ** 2).mean(-1)},
         optimisers=optimisers,
         sigma_max=1.0,
@@ -115,7 +115,7 @@ def test_fakes_are_fresh_prior_noise_and_reconstruction_uses_only_inverted_laten
     Pairs have label 1, real images label 2; each pass increments the spectral state."""
     seen = {}
 
-    def generate(params, z, label):
+    def generate(params, z, c):
         return z * params["scale"]
 
     def see(frozen, views):
@@ -124,8 +124,8 @@ def test_fakes_are_fresh_prior_noise_and_reconstruction_uses_only_inverted_laten
             seen.setdefault("views", []).append((name, view.reader, drawn))
         return as_they_are(frozen, views)
 
-    def discriminate(params, s, x, label):
-        seen.setdefault("D", []).append((primal(x), primal(label), primal(s["passes"])))
+    def discriminate(params, s, x, c):
+        seen.setdefault("D", []).append((primal(x), primal(c["label"]), primal(s["passes"])))
         return x * params["psi"], {"passes": s["passes"] + 1}
 
     def distance(frozen, f, g, x, y):
@@ -163,8 +163,8 @@ def test_fakes_are_fresh_prior_noise_and_reconstruction_uses_only_inverted_laten
     # Real and fake images of D share one augmentation, and so do both images of L_rec; G's fakes
     # have another draw.
     names, readers, drawn = zip(*seen["views"])
-    assert names == ("target", "real", "fake", "x", "fake")
-    assert readers == tuple("distance" if n in ("target", "x") else "discriminator" for n in names)
+    assert names == ("rec target", "real", "fake", "rec", "fake")
+    assert readers == tuple("distance" if "rec" in n else "discriminator" for n in names)
     assert drawn[0] == drawn[3] and drawn[1] == drawn[2] and len(set(drawn)) == 3
     np.testing.assert_array_equal(primal(seen["reconstructed"]), z)
 

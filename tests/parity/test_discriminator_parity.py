@@ -47,7 +47,7 @@ def forward(head):
     @jax.jit
     def forward(params, spectral, x, label):
         variables = {"params": params, "spectral": spectral}
-        logits, state = model.apply(variables, x, label, mutable=["spectral"])
+        logits, state = model.apply(variables, x, {"label": label}, mutable=["spectral"])
         return logits, state["spectral"]
 
     return forward

@@ -101,9 +101,9 @@ def gan_stage():
         optimisers=optimisers,
         step=functools.partial(
             gan_step,
-            generate=lambda params, z, label: apply_mlp(params, z),
+            generate=lambda params, z, c: apply_mlp(params, z),
             see=lambda frozen, views: {name: view.images for name, view in views.items()},
-            discriminate=lambda params, s, x, label: (
+            discriminate=lambda params, s, x, c: (
                 apply_mlp(params, x), {"calls": s["calls"] + 1}
             ),
             distance=lambda frozen, f, g, x, y: {"pixel": ((x - y) ** 2).mean(-1)},

@@ -1,0 +1,91 @@
+"""The guidance scale omega as an input of the generator (PaGoDA, Kim et al. 2024, arXiv 2405.14822,
+section 4.2 and appendix C), so that guided images take one network call, too.
+
+    L_rec    on unguided pairs, at omega = 1                     (guided inversion: at its own scale)
+    L_dstl   = E d(G(z, c, omega), x^)    on the teacher's guided samples (z, c, omega, x^)
+    L_adv    fake (G(z', c, omega), c, omega) with omega ~ pi(omega), against
+             real (x, c, omega_phi(x, c)), because p(c) pi(omega) p(x|c, omega) = p(x, c) p(omega|x, c)
+    L_phi    = E (omega - omega_phi(x^, c))^2                        on the teacher's samples, too
+
+omega_phi is the encoder of a U-Net with one output; it starts as the teacher's encoder. Its optimum
+is the mean of p(omega | x, c), which lies in the range of pi, so the output does as well. Larger
+generators keep the estimator of their base, which sees their images at the base resolution.
+
+The paper feeds its estimator the outer product of CLIP's embeddings of image and text; here it
+sees the image, and the conditions as the generator does.
+"""  # noqa: E501
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cheapscale.diffusion.denoiser import process_from
+from cheapscale.diffusion.guidance import SCALES, UNGUIDED, draw_scale
+from cheapscale.models.unet import unet
+from cheapscale.training.checkpoint import load_network, read_meta
+from cheapscale.training.exported import model_file
+
+PyTree = Any
+Conditions = dict[str, jax.Array]
+
+
+class Guidance(NamedTuple):
+    """draw: (key, n) -> omega [n] ~ pi(omega). estimate: (phi, x, c) -> omega_phi(x, c) [b]."""
+
+    draw: Callable[[jax.Array, int], jax.Array]
+    estimate: Callable[[PyTree, jax.Array, Conditions], jax.Array]
+
+
+def make_guidance(meta: dict) -> Guidance:
+    """The Guidance of a stage whose meta has `omega`, pi's name, and the estimator's fields."""
+    process, net = process_from(meta["diffusion"]), unet(**meta["helpers"]["estimator"])
+    low, high, *_ = SCALES[meta["omega"]]
+
+    def estimate(phi, x, c):
+        x = block_mean(x, net.config.resolution)
+        x, c_noise = process.inputs(x, process.sigma_min, net.config.noise_feature)
+        out = net.apply({"params": phi}, x, c_noise, label=c["label"])[:, 0]
+        return low + (high - low) * jax.nn.sigmoid(out)
+
+    def draw(key, n):
+        return draw_scale(key, (n,), meta["omega"])
+
+    return Guidance(draw, estimate)
+
+
+def block_mean(x: jax.Array, side: int) -> jax.Array:
+    """Images [b, h, w, c] as means of equal blocks, [b, side, side, c]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, side, h // side, side, w // side, c).mean(axis=(2, 4))
+
+
+def conditions(rows: dict[str, jax.Array], guided: bool) -> Conditions:
+    """c of a batch: all that is neither image nor noise. A guided generator's has omega, 1 for rows
+    without a scale."""
+    c = {name: value for name, value in rows.items() if name not in ("image", "z")}
+    return {"omega": jnp.full(len(rows["image"]), UNGUIDED)} | c if guided else c
+
+
+def estimator_fields(model: dict) -> dict:
+    """The fields of omega_phi for a U-Net's: its encoder, with one output."""
+    return model | {"encoder": True, "out_channels": 1, "extra_conditions": 0, "growth": ()}
+
+
+def with_omega(fresh: PyTree, first: PyTree) -> PyTree:
+    """A generator's weights `first`, with the embedding of omega from `fresh` if they lack it."""
+    return {name: fresh[name] for name in fresh if name.startswith("map_extra")} | first
+
+
+def initial_estimator(fresh: PyTree, workdir: str, first: PyTree) -> PyTree:
+    """The estimator of the run in `workdir`, if that has one; else `fresh` with the encoder of the
+    U-Net's weights `first`."""
+    if workdir and "estimator" in read_meta(workdir)[1].get("helpers", {}):
+        if model_file(workdir):
+            raise ValueError(
+                f"{workdir} is an exported generator, without the estimator of omega that its "
+                "training needs: give the work directory of that run"
+            )
+        return load_network(workdir, "estimator", ema=False).params
+    return {name: first.get(name, fresh[name]) for name in fresh}
