@@ -229,7 +229,9 @@ SAMPLES = Field(
     "",
     "folder of the teacher's guided samples, which teach the generator omega; empty: no guidance",
 )
-START = Field("", "work directory of stage regress to start from; empty: the teacher's weights")
+START = Field(
+    "", "work directory of stage regress or distill to start from; empty: the teacher's weights"
+)
 LATENTS = Field("", "folder of the data-latent pairs")
 RESCALE = Field(False, "divide all latents by their rms / sigma_max, so that theirs is the prior's")
 EXPERTS = Field("", "folder of the set of experts")

@@ -8,7 +8,8 @@
     ema <- 0.999 ema + 0.001 G
 
 Stage `regress` comes before it in small runs: the same with the pixel term of L_rec alone, whose
-update costs a fifth or less. G starts from its weights if `start` names them.
+update costs a fifth or less. G starts from its weights if `start` names them, or from those of
+another distillation, as an unguided one to which guidance is added.
 
 With `samples`, the guided samples of the teacher, G also takes the guidance scale omega, and L_dstl
 is added to L_rec (guided.py). With `distill.pairs` "teacher" and a store of unguided samples
@@ -44,10 +45,11 @@ def build(config) -> Stage:
     upstream, start = teacher.meta, config.get("start", "")
     if start:
         upstream = read_meta(start)[1]
-        if upstream.get("teacher") != teacher.fingerprint or upstream["stage"] != "regress":
+        known = upstream["stage"] in ("regress", "distill")
+        if upstream.get("teacher") != teacher.fingerprint or not known:
             raise ValueError(
-                f"start is {start}, which is no regression of the teacher in {config.teacher}: "
-                "give --config.start=DIR, the work directory of its stage regress"
+                f"start is {start}, which is no generator of the teacher in {config.teacher}: give "
+                "--config.start=DIR, the work directory of its stage regress or distill"
             )
 
     def initial(params: PyTree) -> PyTree:

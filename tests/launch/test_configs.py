@@ -113,6 +113,12 @@ def test_the_stages_of_a_pipeline_find_each_others_folders():
     assert paths("pipeline=experts,prune.groups=1,teacher=T", "teacher") == [
         ("runs/set/assess", "T"), ("runs/set/group-0", "T")
     ]  # fmt: skip
+    assert paths("guided,size=experts", "latents")[1:] == [
+        ("runs/invert", "runs/latents"), ("runs/sample", "runs/samples"),
+        ("runs/distill", "runs/latents"),
+    ]  # fmt: skip
+    assert paths("guided,size=experts", "samples")[3] == ("runs/distill", "runs/samples")
+    assert paths("size=experts", "samples")[2] == ("runs/distill", "")
     tuned = dict(paths("pipeline=cascade,top=32", "cascade"))
     assert tuned["runs/cascade16"].init_from == ""
     assert tuned["runs/cascade32"].init_from == "runs/cascade16"
