@@ -21,6 +21,7 @@ from cheapscale.data.pixels import check_finite, from_uint8, pictures
 from cheapscale.teacher.cost import sampler_cost
 from cheapscale.teacher.sampling import Samples, check_labels, inverter, one_step, sample
 from cheapscale.teacher.teacher import Generator
+from cheapscale.teacher.text import tokenise
 from cheapscale.training.mesh import in_batches
 
 
@@ -45,6 +46,11 @@ class Model:
         return self.network.net.config.output_resolution
 
     @property
+    def captioned(self) -> bool:
+        """Whether labels are captions."""
+        return self.network.net.config.text is not None
+
+    @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of their labels."""
         return list(self.network.meta["data"].get("class_names", ()))
@@ -63,7 +69,8 @@ class Model:
         Args:
             start: number of the first image; image i depends only on (seed, i).
             labels: one class or several, as numbers or names, repeated until there are `num`; by
-                default classes are drawn uniformly.
+                default classes are drawn uniformly. Of a model of captions: captions, by
+                default the empty one.
             options: `batch_size`, and for teachers steps, method, cfg_scale, spacing; see
                 `teacher.sampling.sampler`.
         """
@@ -123,6 +130,10 @@ class Model:
         if not given:
             raise ValueError("labels are empty: name one class or several, or leave labels out")
         num = whole(num, "num", 1)
+        if self.captioned:
+            text = self.network.net.config.text
+            rows = np.asarray(given if np.ndim(labels) == 2 else tokenise(text, [*map(str, given)]))
+            return rows[np.arange(num) % len(rows)]
         return np.resize(np.asarray([self._label(label) for label in given], np.int32), num)
 
     def _label(self, label: Any) -> int:
@@ -144,7 +155,8 @@ class Model:
             raise ValueError(f"the shape is {x.shape}: give [n, *{self.network.shape}] with n > 0")
         if np.ndim(labels) and len(labels) not in (1, len(x)):
             raise ValueError(f"{len(labels)} labels for {len(x)} images: give one for each")
-        found = self.labels(0 if labels is None else labels, len(x))
+        none = "" if self.captioned else 0
+        found = self.labels(none if labels is None else labels, len(x))
         check_labels(found, self.network.num_classes)
         return check_finite(x, "inputs", fix="give finite numbers"), found
 

@@ -45,6 +45,9 @@ OPTIONS = {  # of open_source (cheapscale/data/sources.py)
     "allow_upscale": Field(False, "enlarge images that are too small"),
     "skip_corrupt": Field(False, "folder: leave out images that do not decode"),
     "probe": Field(True, "folder: read every header at the start"),
+    "recaptioned": Field(
+        0.5, "folder: how often a caption of launch.recaption is drawn", low=0, high=1
+    ),
     "train_split": Field("train", "folder: split whose classes have the numbers of all splits"),
 }
 RUN = {
@@ -95,6 +98,19 @@ DIFFUSION = {  # Karras et al. 2022 (arXiv 2206.00364), Table 1, in PaGoDA's ran
     "P_mean": Field(-1.2, "mean of ln sigma in training", low=-20, high=20),
     "P_std": Field(1.2, "standard deviation of ln sigma in training", low=1e-3, high=20),
 }
+TEXT = {
+    "encoder": Field(
+        "",
+        "what reads captions; empty: classes condition the teacher; transformer: trains with "
+        "it; the others are published and frozen",
+        ("", "transformer", "minilm", "clip", "t5"),
+    ),
+    "files": Field("", "clip, t5: WEIGHTS+tokenizer.json; minilm: empty is its package"),
+    "tokens": Field(32, "most tokens of a caption", low=1, high=4096),
+    "vocabulary": Field(1000, "transformer: most tokens of its vocabulary", low=257, high=2**17),
+    "width": Field(64, "transformer: width of its features", low=32, high=4096),
+    "depth": Field(2, "transformer: number of blocks", low=1, high=64),
+}
 OPTIM = {
     "name": Field("adam", "update rule", ("adam", "adamw", "radam", "sgd")),
     "lr": Field(1e-3, "learning rate", low=0),
@@ -103,7 +119,9 @@ OPTIM = {
     "b2": Field(0.999, "decay of the second moment", low=0, high=0.999999),
 }
 PRETRAIN = {
-    "label_dropout": Field(0.0, "probability of dropping a label, for guidance", low=0, high=1),
+    "label_dropout": Field(
+        0.0, "probability of dropping a label or a caption, for guidance", low=0, high=1
+    ),
     "augment": Field(0.0, "probability of each of EDM's augmentations", low=0, high=1),
     "antithetic": Field(False, "antithetic pairs of noise levels, as for experts"),
 }
@@ -242,7 +260,9 @@ GENERATOR = {
     "features": FEATURES, "discriminator": DISCRIMINATOR, "compute": COMPUTE,
 }  # fmt: skip
 STAGES: dict[str, dict[str, Any]] = {
-    "pretrain": {"model": MODEL, "diffusion": DIFFUSION, "optim": OPTIM, "pretrain": PRETRAIN},
+    "pretrain": {
+        "model": MODEL, "text": TEXT, "diffusion": DIFFUSION, "optim": OPTIM, "pretrain": PRETRAIN,
+    },
     "invert": {
         "teacher": TEACHER, "latents": LATENTS, "invert": INVERT,
         "compute": {"dtype": COMPUTE["dtype"]},

@@ -15,6 +15,7 @@ from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
 # Of a teacher trained for minutes: with this noise its latents have the size of the prior's.
 INVERT = {"batch_size": 200, "invert.nodes": 20, "invert.noise": 0.01}
+TEXT = {"data.flip": False}  # a mirrored picture would need another caption
 SIZES = {
     # Of 15 minutes half go to the teacher, whose samples the first generator hardly betters.
     "quick": {
@@ -64,6 +65,19 @@ SIZES = {
         "invert": {"batch_size": 200},
         "distill": common.train(500, 1e-3, 32, common.SHORT_GAN),
         "prune": common.train(320, 1e-3, 64),
+    },
+    # Captions of one to three objects condition the teacher and the generators.
+    "text": {
+        "model": "tiny16",
+        "top": 32,
+        "options": {"size": 20000},
+        "pretrain": common.decayed(6000, 1e-3, 64, TEXT | {"text.encoder": "transformer"})
+        | {"pretrain.label_dropout": 0.1},
+        "invert": {"batch_size": 250, "invert.nodes": 18, "invert.noise": 0.0055} | TEXT,
+        "distill": common.decayed(3000, 5e-4, 24, common.SHORT_GAN | TEXT),
+        "grow": common.decayed(2000, 5e-4, 16, common.SHORT_GAN | TEXT),
+        "cascade": common.train(400, 1e-3, 16, TEXT),
+        "prune": common.train(300, 1e-3, 48, TEXT),
     },
     "small": {
         "model": "small16",

@@ -3,6 +3,7 @@
     python -m launch.sample --model=pretrained:scenes64        (a shipped model; pretrained: lists them)
     python -m launch.sample --model=runs/quickstart/grow32 --num=64 --out=samples
     python -m launch.sample --model=runs/quickstart/pretrain --steps=18 --method=euler --labels=0,3
+    python -m launch.sample --model=runs/text/pretrain --prompt="a small red star" --cfg_scale=4
 
 or a teacher beyond the size it was trained at, by self-cascade (Guo et al. 2024, arXiv 2402.10491):
 
@@ -65,6 +66,9 @@ def define() -> None:
     flags.DEFINE_integer("start", 0, "Number of the first image.", 0, LARGEST)
     flags.DEFINE_integer("seed", 0, "Seed of the noise and of random labels.", 0, LARGEST)
     flags.DEFINE_list("labels", None, "Classes by number or name, repeated; default: at random.")
+    flags.DEFINE_multi_string(
+        "prompt", None, "Caption, of a model that was trained on captions; may be given repeatedly."
+    )
     flags.DEFINE_integer("batch_size", 64, "Images per call.", 1, LARGEST)
     flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", 2, MOST_STEPS)
     flags.DEFINE_enum(
@@ -119,7 +123,13 @@ def sample(given) -> dict:
         )
     out = pathlib.Path(given.out)
     ids = consecutive(given.start, given.num, (model.resolution, model.resolution, 3))
-    labels = model.labels(given.labels, given.num)
+    if bool(given.labels if model.captioned else given.prompt):
+        raise ValueError(
+            f"{given.model} was trained on captions: give --prompt instead of --labels"
+            if model.captioned
+            else f"{given.model} knows no captions: give --labels, or leave --prompt out"
+        )
+    labels = model.labels(given.prompt or given.labels, given.num)
     if labels is not None:
         check_labels(labels, model.network.num_classes)
     if (out / "samples.npz").is_file():

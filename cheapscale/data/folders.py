@@ -1,6 +1,7 @@
 """A folder of image files as a source, without preparation."""
 
 import functools
+import json
 import os
 import pathlib
 
@@ -9,10 +10,11 @@ from absl import logging
 from PIL import Image
 
 from cheapscale.data.content import content_hash, in_threads
-from cheapscale.data.listing import ARCHIVES, below, class_names, counted, list_images
+from cheapscale.data.listing import ARCHIVES, below, class_names, counted, list_images, nfc
 from cheapscale.data.resize import TOO_SMALL, open_rgb
 from cheapscale.data.source import UNREADABLE, Source, decode, shown, split_name
 
+CAPTIONS = "captions.jsonl"
 CORRUPT = "repair or remove it, or set --config.data.options.skip_corrupt=True"
 
 
@@ -21,6 +23,9 @@ class FolderSource(Source):
 
     The split is a sub-folder of data_dir; the split "all" reads data_dir itself. train_split: the
     split whose classes give the numbers in every split; without it a split numbers its own.
+    Captions are those of the text file beside an image (a.txt of a.png), one in each line, and
+    those of captions.jsonl in data_dir or the split's folder (see `read_captions`). recaptioned:
+    how often one that a vision model wrote is drawn, where an image has both kinds.
     skip_corrupt: leave out images that do not decode, and list them in `skipped`. probe: read every
     header at the start, so that a bad file raises an error before training.
     """
@@ -35,6 +40,7 @@ class FolderSource(Source):
         skip_corrupt: bool = False,
         probe: bool = True,
         train_split: str = "train",
+        recaptioned: float = 0.5,
         **options,
     ):
         root = _split_folder(data_dir, split_name(split))
@@ -65,6 +71,7 @@ class FolderSource(Source):
                     f"{resolution}: remove it, {TOO_SMALL}"
                 )
         self._upscale = allow_upscale
+        self._root, self._recaptioned = root, recaptioned
         content = content_hash(self._files, [below(path, root) for path in self._files])
         super().__init__(
             "folder",
@@ -88,6 +95,28 @@ class FolderSource(Source):
         """The file of image i."""
         return self._files[self._index(i)]
 
+    @functools.cached_property
+    def _listed(self) -> dict[str, tuple[list[str], list[str]]]:
+        """{path below the split's folder: (captions, recaptions)} of both captions.jsonl."""
+        above = read_captions(self._root.parent / CAPTIONS, f"{self._root.name}/")
+        return above | read_captions(self._root / CAPTIONS)
+
+    def _kinds(self, index: int) -> tuple[list[str], list[str]]:
+        """(captions, recaptions) of one image."""
+        path = self._files[index]
+        own, again = self._listed.get(below(path, self._root), ([], []))
+        text = path.with_suffix(".txt")
+        lines = text.read_text("utf-8", "replace").splitlines() if text.is_file() else []
+        return [*filter(None, map(str.strip, lines)), *own], again
+
+    def _captions(self, index: int) -> list[str]:
+        return sum(self._kinds(index), [])
+
+    def _pick(self, index: int, rng: np.random.Generator) -> str:
+        raw, again = self._kinds(index)
+        chosen = again if again and (not raw or rng.random() < self._recaptioned) else raw
+        return chosen[rng.integers(len(chosen))] if chosen else ""
+
     def _load(self, index: int) -> np.ndarray:
         path = self._files[index]
         options = {"allow_upscale": self._upscale, "fix": CORRUPT}
@@ -95,6 +124,34 @@ class FolderSource(Source):
 
     def _label(self, index: int) -> int:
         return self._labels[index]
+
+
+def read_captions(file: pathlib.Path, prefix: str = "") -> dict[str, tuple[list[str], list[str]]]:
+    """{path: (captions, recaptions)} of the lines {"file_name": path, "text": caption}; in that of
+    a recaption the key "model" names what wrote it. {} without the file.
+
+    prefix: read the paths that begin with it, without it. Raises ValueError for another line, but a
+    last one that is cut, as after a full disk, is left out.
+    """
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, text = nfc(row["file_name"]), " ".join(row["text"].split())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f'line {number} of {file} is no {{"file_name": "a.png", "text": "..."}} '
+                f"({error!r:.80}): repair or remove it"
+            ) from error
+        if name.startswith(prefix) and text:
+            kinds = found.setdefault(name.removeprefix(prefix), ([], []))
+            kinds["model" in row].append(text)
+    return found
 
 
 def _split_folder(data_dir: str | None, split: str) -> pathlib.Path:

@@ -16,6 +16,7 @@ import grain
 import numpy as np
 
 from cheapscale.data.augment import random_flip
+from cheapscale.data.source import Source
 
 Item = dict[str, Any]
 Batch = dict[str, np.ndarray]
@@ -72,7 +73,7 @@ def training_batches(source: Sequence[Item], start_step: int, **options) -> Iter
 
 
 def stream(
-    config, source: Sequence[Item], transform: Transform | None = None, *, process: tuple[int, int]
+    config, source: Source, transform: Transform | None = None, *, process: tuple[int, int]
 ) -> Callable[[int], Iterator[Batch]]:
     """The function batches(start_step) of a stage that trains on images, from its config."""
     return functools.partial(
@@ -81,13 +82,21 @@ def stream(
         batch_size=config.batch_size,
         seed=config.seed,
         process=process,
-        transform=transform,
+        transform=_with_words(source, transform),
         num_threads=config.data.num_threads,
     )
 
 
+def _with_words(source: Source, transform: Transform | None) -> Transform | None:
+    """The transform, and a random caption of every image where the source uses captions."""
+    if not source.captioned:
+        return transform
+    images = transform or (lambda item, rng: item)
+    return lambda item, rng: source.reworded(images(item, rng), rng)
+
+
 def pair_and_real_batches(
-    source: Sequence[Item],
+    source: Source,
     pairs: Sequence[Item],
     start_step: int,
     *,
@@ -102,12 +111,11 @@ def pair_and_real_batches(
     pair, for the discriminator. sampled: guided `SampledPairs`, which add a batch "sampled" {image,
     z, label, omega}. options: batch_size, process and num_threads of `batches`.
     """
+    transform = _with_words(source, random_flip if flips else None)
     # Other seeds make the real images independent of the images in the pairs.
     made = {
         "pair": training_batches(pairs, start_step, seed=seed, **options),
-        "real": training_batches(
-            source, start_step, seed=seed + 1, transform=random_flip if flips else None, **options
-        ),
+        "real": training_batches(source, start_step, seed=seed + 1, transform=transform, **options),
     }
     if sampled is not None:
         made["sampled"] = training_batches(sampled, start_step, seed=seed + 2, **options)

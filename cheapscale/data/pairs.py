@@ -60,7 +60,9 @@ class PairStore:
             )
         self.num_shards = math.ceil(len(self) / manifest["per_shard"])
         latent = ("z", np.dtype(manifest["dtype"]).newbyteorder("<"), tuple(manifest["shape"]))
-        conditions = [("label", "<i4")] + [("omega", "<f4")] * ("omega" in manifest)
+        tokens = manifest.get("source", {}).get("tokens")  # of a caption, in place of a class
+        label = ("label", "<i4", (tokens,)) if tokens else ("label", "<i4")
+        conditions = [label] + [("omega", "<f4")] * ("omega" in manifest)
         self._record = np.dtype([("id", "<i8"), ("flip", "<i4"), *conditions, latent])
         self._shard = functools.lru_cache(OPEN_SHARDS)(self._read_shard)
 
@@ -145,9 +147,9 @@ class PairStore:
     ) -> dict[str, float]:
         """{"rms": rms of z / sigma_max}; writes the latents of `records(shard)` atomically.
 
-        z: [n, h, w, c] with standard deviation about sigma_max. labels: int [n]. cost: {unit:
-        amount} that the computation took. omega: guidance scales [n], if the store has them. A full
-        disk raises OSError; complete shards stay intact.
+        z: [n, h, w, c] with standard deviation about sigma_max. labels: int [n], or token numbers
+        [n, tokens]. cost: {unit: amount} that the computation took. omega: guidance scales [n], if
+        the store has them. A full disk raises OSError; complete shards stay intact.
         """
         self.begin()
         numbers = self.records(shard)
@@ -285,7 +287,7 @@ class InvertedPairs:
         self.scale = np.float32(1 / store.rms() if rescale else 1)
         self.ids = np.arange(len(source))
         if proportion < 1:
-            labels = source.labels()
+            labels = source.labels() if source.num_classes else np.zeros(len(source))
             classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
             # The 1e-9 guards against rounding: 0.29 * 100 is 28.999... in floating point.
             kept = [ids[: max(1, int(proportion * len(ids) + 1e-9))] for ids in classes]
@@ -299,7 +301,8 @@ class InvertedPairs:
         id = int(self.ids[index])
         item = self.source[id]
         record = self.store.record(id, flip)
-        if record["label"] != item["label"]:
+        # Another caption is as true, and the one of the latent is used.
+        if not self.source.captioned and record["label"] != item["label"]:
             raise ValueError(
                 f"image {id} has label {item['label']} but its latent in {self.store.folder} was "
                 f"made with {record['label']}: invert again with these labels"

@@ -153,6 +153,25 @@ def caption(picture: Scene) -> str:
     return text
 
 
+def captions(picture: Scene) -> tuple[str, ...]:
+    """Several texts that are all true of a scene, the first one that of `caption`.
+
+    They add the size of the main object or the ground, begin with another object, or leave out
+    textures and outlines or all but the main object.
+    """
+    main, *others = picture.objects
+    plain = [dataclasses.replace(o, texture="plain", outlined=False) for o in picture.objects]
+    ground = f"on {_article(picture.ground)} background"
+    found = [caption(picture), f"{caption(picture)} {ground}"]
+    found += [caption(Scene(picture.ground, tuple(plain))), _noun_phrase(main, "large")]
+    found += [f"{_noun_phrase(plain[0])} {ground}"]
+    for o in others:
+        found.append(
+            f"{_noun_phrase(o, 'small')} {relation(o, main)} {_noun_phrase(main, 'large')}"
+        )
+    return tuple(found)
+
+
 def relation(a: SceneObject, b: SceneObject) -> str:
     """The position of a relative to b: "left of", "right of", "above" or "below"."""
     dx, dy = a.x - b.x, a.y - b.y
@@ -164,7 +183,10 @@ def relation(a: SceneObject, b: SceneObject) -> str:
 def _noun_phrase(o: SceneObject, *size: str) -> str:
     outline = ("outlined",) if o.outlined else ()
     texture = () if o.texture == "plain" else (o.texture,)
-    words = " ".join((*size, *outline, o.colour, *texture, o.shape))
+    return _article(" ".join((*size, *outline, o.colour, *texture, o.shape)))
+
+
+def _article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cheapscale.data.digest import digest
 from cheapscale.data.resize import RESIZE_ID, downsample, open_rgb
+from cheapscale.data.tokens import Tokenise, tokeniser
 
 SOURCE_ID = "source/2"  # part of every fingerprint: change it with any index or pixel
 CACHE_LIMIT = 2**30  # bytes of float32 images; larger sources are decoded again in each epoch
@@ -22,6 +23,9 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  #
 
 class Source(abc.ABC):
     """Images by index: source[i] is {"image" [R, R, 3], "label" int32, "id" int64 = i}.
+
+    After `use_captions` a label is the row of a caption's token numbers, int32 [length], and there
+    are no classes.
 
     name, split: as given to `open_source`. resolution: R. class_names: empty for an unlabelled
     source, whose labels are all 0. num_classes: len(class_names).
@@ -49,6 +53,8 @@ class Source(abc.ABC):
         self.class_names = () if unlabelled else tuple(class_names)
         self.num_classes = len(self.class_names)
         self._numbers = list(range(self.num_classes))  # that of each class; see number_classes
+        self._tokenise: Tokenise | None = None
+        self._words: dict[str, Any] = {}  # what `describe` says of captions
         span = self._span.start, self._span.stop
         self._fingerprint = digest([SOURCE_ID, RESIZE_ID, name, base, *span, identity])
         if cache is None:
@@ -89,13 +95,49 @@ class Source(abc.ABC):
         if self._cache:
             self._cache.clear()  # it holds labels
 
+    def use_captions(self, vocabulary: str, length: int) -> None:
+        """Give every image the token numbers of one of its captions as its label; a random one that
+        is always the same. See `tokens.tokeniser`. Raises ValueError where the first images have no
+        caption."""
+        if not any(self.caption(i) for i in range(min(len(self), 100))):
+            raise ValueError(
+                f"{self.name}:{self.split} has no captions: put NAME.txt beside NAME.png, or a "
+                "captions.jsonl, or write one with launch.recaption"
+            )
+        self._tokenise, self.num_classes, self.class_names = tokeniser(vocabulary, length), 0, ()
+        self._words = {"tokens": length, "vocabulary": digest(vocabulary)}
+        if self._cache:
+            self._cache.clear()  # it holds labels
+
+    @property
+    def captioned(self) -> bool:
+        """Whether labels are token numbers."""
+        return self._tokenise is not None
+
     def labels(self) -> np.ndarray:
         """The labels of all images, int32 [n], without decoding an image."""
         return np.array([self._checked_label(i) for i in range(len(self))], np.int32)
 
+    def captions(self, i: int) -> tuple[str, ...]:
+        """Every caption of image i: phrasings of one truth, or descriptions by several people."""
+        return tuple(self._captions(self._index(i)))
+
     def caption(self, i: int) -> str:
-        """The caption of image i, or "" if it has none."""
-        return self._caption(self._index(i))
+        """The first caption of image i, or "" if it has none."""
+        return next(iter(self.captions(i)), "")
+
+    def reworded(self, item: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """The item with the token numbers of a random caption of its image; a
+        transform of the loader."""
+        return {**item, "label": self._tokens(self._index(item["id"]), rng)}
+
+    def _tokens(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        return self._tokenise([self._pick(index, rng)])[0]
+
+    def _pick(self, index: int, rng: np.random.Generator) -> str:
+        """One of the captions of the image with this index, the empty one if it has none."""
+        captions = self._captions(index)
+        return captions[rng.integers(len(captions))] if captions else ""
 
     def read(self, ids: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
         """(images float32 [n, R, R, 3], labels int32 [n]) of the given ids."""
@@ -124,7 +166,7 @@ class Source(abc.ABC):
             "class_names": list(self.class_names),
             "fingerprint": self.fingerprint(),
             "resize": RESIZE_ID,
-        }
+        } | self._words
 
     def fingerprint(self) -> str:
         """A hash of the name, split, slice, content and resize operator, but not the resolution."""
@@ -145,7 +187,10 @@ class Source(abc.ABC):
             self._cache[index] = item
         return item
 
-    def _checked_label(self, i: int) -> int:
+    def _checked_label(self, i: int) -> int | np.ndarray:
+        if self.captioned:
+            index = self._index(i)
+            return self._tokens(index, np.random.default_rng(index))
         if not self.num_classes:
             return 0
         label = self._label(self._index(i))
@@ -165,9 +210,10 @@ class Source(abc.ABC):
     def _label(self, index: int) -> int:
         """The label of the image with this index, without decoding the image."""
 
-    def _caption(self, index: int) -> str:
+    def _captions(self, index: int) -> Sequence[str]:
+        """The captions of the image with this index."""
         del index
-        return ""
+        return ()
 
 
 def _only_numbers(names: Sequence[str]) -> bool:

@@ -28,6 +28,7 @@ from cheapscale.data.numbers import whole
 from cheapscale.data.resize import TOO_SMALL
 from cheapscale.data.source import Source, decode, split_name
 
+TEXTS = ("caption", "captions", "text", "description")  # features of TFDS sets
 SCENE_SIZES = {"train": 20_000, "test": 5_000}
 
 
@@ -128,13 +129,13 @@ class SceneSource(Source):
     def _label(self, index: int) -> int:
         return scenes.label(self._scene(index))
 
-    def _caption(self, index: int) -> str:
-        return scenes.caption(self._scene(index))
+    def _captions(self, index: int) -> tuple[str, ...]:
+        return scenes.captions(self._scene(index))
 
 
 class TfdsSource(Source):
     """A prepared TFDS set in ArrayRecord files with the feature "image", and optionally "label" and
-    "caption".
+    one of TEXTS: a text or several, or, as in coco_captions, records with a text.
 
     where: {field: value}; only records with these values are kept.
     """
@@ -207,8 +208,12 @@ class TfdsSource(Source):
     def _label(self, index: int) -> int:
         return self._record(self._kept[index])["label"]
 
-    def _caption(self, index: int) -> str:
-        return _text(self._record(self._kept[index]).get("caption", ""))
+    def _captions(self, index: int) -> list[str]:
+        record = self._record(self._kept[index])
+        found = next((record[name] for name in TEXTS if name in record), [])
+        found = found["text"] if isinstance(found, Mapping) else found
+        texts = [found] if isinstance(found, (bytes, str)) else found
+        return [text for text in map(_text, texts) if text]
 
 
 def _newest_version(name: str, data_dir: str | None) -> pathlib.Path:

@@ -29,6 +29,7 @@ from cheapscale.diffusion.noise import over_pixels
 from cheapscale.experts.assess import read_assessment
 from cheapscale.experts.partition import Groups
 from cheapscale.experts.structure import cut
+from cheapscale.models.growth import trainable
 from cheapscale.models.unet import init_params
 from cheapscale.teacher.data import check_teacher
 from cheapscale.teacher.experts import read_manifest
@@ -69,8 +70,11 @@ def build(config) -> Stage:
     groups = Groups(base.process.levels(), np.asarray(manifest["edges"]))
     interval = groups.interval(group, settings.overlap, grid)
     trained_as = base.meta["config"]["pretrain"]
-    optimiser = Optimiser(make_optimiser(**config.optim))
+    optimiser = Optimiser(make_optimiser(**config.optim), trainable(expert.net.config))
     frozen = {"base": base.params} if settings.base_target else {}
+    kept = expert.params
+    if settings.start == "scratch":
+        kept = {name: leaf for name, leaf in kept.items() if name == "text"}
     return Stage(
         init_params=lambda key: ({"net": init_params(expert.fields, key)}, {"net": noise_bins()}),
         optimisers={"net": optimiser},
@@ -95,8 +99,8 @@ def build(config) -> Stage:
         ),
         load_frozen=lambda: (frozen, {}),
         frozen_shapes=lambda: jax.eval_shape(lambda weights: weights, frozen),
-        # "scratch" keeps the random initial weights: single-stage training, the paper's control.
-        warm_start=lambda drawn: drawn if settings.start == "scratch" else {"net": expert.params},
+        # "scratch" keeps the U-Net's random weights: single-stage training, the paper's control.
+        warm_start=lambda drawn: {"net": drawn["net"] | kept},
         evals={},
         meta={
             "stage": "prune",

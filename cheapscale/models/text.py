@@ -52,7 +52,7 @@ class TextConfig:
 
     kind: one of STYLES. vocab: number of tokens. length: most tokens of a caption. width: of the
     features. mlp: width between the two linear maps. head_dim: channels of a head, 0 for
-    width / heads.
+    width / heads. tokenizer: the vocabulary as JSON (`data.tokens`); it travels with the weights.
     """
 
     kind: str
@@ -63,6 +63,7 @@ class TextConfig:
     heads: int
     mlp: int
     head_dim: int = 0
+    tokenizer: str = ""
 
     def __post_init__(self):
         if self.kind not in STYLES:
@@ -91,7 +92,7 @@ class TextEncoder(nn.Module):
         mask = ids > NO_TOKEN
         start = nn.initializers.normal(0.02)
         norm = nn.RMSNorm if style.relative else nn.LayerNorm
-        norm = functools.partial(norm, epsilon=style.eps)
+        norm = functools.partial(norm, epsilon=style.eps, use_fast_variance=False)
         x = nn.Embed(config.vocab, config.width, embedding_init=start, name="embedding")(
             jnp.maximum(ids, 0)
         )

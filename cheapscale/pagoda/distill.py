@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from cheapscale.data.sources import open_data
-from cheapscale.models.growth import last_layer
+from cheapscale.models.growth import last_layer, trainable
 from cheapscale.models.unet import unet
 from cheapscale.pagoda.guided import initial_estimator, with_omega
 from cheapscale.pagoda.stage import generator_stage
@@ -71,7 +71,7 @@ def build(config) -> Stage:
         model=model,
         upstream=upstream,
         warm_start=initial,
-        trainable=None,  # every parameter trains
+        trainable=trainable(unet(**model).config),
         adaptive_layer=last_layer(unet(**model).config),
         teacher=teacher.fingerprint,
     )

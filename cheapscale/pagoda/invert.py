@@ -87,12 +87,14 @@ def build(config) -> Job:
     def run(teacher, x, label, omega=settings.cfg_scale):
         return solve(teacher, x, label, cfg_scale=omega)
 
-    def start(n: int) -> tuple[np.ndarray, int]:
+    def start(n: int) -> tuple[np.ndarray, int | np.ndarray]:
         """(where the ODE of record n starts, its label)."""
         if inverting:
             x, label = oriented(source, *store.key(n))
             n_x = np.random.default_rng((config.seed, n)).standard_normal(x.shape, np.float32)
             return x + np.float32(settings.noise) * n_x, label
+        if source.captioned:  # samples have the captions of the images
+            return drawn_latent(manifest, n), source[store.key(n)[0]]["label"]
         return drawn_latent(manifest, n), n % max(source.num_classes, 1)
 
     flops = functools.partial(flops_of_path, teacher, settings.nodes, settings.direction, scale)
@@ -202,10 +204,10 @@ def scales(seed: int, records: Sequence[int], distribution: str) -> np.ndarray:
     return np.asarray(jax.vmap(lambda key: draw_scale(key, (), distribution))(keys))
 
 
-def oriented(source, index: int, flipped: int) -> tuple[np.ndarray, int]:
+def oriented(source, index: int, flipped: int) -> tuple[np.ndarray, int | np.ndarray]:
     """(image, label) of one record; flipped = 1 gives the mirror image, which is inverted too."""
     item = source[index]
-    return (flip(item["image"]) if flipped else item["image"]), int(item["label"])
+    return (flip(item["image"]) if flipped else item["image"]), item["label"]
 
 
 def make_manifest(teacher: Teacher | Experts, source, **settings) -> dict:

@@ -13,6 +13,7 @@ from cheapscale.models.unet import init_params
 from cheapscale.pagoda import guided
 from cheapscale.pagoda.gan import gan_step
 from cheapscale.pagoda.loss_networks import make_loss_networks
+from cheapscale.teacher.data import preview_labels
 from cheapscale.teacher.sampling import one_step, prior
 from cheapscale.teacher.teacher import Generator, make_generator, resolve_model
 from cheapscale.training.compiler import for_depthwise
@@ -137,7 +138,12 @@ def generator_stage(
         load_frozen=lambda: networks.load(stream_key(config.seed, "projections", 0)),
         frozen_shapes=networks.shapes,
         warm_start=warm_start,
-        evals={"one_step": (config.eval_every, functools.partial(preview, generator=generator))},
+        evals={
+            "one_step": (
+                config.eval_every,
+                functools.partial(preview, generator=generator, labels=preview_labels(source)),
+            )
+        },
         meta=meta,
         batch_size=config.batch_size,
         fits=networks.fits,
@@ -212,12 +218,11 @@ def at_scale(generator: Generator, z: jax.Array, label: jax.Array, omega: jax.Ar
 PREVIEW_SCALES = (1.0, 2.0, 4.0, 7.0)
 
 
-def preview(state: TrainState, frozen: PyTree, *, generator: Generator, count: int = 16) -> dict:
-    """{"grid": picture} of one-step EMA samples from fixed noise, classes in turn; of a guided
-    generator with a row for each of PREVIEW_SCALES."""
-    ids = np.arange(count)
-    z = np.asarray(prior(0, ids, generator.shape, generator.process.sigma_max))
-    labels = (ids % max(generator.num_classes, 1)).astype(np.int32)
+def preview(state: TrainState, frozen: PyTree, *, generator: Generator, labels: np.ndarray) -> dict:
+    """{"grid": picture} of one-step EMA samples from fixed noise; of a guided generator with a row
+    for each of PREVIEW_SCALES."""
+    count = len(labels)
+    z = np.asarray(prior(0, np.arange(count), generator.shape, generator.process.sigma_max))
     averaged = generator.replace(params=state.ema_params["generator"])
     if not generator.guided:
         return {"grid": image_grid(in_batches(one_step, averaged, z, labels, batch_size=count))}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from cheapscale.data.resize import RESIZE_ID
@@ -28,9 +29,13 @@ def check_model(model: dict, source) -> None:
 def match_classes(meta: dict[str, Any], num_classes: int, source, where: str) -> None:
     """Number the classes of the images as the model in `where` does, by their names.
 
-    meta: of the model's checkpoint. num_classes: of the model; an unconditional one takes any
-    images. Raises ValueError for classes that it does not know, and for images without labels.
+    A model of captions gets their token numbers as labels instead. meta: of the model's checkpoint.
+    num_classes: of the model; an unconditional one takes any images. Raises ValueError for classes
+    that it does not know, and for images without labels or captions.
     """
+    network = next(iter(meta.get("networks", {}).values()), {})
+    if text := network.get("text"):
+        source.use_captions(text["tokenizer"], text["length"])
     if not num_classes:
         return
     if not source.num_classes:
@@ -63,3 +68,10 @@ def check_teacher(teacher: Teacher | Experts, source) -> None:
         )
     if trained.get("fingerprint", source.fingerprint()) != source.fingerprint():
         logging.warning("these are not the images that %s was trained on", teacher.workdir)
+
+
+def preview_labels(source, count: int = 16) -> np.ndarray:
+    """The labels of a preview: the captions of the first images, or classes in turn, int32 [n]."""
+    if source.captioned:
+        return np.stack([source[i % len(source)]["label"] for i in range(count)])
+    return (np.arange(count) % max(source.num_classes, 1)).astype(np.int32)

@@ -2,7 +2,7 @@
 arXiv 2405.14822, section 3.1).
 
     for (x, y) in data at the base resolution, flipped and augmented:
-        y <- no class, with probability label_dropout
+        y <- no class or caption, with probability label_dropout
         sigma ~ the process's training distribution,  eps ~ N(0, I)
         minimise  weight(sigma) * mean_pixels (D(x + sigma eps; sigma, y) - x)^2
         ema <- min(decay, (1+n)/(10+n)) average of the weights
@@ -19,10 +19,12 @@ from cheapscale.data.loader import stream
 from cheapscale.data.sources import open_data
 from cheapscale.diffusion.denoiser import denoising_loss
 from cheapscale.diffusion.guidance import drop_labels
+from cheapscale.models.growth import trainable
 from cheapscale.models.unet import init_params
-from cheapscale.teacher.data import check_model
+from cheapscale.teacher.data import check_model, preview_labels
 from cheapscale.teacher.sampling import ode_map, prior
 from cheapscale.teacher.teacher import Teacher, make_teacher, resolve_model
+from cheapscale.teacher.text import text_fields
 from cheapscale.training.log import image_grid
 from cheapscale.training.mesh import in_batches
 from cheapscale.training.optim import make_optimiser
@@ -39,7 +41,8 @@ def build(config) -> Stage:
     fields = config.model.to_dict()
     if fields.get("num_classes") == -1:
         fields["num_classes"] = source.num_classes
-    model = resolve_model(fields)
+    more, published = text_fields(config.text, source)
+    model = resolve_model(fields | more)
     check_model(model, source)
     if config.pretrain.augment and model["augment_dim"] != AUGMENT_DIM:
         raise ValueError(
@@ -53,7 +56,7 @@ def build(config) -> Stage:
         "data": source.describe() | {"std": deviation(source)},
     }
     teacher = make_teacher(None, meta)
-    optimiser = Optimiser(make_optimiser(**config.optim))
+    optimiser = Optimiser(make_optimiser(**config.optim), trainable(teacher.net.config))
     return Stage(
         init_params=lambda key: ({"net": init_params(model, key)}, {"net": noise_bins()}),
         optimisers={"net": optimiser},
@@ -78,11 +81,13 @@ def build(config) -> Stage:
         ),
         load_frozen=lambda: ({}, {}),
         frozen_shapes=dict,
-        warm_start=lambda params: params,
+        warm_start=lambda params: {"net": params["net"] | published},
         evals={
             "samples": (
                 config.eval_every,
-                functools.partial(preview, teacher=teacher, steps=PREVIEW_STEPS),
+                functools.partial(
+                    preview, teacher=teacher, steps=PREVIEW_STEPS, labels=preview_labels(source)
+                ),
             )
         },
         meta=meta,
@@ -139,12 +144,11 @@ def loss(
 
 
 def preview(
-    state: TrainState, frozen: PyTree, *, teacher: Teacher, steps: int, count: int = 16
+    state: TrainState, frozen: PyTree, *, teacher: Teacher, steps: int, labels: np.ndarray
 ) -> dict:
-    """{"grid": EMA samples from fixed noise, classes in turn; "loss/<sigma>": loss of each bin}."""
-    ids = np.arange(count)
-    z = np.asarray(prior(0, ids, teacher.shape, teacher.process.sigma_max))
-    labels = (ids % max(teacher.num_classes, 1)).astype(np.int32)
+    """{"grid": EMA samples from fixed noise; "loss/<sigma>": loss of each bin}."""
+    count = len(labels)
+    z = np.asarray(prior(0, np.arange(count), teacher.shape, teacher.process.sigma_max))
     averaged = teacher.replace(params=state.ema_params["net"])
     images = in_batches(_sampler(steps), averaged, z, labels, batch_size=count)
     bins = jax.device_get(state.extra["net"])

@@ -30,7 +30,8 @@ MOST_STEPS = 10_000  # of a sampler; a larger number is a mistake
 
 
 class Samples(NamedTuple):
-    """images: float32 [n, h, w, c] in [-1, 1]. labels: int32 [n], zeros without classes."""
+    """images: float32 [n, h, w, c] in [-1, 1]. labels: int32 [n], zeros without classes; or the
+    token numbers of captions, int32 [n, length]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -62,7 +63,9 @@ def labels_for(seed: int, ids: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Refuse a label outside [0, num_classes)."""
+    """Refuse a class outside [0, num_classes); captions, token numbers [n, length], always fit."""
+    if labels.ndim == 2:
+        return
     if num_classes and (labels.min() < 0 or labels.max() >= num_classes):
         bad = int(labels.max() if labels.max() >= num_classes else labels.min())
         raise ValueError(

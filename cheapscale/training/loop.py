@@ -362,9 +362,10 @@ class Ledger:
 
 
 def inputs(meta: dict) -> dict:
-    """The identities of teacher, classes and data, which the config names only by path."""
+    """The identities of teacher, classes, vocabulary and data, which the config does not hold."""
     data = meta.get("data", {})
     found = {"teacher": meta.get("teacher"), "class_names": data.get("class_names")}
+    found |= {"vocabulary": data.get("vocabulary")}
     return found | {"data": data.get("fingerprint")}
 
 

@@ -1,0 +1,199 @@
+"""Frozen encoders of captions from published weights: MiniLM, CLIP's text tower, T5's encoder.
+
+MiniLM (Wang et al. 2020; sentence-transformers' all-MiniLM-L6-v2) comes with a package, the extra
+`text`. The others are files that the user names, as transformers saves them: the weights and
+tokenizer.json, joined by "+". Their parameters become those of `models.text.TextEncoder`.
+"""
+
+import hashlib
+import zipfile
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+import tokenizers
+
+from cheapscale.data.tokens import vocabulary_size
+from cheapscale.features.layers import read_linear
+from cheapscale.features.vit import renamed
+from cheapscale.features.weights import Weights, default_paths, named_files, read_weights
+
+PyTree = Any
+ENCODERS = ("minilm", "clip", "t5")
+
+
+class Encoder(NamedTuple):
+    """fields: those of `models.text.TextConfig`, the vocabulary among them. params: of the
+    encoder."""
+
+    fields: dict[str, Any]
+    params: PyTree
+
+
+def load_text_encoder(name: str, files: str, length: int) -> Encoder:
+    """The encoder "minilm", "clip" or "t5" for captions of at most `length` tokens.
+
+    files: "WEIGHTS+tokenizer.json"; "" means MiniLM's package, or what the environment variable
+    CHEAPSCALE_WEIGHTS_<NAME>_TEXT names. Raises ValueError for files of another network, and for a
+    length beyond its positions.
+    """
+    weights, vocabulary = (
+        _from_package() if name == "minilm" and not files else _from_files(name, files)
+    )
+    fields, params = {"minilm": _bert, "clip": _clip, "t5": _t5}[name](weights)
+    size = len(params["embedding"]["embedding"])
+    if vocabulary_size(vocabulary) > size:
+        raise ValueError(
+            f"the vocabulary has {vocabulary_size(vocabulary)} tokens, but {weights.path} embeds "
+            f"{size}: give the tokenizer.json that belongs to these weights"
+        )
+    most = len(params["position"]) if "position" in params else length
+    if length > most:
+        raise ValueError(
+            f"text.tokens is {length}, but {name} has {most} positions: give "
+            f"--config.text.tokens={most}"
+        )
+    if "position" in params:
+        params["position"] = params["position"][:length]
+    return Encoder(fields | {"vocab": size, "length": length, "tokenizer": vocabulary}, params)
+
+
+def _from_package() -> tuple[Weights, str]:
+    """(weights, vocabulary) of MiniLM's package; ValueError if it is missing or is changed."""
+    (path,), sha256 = default_paths("minilm")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 not in (None, found):
+        raise ValueError(
+            f"{path} has SHA-256 {found} instead of {sha256}: install the package again, pip "
+            "install --force-reinstall 'cheapscale[text]'"
+        )
+    with zipfile.ZipFile(path) as stored:
+        arrays = safetensors.numpy.load(stored.read("model.safetensors"))
+        return Weights(arrays, str(path), found), stored.read("tokenizer.json").decode()
+
+
+def _from_files(name: str, files: str) -> tuple[Weights, str]:
+    paths = named_files(files) if files else default_paths(f"{name}_text")[0]
+    texts = [path for path in paths if path.suffix == ".json"]
+    if len(texts) != 1 or len(paths) < 2:
+        raise ValueError(
+            f"text.files is {files!r}: name the weights and the vocabulary of {name}, as "
+            "--config.text.files=model.safetensors+tokenizer.json"
+        )
+    try:
+        vocabulary = tokenizers.Tokenizer.from_file(str(texts[0])).to_str()
+    except Exception as error:  # tokenizers raises the bare Exception
+        raise ValueError(f"{texts[0]} is no tokenizer.json of tokenizers ({error})") from error
+    return read_weights([path for path in paths if path not in texts]), vocabulary
+
+
+def _bert(weights: Weights) -> tuple[dict, PyTree]:
+    embeddings, layers = "embeddings.", "encoder.layer.{}."
+    table = weights.take(embeddings + "word_embeddings.weight", -1, -1)
+    width = table.shape[1]
+    position = weights.take(embeddings + "position_embeddings.weight", -1, width)
+    # Every caption is of the first type of sentence, whose embedding is a constant.
+    position = position + weights.take(embeddings + "token_type_embeddings.weight", -1, width)[:1]
+    names = {
+        "qkv": ["attention.self.query", "attention.self.key", "attention.self.value"],
+        "proj": ["attention.output.dense"], "fc0": ["intermediate.dense"],
+        "fc1": ["output.dense"], "norm0": ["attention.output.LayerNorm"],
+        "norm1": ["output.LayerNorm"],
+    }  # fmt: skip
+    blocks, depth = _blocks(weights, layers, names)
+    params = blocks | {
+        "embedding": {"embedding": table},
+        "position": position,
+        "norm": _norm(weights, embeddings + "LayerNorm"),
+    }
+    head = 32 if width == 384 else 64  # of MiniLM, and of BERT
+    return _fields("bert", params, width, depth, width // head), params
+
+
+def _clip(weights: Weights) -> tuple[dict, PyTree]:
+    weights = renamed(weights, {"text_model.": ""})
+    table = weights.take("embeddings.token_embedding.weight", -1, -1)
+    width = table.shape[1]
+    names = {
+        "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "proj": ["self_attn.out_proj"], "fc0": ["mlp.fc1"], "fc1": ["mlp.fc2"],
+        "norm0": ["layer_norm1"], "norm1": ["layer_norm2"],
+    }  # fmt: skip
+    blocks, depth = _blocks(weights, "encoder.layers.{}.", names)
+    params = blocks | {
+        "embedding": {"embedding": table},
+        "position": weights.take("embeddings.position_embedding.weight", -1, width),
+        "norm": _norm(weights, "final_layer_norm"),
+    }
+    return _fields("clip", params, width, depth, width // 64), params
+
+
+def _t5(weights: Weights) -> tuple[dict, PyTree]:
+    name = "shared.weight" if "shared.weight" in weights.arrays else "encoder.embed_tokens.weight"
+    table = weights.take(name, -1, -1)
+    width, first = table.shape[1], "encoder.block.0.layer.{}."
+    distance = weights.take(
+        first.format(0) + "SelfAttention.relative_attention_bias.weight", 32, -1
+    )
+    gated = first.format(1) + "DenseReluDense.wi_0.weight" in weights.arrays
+    names = {
+        "qkv": [f"layer.0.SelfAttention.{part}" for part in "qkv"],
+        "proj": ["layer.0.SelfAttention.o"],
+        "fc0": ["layer.1.DenseReluDense.wi"],
+        "fc1": ["layer.1.DenseReluDense.wo"],
+        "norm0": ["layer.0.layer_norm"], "norm1": ["layer.1.layer_norm"],
+    }  # fmt: skip
+    if gated:  # gelu(wi_0 x) * wi_1 x
+        names |= {"fc0": ["layer.1.DenseReluDense.wi_0"], "gate": ["layer.1.DenseReluDense.wi_1"]}
+    blocks, depth = _blocks(weights, "encoder.block.{}.", names, bias=False)
+    params = blocks | {
+        "embedding": {"embedding": table},
+        "distance": distance,
+        "norm": _norm(weights, "encoder.final_layer_norm", bias=False),
+    }
+    heads = distance.shape[1]
+    return _fields("t5_gated" if gated else "t5", params, width, depth, heads), params
+
+
+def _fields(kind: str, params: PyTree, width: int, depth: int, heads: int) -> dict[str, Any]:
+    block = params["block0"]
+    return {
+        "kind": kind, "width": width, "depth": depth, "heads": heads,
+        "mlp": block["fc0"]["kernel"].shape[1],
+        "head_dim": block["proj"]["kernel"].shape[0] // heads,
+    }  # fmt: skip
+
+
+def _blocks(
+    weights: Weights, prefix: str, names: dict[str, list[str]], bias: bool = True
+) -> tuple[dict[str, PyTree], int]:
+    """({"block0": ...}, number of blocks). names: {name here: names of the layers side by side}."""
+    first = names["fc1"][0] + ".weight"
+    depth = 0
+    while prefix.format(depth) + first in weights.arrays:
+        depth += 1
+    if not depth:
+        raise ValueError(
+            f"{weights.path} has no weight {prefix.format(0)}{first}: it is no file of this encoder"
+        )
+
+    def read(place: str, name: str) -> PyTree:
+        if name.startswith("norm"):
+            return _norm(weights, place + names[name][0], bias)
+        parts = [_linear(weights, place + one, bias) for one in names[name]]
+        return {leaf: np.concatenate([p[leaf] for p in parts], axis=-1) for leaf in parts[0]}
+
+    return {
+        f"block{i}": {name: read(prefix.format(i), name) for name in names} for i in range(depth)
+    }, depth
+
+
+def _linear(weights: Weights, name: str, bias: bool) -> PyTree:
+    if bias:
+        return read_linear(weights, name, -1)
+    return {"kernel": weights.take(name + ".weight", -1, -1).T}
+
+
+def _norm(weights: Weights, name: str, bias: bool = True) -> PyTree:
+    scale = {"scale": weights.take(name + ".weight", -1)}
+    return scale | ({"bias": weights.take(name + ".bias", -1)} if bias else {})
