@@ -35,6 +35,7 @@ SIZES = {
         "options": {"size": 600, "single": True},
         "pretrain": common.decayed(800, 2e-3, 64),
         "invert": INVERT | {"invert.per_shard": 200},
+        "regress": common.decayed(200, 1e-3, 64),
         "distill": common.decayed(250, 1e-3, 16, common.SHORT_GAN),
         "grow": common.decayed(150, 1e-3, 16, common.SHORT_GAN),
     },

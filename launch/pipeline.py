@@ -4,9 +4,9 @@
     python -m launch.pipeline --config=configs/scenes.py --arg=pipeline=experts,prune.k=0.4 \\
         --workdir=runs/experts
 
-pipeline=pagoda     pretrain, invert, distill, grow; then report.md with its pictures: growth and
-                    one_step (each column shows one z), reconstruction, round_trip, data, teacher,
-                    nearest (the samples nearest to a training image, above that image)
+pipeline=pagoda     pretrain, invert, regress, distill, grow; then report.md with its pictures:
+                    growth and one_step (each column shows one z), reconstruction, round_trip, data,
+                    teacher, nearest (the samples nearest to a training image, above that image)
 pipeline=one_step   the same without growth
 pipeline=cascade    pretrain, then tune upsamplers
 pipeline=experts    pretrain, assess, prune one expert for each range of noise levels (only some of
