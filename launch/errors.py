@@ -127,8 +127,9 @@ def shorten(text: str) -> str:
 def smaller_batch() -> str:
     """The flag that halves the batch of this command."""
     given = flags.FLAGS
-    if "batch_size" in given:
-        return f"--batch_size={max(given.batch_size // 2, 1)}"
+    for name in ("batch_size", "restarts"):
+        if name in given:
+            return f"--{name}={max(given[name].value // 2, 1)}"
     now = getattr(given["config"].value, "batch_size", 32) if "config" in given else 32
     return f"--config.batch_size={max(now // 2, 1)}, or less"
 

@@ -15,8 +15,8 @@ import numpy as np
 from cheapscale.cascade.plan import Size, check_pivot, named
 from cheapscale.data.arrays import read_npz
 from cheapscale.data.pixels import from_uint8, pictures
-from cheapscale.data.resize import downsample, open_rgb
-from cheapscale.data.source import UNREADABLE
+from cheapscale.data.resize import downsample
+from cheapscale.data.source import read_picture
 from cheapscale.teacher.sampling import prior
 
 KERNELS = {"bilinear": "linear", "bicubic": "cubic", "nearest": "nearest", "lanczos": "lanczos3"}
@@ -100,10 +100,7 @@ def read_pivots(
     if place.suffix == ".npz":
         images, labels = _read_rows(place, ids)
     else:
-        try:
-            images = open_rgb(place)[None]
-        except UNREADABLE as error:
-            raise ValueError(f"{path} is not a picture that can be read ({error})") from error
+        images = read_picture(place, path, "name a picture or an .npz")[None]
         if resolution:
             images = downsample(images[0], resolution)[None]
         elif side:

@@ -214,6 +214,13 @@ class PairStore:
         """z of one key: float32 [h, w, c] with standard deviation about sigma_max."""
         return self.record(id, flip)["z"]
 
+    def inversion(self, rescale: bool = False) -> dict[str, Any]:
+        """How a generator's latents are made from images, for its checkpoint: nodes, noise and clip
+        of the store, and the factor `scale` of z. rescale: as in `InvertedPairs`."""
+        made = ("nodes", "noise", "clip")
+        how = {name: self.manifest[name] for name in made if name in self.manifest}
+        return how | {"scale": 1 / self.rms() if rescale else 1.0}
+
     def rms(self) -> float:
         """rms(z) / sigma_max over the whole store.
 
@@ -284,7 +291,7 @@ class InvertedPairs:
                 f"--config.data.resolution a multiple of {base}"
             )
         self.source, self.store = source, store
-        self.scale = np.float32(1 / store.rms() if rescale else 1)
+        self.scale = np.float32(store.inversion(rescale)["scale"])
         self.ids = np.arange(len(source))
         if proportion < 1:
             labels = source.labels() if source.num_classes else np.zeros(len(source))

@@ -251,6 +251,15 @@ def parse_split(split: str, length: int) -> tuple[str, range]:
     return name, range(start, max(start, border(match[3], match[4], length)))
 
 
+def read_picture(file: Any, place: str, fix: str = "repair or remove it") -> np.ndarray:
+    """uint8 [h, w, 3] of one encoded picture, upright; ValueError, which names `place`, if it does
+    not decode (with the remedy `fix`)."""
+    try:
+        return open_rgb(file)
+    except UNREADABLE as error:
+        raise ValueError(f"{place} does not decode ({error}): {fix}") from error
+
+
 def decode(
     file: Any,
     place: str,
@@ -264,10 +273,7 @@ def decode(
     Raises ValueError, which names `place`, if it does not decode (with the remedy `fix`) or is too
     small.
     """
-    try:
-        pixels = open_rgb(file)
-    except UNREADABLE as error:
-        raise ValueError(f"{place} does not decode ({error}): {fix}") from error
+    pixels = read_picture(file, place, fix)
     try:
         return downsample(pixels, resolution, allow_upscale=allow_upscale)
     except ValueError as error:

@@ -83,6 +83,7 @@ def generator_stage(
         "diffusion": upstream["diffusion"],
         "data": source.describe(),
         "teacher": teacher,
+        "inversion": store.inversion(config.rescale_latents),
         # the networks in the smaller generator's losses; the training loop adds this run's
         "frozen_networks": upstream.get("frozen_networks", {}),
         "ledger": starting_cost(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from cheapscale.data.files import atomic_write
 from cheapscale.data.pixels import to_uint8
@@ -44,6 +44,25 @@ def save_png(path: str | pathlib.Path, picture: np.ndarray, min_side: int = 512)
     image = Image.fromarray(picture)
     size = (picture.shape[1] * factor, picture.shape[0] * factor)
     image.resize(size, Image.Resampling.NEAREST).save(path)
+
+
+def tile(image: np.ndarray, side: int = 128) -> Image.Image:
+    """An image [h, w, 3] in [-1, 1] with at least `side` pixels a side, enlarged unsmoothed."""
+    size = max(side, *image.shape[:2])
+    return Image.fromarray(to_uint8(image)).resize((size, size), Image.Resampling.NEAREST)
+
+
+def captioned(pictures: list[tuple[str, np.ndarray]], columns: int = 10) -> Image.Image:
+    """A sheet of square images of one or several sizes, all enlarged to one, under captions."""
+    side = max(128, *(image.shape[0] for _, image in pictures))
+    rows, columns = math.ceil(len(pictures) / columns), min(columns, len(pictures))
+    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 18) + 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    for n, (caption, image) in enumerate(pictures):
+        left, top = 4 + n % columns * (side + 4), 4 + n // columns * (side + 18)
+        pen.text((left, top), caption, fill="black")
+        sheet.paste(tile(image, side), (left, top + 12))
+    return sheet
 
 
 def duration(seconds: float) -> str:

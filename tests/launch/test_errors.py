@@ -20,6 +20,7 @@ from tests.launch.shell import command as shell
 COMMANDS = (
     "train",
     "sample",
+    "edit",
     "evaluate",
     "pipeline",
     "sweep",

@@ -21,6 +21,7 @@ COMMANDS = (
     "import",
     "export",
     "sample",
+    "edit",
     "evaluate",
     "pipeline",
     "sweep",

@@ -14,6 +14,7 @@ from launch.command import start
 SCENES, STAGE = "--config=configs/scenes.py", "--config=configs/scenes.py:stage=pretrain"
 COMMANDS = {
     "sample": ["--model=nowhere"],
+    "edit": ["--model=nowhere", "--task=superres"],
     "evaluate": ["--workdir=nowhere"],
     "train": [STAGE, "--workdir=nowhere"],
     "pipeline": [SCENES, "--workdir=nowhere"],
@@ -24,7 +25,7 @@ COMMANDS = {
 }
 WHOLE = ("-1", "1.5", "nan", "many", "4294967301", str(2**63), str(10**30))
 NUMBERS = {
-    "sample": 9, "evaluate": 12, "train": 0, "pipeline": 2, "sweep": 2, "import": 0,
+    "sample": 9, "edit": 6, "evaluate": 12, "train": 0, "pipeline": 2, "sweep": 2, "import": 0,
     "export": 2, "bench.__main__": 6,
 }  # fmt: skip
 
