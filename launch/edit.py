@@ -64,6 +64,7 @@ class Edited(NamedTuple):
     figures: dict
 
 
+Rows = np.ndarray
 Task = Callable[[pagoda.Search], Edited]  # what is left to do when all input is checked
 
 
@@ -83,7 +84,8 @@ def define() -> None:
         "Class by number or name: that of the picture; for transfer that it becomes, or several; "
         "for interpolate of both ends, or of each.",
     )
-    flags.DEFINE_string("source", None, "transfer: the picture's own class.")
+    flags.DEFINE_multi_string("prompt", None, "Caption in place of --label; transfer: repeatedly.")
+    flags.DEFINE_string("source", None, "transfer: the picture's own class or caption.")
     flags.DEFINE_list("seeds", [], "interpolate: two seeds of noise instead of pictures, 3,7.")
     flags.DEFINE_integer("frames", 16, "interpolate: pictures, with both ends.", 2, 1000)
     flags.DEFINE_enum(
@@ -141,18 +143,33 @@ def check_flags(given) -> None:
         raise ValueError("--mask is missing: give --mask=FILE, white where to paint")
 
 
-def labels_of(model: Model, given, flag: str, counts: Sequence[int]) -> np.ndarray:
-    """int32 [n]: the classes that a flag names, n one of `counts`; a zero without classes."""
+def conditions(model: Model, given, flag: str, counts: Sequence[int]) -> tuple[list[str], Rows]:
+    """(names [n], rows int32 [n] or, of captions, [n, l]) that a flag gives, n one of `counts`."""
+    if flag == "label" and bool(given.label if model.captioned else given.prompt):
+        raise ValueError(
+            f"{given.model} was trained on captions: give --prompt instead of --label"
+            if model.captioned
+            else f"{given.model} knows no captions: give --label instead of --prompt"
+        )
+    flag = "prompt" if flag == "label" and model.captioned else flag
     texts, known = given[flag].value, model.network.num_classes
     texts = [texts] if isinstance(texts, str) else texts
     if known and not texts:
         names = ", ".join(model.class_names) or f"0 ... {known - 1}"
         raise ValueError(f"--{flag} is missing: name one of the classes {names}")
-    labels = model.labels(texts or [0], len(texts or [0]))
-    check_labels(labels, known)
-    if len(labels) not in counts:
-        raise ValueError(f"--{flag} names {len(labels)} classes: name {counts[0]}")
-    return labels
+    texts = texts or ["" if model.captioned else "0"]
+    rows = model.labels(texts, len(texts))
+    check_labels(rows, known)
+    if len(texts) not in counts:
+        raise ValueError(f"--{flag} was given {len(texts)} times: give {counts[0]}")
+    if model.class_names and not model.captioned:
+        texts = [model.class_names[label] for label in rows]
+    return texts, rows
+
+
+def numbered(images: np.ndarray) -> dict[str, np.ndarray]:
+    """{name: image}: result, result-2, ..."""
+    return {f"result-{n}" if n > 1 else "result": image for n, image in enumerate(images, 1)}
 
 
 def read(place: str) -> np.ndarray:
@@ -193,7 +210,8 @@ def shrunk(pixels: np.ndarray, *sides: int) -> list[np.ndarray]:
 
 def inpaint(given, model: Model) -> Task:
     """The task, everything checked: z* = argmin ||y - A(G(z, c))||^2, A(x) the known pixels."""
-    (c,), base = labels_of(model, given, "label", (1,)), model.network.resolution
+    _, (c,) = conditions(model, given, "label", (1,))
+    base = model.network.resolution
     pixels = read(given.image[0])
     hole = hole_of(given, pixels, model.resolution)
     (x,) = shrunk(pixels, model.resolution)
@@ -207,21 +225,12 @@ def inpaint(given, model: Model) -> Task:
 
     def run(search: pagoda.Search) -> Edited:
         found = search(x[~hole], A, area_mean(filled, base), c, hole_lo)
-        results = np.where(hole[..., None], found.images, x) if given.paste else found.images
-        names = ["result", *(f"result-{n}" for n in range(2, len(results) + 1))]
-        captions = [f"G(z), loss {loss:.4f}" for loss in found.loss]
-        sheet = [
-            ("picture", x),
-            ("known", grey),
-            *zip(names, results),
-            *zip(captions, found.images),
-        ]
-        known = psnr(A(found.images), np.repeat(x[~hole][None], len(results), axis=0))
-        return Edited(
-            dict(zip(names, results)),
-            sheet,
-            {"loss": found.loss.tolist(), "psnr_known": known.tolist()},
-        )
+        pasted = np.where(hole[..., None], found.images, x) if given.paste else found.images
+        results = numbered(pasted)
+        drawn = [(f"G(z), loss {v:.4f}", image) for v, image in zip(found.loss, found.images)]
+        sheet = [("picture", x), ("known", grey), *results.items(), *drawn]
+        known = psnr(A(found.images), pagoda.repeated(x[~hole], len(pasted)))
+        return Edited(results, sheet, {"loss": found.loss, "psnr_known": known})
 
     return run
 
@@ -229,8 +238,8 @@ def inpaint(given, model: Model) -> Task:
 def superres(given, model: Model) -> Task:
     """The task, everything checked: G(E(x_lo, c), c), or argmin ||x_lo - A(G(z, c))||^2 with
     block means A. The picture at G's size, if it is that large, judges the result."""
-    (c,), G = labels_of(model, given, "label", (1,)), model.network
-    side, base = model.resolution, G.resolution
+    _, (c,) = conditions(model, given, "label", (1,))
+    side, base = model.resolution, model.network.resolution
     if side == base:
         raise ValueError(
             f"{given.model} makes images of {base} px, the size of its teacher's: name a grown "
@@ -238,13 +247,13 @@ def superres(given, model: Model) -> Task:
         )
     pixels = read(given.image[0])
     x, x_lo = shrunk(pixels, side, base)
-    bicubic = np.asarray(jax.image.resize(x_lo, x.shape, "cubic")).clip(-1, 1)
     whole = min(pixels.shape[:2]) >= side
 
     def run(search: pagoda.Search) -> Edited:
         found = search(x_lo, lambda x: area_mean(x, base), x_lo, c)
+        bicubic = np.asarray(jax.image.resize(x_lo, x.shape, "cubic")).clip(-1, 1)
         best = {"bicubic": bicubic, "result": found.images[0]}
-        figures = {"loss": found.loss.tolist()}
+        figures = {"loss": found.loss}
         if whole:
             figures |= {f"psnr_{n}": float(psnr(i[None], x[None])[0]) for n, i in best.items()}
         sheet = [(f"{base} px", x_lo), *best.items()] + [("picture", x)] * whole
@@ -256,29 +265,28 @@ def superres(given, model: Model) -> Task:
 def transfer(given, model: Model) -> Task:
     """The task, everything checked: G(E(x_lo, c), c') for the picture's class c and others."""
     G = model.network
-    if not G.num_classes:
-        raise ValueError(f"{given.model} knows no classes: train one of images with labels")
-    (c,), targets = labels_of(model, given, "source", (1,)), labels_of(model, given, "label", ANY)
+    if not (G.num_classes or model.captioned):
+        raise ValueError(f"{given.model} knows no classes: name another generator as --model")
+    (own,), (c,) = conditions(model, given, "source", (1,))
+    names, others = conditions(model, given, "label", ANY)
     x, x_lo = shrunk(read(given.image[0]), model.resolution, G.resolution)
 
     def run(search: pagoda.Search) -> Edited:
         found = search(x, lambda x: x, x_lo, c)
-        images = pagoda.decode(G, np.repeat(found.z[:1], len(targets), axis=0), targets)
-        names = [class_name(model, label) for label in targets]
-        own = f"G(z, {class_name(model, c)})"
-        sheet = [("picture", x), (own, found.images[0]), *zip(names, images)]
-        results = {f"result-{name}": image for name, image in zip(names, images)}
-        figures = {"loss": found.loss.tolist(), "psnr": float(psnr(found.images[:1], x[None])[0])}
-        return Edited(results, sheet, figures)
+        images = pagoda.decode(G, pagoda.repeated(found.z[0], len(names)), others)
+        sheet = [("picture", x), (f"G(z, {own})", found.images[0]), *zip(names, images)]
+        figures = {"loss": found.loss, "psnr": float(psnr(found.images[:1], x[None])[0])}
+        return Edited(numbered(images), sheet, figures)
 
     return run
 
 
 def interpolate(given, model: Model) -> Task:
-    """The task, everything checked: G(z(a), c(a)), z(a) by slerp, the embedding of c(a) a
-    weighted mean of the ends'."""
-    G, labels = model.network, labels_of(model, given, "label", (1, 2))
-    ends = (int(labels[0]), int(labels[-1]))
+    """The task, everything checked: G(z(a), c(a)), z(a) by slerp, the embedding of the class c(a) a
+    weighted mean of the ends'; captions take one for all."""
+    G = model.network
+    _, rows = conditions(model, given, "label", (1,) if model.captioned else (1, 2))
+    ends = rows[0], rows[-1]
     pictures = [shrunk(read(place), model.resolution, G.resolution) for place in given.image]
     a = np.linspace(0, 1, given.frames)
 
@@ -288,10 +296,11 @@ def interpolate(given, model: Model) -> Task:
             np.asarray(prior(int(seed), np.arange(1), G.shape, G.process.sigma_max))[0]
             for seed in given.seeds
         ]
-        weights = np.zeros((len(a), max(G.num_classes, 1)), np.float32)
-        for end, share in zip(ends, (1 - a, a)):
-            weights[:, end] += share
-        images = pagoda.decode(G, pagoda.slerp(*z, a), weights)
+        label = pagoda.repeated(rows[0], len(a))
+        if G.num_classes:
+            first, last = np.eye(G.num_classes, dtype=np.float32)[list(ends)]
+            label = (np.outer(1 - a, first) + np.outer(a, last)).astype(np.float32)
+        images = pagoda.decode(G, pagoda.slerp(*z, a), label)
         names = [f"frame-{n:03d}" for n in range(len(a))]
         few = np.unique(np.linspace(0, len(a) - 1, SHOWN).round().astype(int))
         sheet = [(f"a = {a[n]:.2f}", images[n]) for n in few]
@@ -302,11 +311,6 @@ def interpolate(given, model: Model) -> Task:
         return Edited(dict(zip(names, images)), sheet, figures)
 
     return run
-
-
-def class_name(model: Model, label: int) -> str:
-    """The name of a class, or its number."""
-    return model.class_names[label] if model.class_names else str(label)
 
 
 def save(out: pathlib.Path, edited: Edited, moving: bool) -> None:
@@ -370,7 +374,7 @@ def edit(given) -> dict:
         "out": str(out),
         "results": [f"{name}.png" for name in edited.results],
         "resolution": model.resolution,
-        **edited.figures,
+        **{name: np.asarray(value).tolist() for name, value in edited.figures.items()},
         "seconds_with_compilation": round(time.monotonic() - began, 2),
     }
 

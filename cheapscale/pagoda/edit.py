@@ -109,9 +109,15 @@ def encode(
 def decode(
     generator: Generator, z: np.ndarray, label: np.ndarray, batch_size: int = 16
 ) -> np.ndarray:
-    """G(z, c) in [-1, 1]. label: [n] classes, or [n, num_classes] weights of their embeddings."""
+    """G(z, c) in [-1, 1]. label: [n] classes, [n, num_classes] weights of their embeddings, or
+    [n, l] tokens of captions."""
     images = in_batches(one_step, generator, z, label, batch_size=batch_size)
     return np.clip(check_finite(images), -1.0, 1.0)
+
+
+def repeated(row: np.ndarray, n: int) -> np.ndarray:
+    """[n, ...]: one row n times."""
+    return np.repeat(np.asarray(row)[None], n, axis=0)
 
 
 @pinned()
@@ -119,7 +125,7 @@ def optimise(
     generator: Generator,
     y: np.ndarray,
     A: Callable[[jax.Array], jax.Array],
-    label: int,
+    c: np.ndarray,
     start: np.ndarray,
     *,
     steps: int = 300,
@@ -134,7 +140,7 @@ def optimise(
         penalty: weight of (|u|^2 / d - 1)^2 beside the mean over the entries of y.
     """
     sigma_max, restarts = generator.process.sigma_max, len(start)
-    c = jnp.full(restarts, label, jnp.int32)
+    c = jnp.asarray(repeated(c, restarts))
     adam = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
     def objective(u, G):
@@ -197,10 +203,10 @@ class Search:
         y: np.ndarray,
         A: Callable[[jax.Array], jax.Array],
         x_lo: np.ndarray,
-        label: int,
+        c: np.ndarray,
         hole: np.ndarray | None = None,
     ) -> Found:
-        """The noise of the picture with the observation y = A(x).
+        """The noise of the picture with the observation y = A(x), as `optimise` takes it.
 
         x_lo: [h, w, c] of z's size, for the inversion. hole: [h, w], which of its pixels are
         unknown and were only filled.
@@ -208,13 +214,13 @@ class Search:
         G, n = self.generator, self.restarts if self.method == "optimise" else 1
         z = np.asarray(prior(self.seed, np.arange(n), G.shape, G.process.sigma_max))
         if self.inverts:
-            rows = np.repeat(x_lo[None], n, axis=0), np.full(n, label, np.int32)
+            rows = repeated(x_lo, n), repeated(c, n)
             inverted = encode(self.teacher, *rows, self.inversion, self.seed)
             fresh = hole is not None and self.method == "optimise"
             z = np.where(hole[..., None], z, inverted) if fresh else inverted
         if self.method == "optimise":
-            z = optimise(G, y, A, label, z, **self.adam)
-        images = decode(G, z, np.full(n, label, np.int32))
+            z = optimise(G, y, A, c, z, **self.adam)
+        images = decode(G, z, repeated(c, n))
         loss = np.square(np.asarray(A(images)) - y).reshape(n, -1).mean(axis=1)
         order = np.argsort(loss)
         return Found(z[order], images[order], loss[order])

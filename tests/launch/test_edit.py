@@ -15,7 +15,6 @@ from cheapscale.pagoda import edit as pagoda
 from cheapscale.teacher.load import load
 from launch import edit
 
-
 LOADED = functools.cache(cheapscale.load)
 
 
@@ -63,7 +62,7 @@ def test_transfer_to_the_same_class_reconstructs_and_to_another_does_not(
 ):
     found = run(pipeline, folder, tmp_path, "transfer", "--image=@photo.png", "--source=star",
                 "--label=5,disc", model="distill")  # fmt: skip
-    assert found["results"] == ["result-star.png", "result-disc.png"]
+    assert found["results"] == ["result.png", "result-2.png"]
     star, disc = (image(tmp_path / name) for name in found["results"])
     assert star.shape == (8, 8, 3) and np.abs(star - disc).max() > 1
     mse = np.square((star - upright(folder, 8)) / 127.5).mean()
@@ -127,7 +126,7 @@ def test_interpolation_runs_from_one_seeds_sample_to_the_others(pipeline, folder
         ("inpaint", "--image=@photo.png --mask=@lower.png", "--label is missing: name one"),
         ("superres", "--image=@photo.png --label=8", "label 8 is out of range"),
         ("superres", "--image=@photo.png --label=unicorn", "'unicorn' is no class"),
-        ("superres", "--image=@photo.png --label=1,2", "--label names 2 classes: name 1"),
+        ("superres", "--image=@photo.png --label=1,2", "--label was given 2 times: give 1"),
         ("superres", "--image=@gone.png --label=1", "there is no picture .*gone.png"),
         ("superres", "--image=@text.png --label=1", "text.png does not decode"),
         ("superres", "--label=1", "was given 0 pictures, not 1: give --image=FILE"),
@@ -138,6 +137,7 @@ def test_interpolation_runs_from_one_seeds_sample_to_the_others(pipeline, folder
         ("interpolate", "--seeds=3 --label=1", "--seeds=3: give two whole numbers"),
         ("interpolate", "--seeds=3,x --label=1", "--seeds=3,x: give two whole numbers"),
         ("interpolate", "--seeds=3,7 --image=@photo.png --label=1", "instead of pictures"),
+        ("superres", "--image=@photo.png --prompt=star", "knows no captions: give --label"),
         ("paint", "--image=@photo.png", "should be one of <inpaint"),
     ],
 )  # fmt: skip
