@@ -31,7 +31,7 @@ from PIL import Image
 
 import cheapscale
 from cheapscale.data.files import atomic_write
-from cheapscale.data.numbers import LARGEST
+from cheapscale.data.numbers import LARGEST, whole
 from cheapscale.data.pixels import psnr, to_uint8
 from cheapscale.data.resize import area_mean, downsample
 from cheapscale.data.source import read_picture
@@ -293,7 +293,9 @@ def interpolate(given, model: Model) -> Task:
     def run(search: pagoda.Search) -> Edited:
         found = [search(x, lambda x: x, x_lo, c) for (x, x_lo), c in zip(pictures, ends)]
         z = [f.z[0] for f in found] or [
-            np.asarray(prior(int(seed), np.arange(1), G.shape, G.process.sigma_max))[0]
+            np.asarray(
+                prior(whole(int(seed), "--seeds"), np.arange(1), G.shape, G.process.sigma_max)
+            )[0]
             for seed in given.seeds
         ]
         label = pagoda.repeated(rows[0], len(a))

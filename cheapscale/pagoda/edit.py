@@ -1,5 +1,5 @@
 """Controllable generation with a one-step generator G that is not trained any further (PaGoDA, Kim
-et al. 2024, arXiv 2405.14822, section 5 "controllable generation", Fig. 8).
+et al. 2024, arXiv 2405.14822, "controllable generation" and Fig. 8).
 
     y = A(x)                                an observation of the picture x: A masks or averages
     z = E(x_lo, c)                          inversion: the teacher's ODE maps x_lo to its noise
@@ -17,7 +17,7 @@ often stuck.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def repeated(row: np.ndarray, n: int) -> np.ndarray:
 def optimise(
     generator: Generator,
     y: np.ndarray,
-    A: Callable[[jax.Array], jax.Array],
+    A: Callable[[Any], Any],
     c: np.ndarray,
     start: np.ndarray,
     *,
@@ -201,7 +201,7 @@ class Search:
     def __call__(
         self,
         y: np.ndarray,
-        A: Callable[[jax.Array], jax.Array],
+        A: Callable[[Any], Any],
         x_lo: np.ndarray,
         c: np.ndarray,
         hole: np.ndarray | None = None,
