@@ -183,7 +183,9 @@ def gan_step(
     metrics |= {f"loss_{name}": term for name, term in L.items()} | aux
 
     (grads,) = to_weights(slope)
-    total = sum((L[name] for name in pairs), 0.0) + lam * L.get("adv", 0.0)
+    total = lam * L.get("adv", 0.0)
+    for name in pairs:
+        total = L[name] + total
     metrics |= {"loss": total, "grad_norm": optax.tree.norm(grads)}
     theta, opt_G = optimiser.apply(grads, opt_G, theta)
     ema = update_ema(state.ema_params["generator"], theta, state.step, ema_decay)
