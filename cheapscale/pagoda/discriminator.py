@@ -58,8 +58,9 @@ class ProjectedDiscriminator(NamedTuple):
 
     init: key -> (params, spectral); traceable.
     apply: (params, spectral, maps, c) -> (logits [b, n], new spectral), for the maps or tokens of
-      `features.mixing.projections` and c = {"label": int [b][, "omega": [b]]}. A label outside
-      [0, num_classes) has a zero embedding; without classes labels are ignored.
+      `features.mixing.projections` and c = {"label": int [b][, "omega": [b]]}, with text "caption"
+      [b, caption_dim] beside it. A label outside [0, num_classes) has a zero embedding; without
+      classes labels are ignored.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -71,6 +72,7 @@ def projected_discriminator(
     *,
     resolution: int,
     num_classes: int = 0,
+    caption_dim: int = 0,
     width: int = 64,
     condition_dim: int = 64,
     embedding_dim: int = 64,
@@ -84,7 +86,9 @@ def projected_discriminator(
     Args:
       networks: frozen feature networks, one set of heads each; their names must differ.
       resolution: side of the images.
-      num_classes: 0 for an unconditional discriminator.
+      num_classes: 0 for a discriminator without classes.
+      caption_dim: width of the captions' pooled vectors, which take the place of the classes; 0 for
+        none.
       width: channels of the finest mixed map; everything scales with it (64 in the papers).
       condition_dim: channels of the inner product with the class embedding.
       embedding_dim: size of the class embeddings, which start at random (N(0, 1)).
@@ -108,6 +112,7 @@ def projected_discriminator(
     options = dict(
         condition_dim=condition_dim,
         num_classes=num_classes,
+        caption_dim=caption_dim,
         embedding_dim=embedding_dim,
         embedding_init=embedding_init,
         bn_groups=bn_groups,
@@ -133,6 +138,7 @@ def projected_discriminator(
                 x = jnp.zeros((bn_groups, *shape))
                 c = {"label": jnp.zeros((bn_groups,), jnp.int32)}
                 c |= {"omega": jnp.ones((bn_groups,))} if guided else {}
+                c |= {"caption": jnp.zeros((bn_groups, caption_dim))} if caption_dim else {}
                 made = heads[name][i].init(use, x, c)
                 params[name][f"head{i}"] = made["params"]
                 spectral[name][f"head{i}"] = made["spectral"]
@@ -255,11 +261,12 @@ class ConditionalHead(nn.Module):
 
     Attributes:
       condition_dim: channels of the last convolution, multiplied with the class embedding.
-      num_classes: 0 for unconditional (the last convolution has one channel).
+      num_classes, caption_dim: both 0 for unconditional (the last convolution has one channel).
     """
 
     condition_dim: int = 64
     num_classes: int = 0
+    caption_dim: int = 0
     embedding_dim: int = 64
     embedding_init: Callable = nn.initializers.normal(1.0)
     bn_groups: int = 1
@@ -273,10 +280,11 @@ class ConditionalHead(nn.Module):
 
     def logits(self, x: jax.Array, c: dict[str, jax.Array], kernel: int) -> jax.Array:
         """x [b, h, w, c] -> logits [b, n], one per position of the last convolution."""
-        outputs = self.condition_dim if self.num_classes else 1
+        conditional = self.num_classes or self.caption_dim
+        outputs = self.condition_dim if conditional else 1
         x = SpectralConv(outputs, kernel, use_bias=False, name="out")(x)
         x = x.reshape(x.shape[0], -1, outputs)
-        if not self.num_classes:
+        if not conditional:
             return x[:, :, 0]
         # Projection discriminator (Miyato & Koyama 2018): an inner product at every position.
         return jnp.einsum("bnc,bc->bn", x, self._condition(c)) * self.condition_dim**-0.5
@@ -284,13 +292,17 @@ class ConditionalHead(nn.Module):
     def _condition(self, c: dict[str, jax.Array]) -> jax.Array:
         # The linear layer follows StyleGAN's equalised learning rate: weights are stored with unit
         # variance and scaled by 1 / sqrt(fan-in) in the forward pass.
-        dim = self.embedding_dim
-        table = self.param("embedding", self.embedding_init, (self.num_classes, dim))
+        if self.caption_dim:
+            embedded = c["caption"]
+        else:
+            shape = (self.num_classes, self.embedding_dim)
+            table = self.param("embedding", self.embedding_init, shape)
+            embedded = jax.nn.one_hot(c["label"], self.num_classes) @ table
+        dim = embedded.shape[-1]
         kernel = self.param(
             "condition_kernel", nn.initializers.normal(1.0), (dim, self.condition_dim)
         )
         bias = self.param("condition_bias", nn.initializers.zeros, (self.condition_dim,))
-        embedded = jax.nn.one_hot(c["label"], self.num_classes) @ table
         hidden = embedded @ kernel * dim**-0.5 + bias[None, :]
         if "omega" in c:
             hidden += Omega(self.condition_dim, name="omega_condition")(c["omega"])

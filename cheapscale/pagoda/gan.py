@@ -60,6 +60,7 @@ def gan_step(
     adaptive_layer: str | None = None,
     squared_norms: bool = False,
     guidance: Guidance | None = None,
+    describe: Callable = lambda theta, c: c,
 ) -> tuple[TrainState, dict]:
     """One discriminator and one generator update: (new state, {name: scalar}).
 
@@ -79,6 +80,7 @@ def gan_step(
             the constant factor.
         squared_norms: square the norms in lambda, as section 5.1 does; the published code does not.
         guidance: of a generator that takes omega.
+        describe: (theta, c) -> c as D reads it, with captions as vectors of G's frozen encoder.
     """
     real, guided = batch["real"], guidance is not None
     pairs = {"rec": batch["pair"]} if reconstruct else {}
@@ -133,7 +135,7 @@ def gan_step(
             metrics["omega_real"] = c_real["omega"].mean()
         loss = functools.partial(discriminator_loss, discriminate=discriminate, loss_of_D=loss_of_D)
         (L_D, (spectral, means)), grads = jax.value_and_grad(loss, has_aux=True)(
-            psi, spectral, seen["real"], seen["fake"], c_real, c
+            psi, spectral, seen["real"], seen["fake"], describe(theta, c_real), describe(theta, c)
         )
         psi, opt_D = optimisers["discriminator"].apply(grads, opt_D, psi)
         metrics |= {"loss_disc": L_D} | means
@@ -161,7 +163,8 @@ def gan_step(
             aux |= terms
             L[name] = sum(terms.values())
         if adversarial_weight:
-            logits, aux["spectral"] = discriminate(psi, spectral, own["fake"], inputs["fake"][1])
+            c = describe(theta, inputs["fake"][1])
+            logits, aux["spectral"] = discriminate(psi, spectral, own["fake"], c)
             L["adv"] = loss_of_G(logits)
         return L, aux
 

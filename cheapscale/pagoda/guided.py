@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from cheapscale.diffusion.denoiser import process_from
 from cheapscale.diffusion.guidance import SCALES, UNGUIDED, draw_scale
-from cheapscale.models.unet import unet
+from cheapscale.models.unet import UNet, unet
 from cheapscale.training.checkpoint import load_network, read_meta
 from cheapscale.training.exported import model_file
 
@@ -66,6 +66,14 @@ def conditions(rows: dict[str, jax.Array], guided: bool) -> Conditions:
     without a scale."""
     c = {name: value for name, value in rows.items() if name not in ("image", "z")}
     return {"omega": jnp.full(len(rows["image"]), UNGUIDED)} | c if guided else c
+
+
+def described(net: UNet, theta: PyTree, c: Conditions) -> Conditions:
+    """c with the pooled vectors of its captions, by the encoder of a network with weights theta; of
+    a network without captions as it is."""
+    if not net.config.text:
+        return c
+    return c | {"caption": net.encode(theta, c["label"]).pooled}
 
 
 def estimator_fields(model: dict) -> dict:

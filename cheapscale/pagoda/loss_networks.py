@@ -100,12 +100,14 @@ def make_loss_networks(
     discriminator: dict,
     weights: dict[str, float],
     conditional: bool = True,
+    caption_dim: int = 0,
     guided: bool = False,
 ) -> LossNetworks:
     """The discriminator and the reconstruction distance for one resolution, before any fitting.
 
     weights: of the terms of L_rec: "feature" as in PaGoDA's published scripts, "lpips" as in the
-    paper, "pixel". A term of weight 0 is left out. guided: the discriminator takes omega.
+    paper, "pixel". A term of weight 0 is left out. conditional: the discriminator sees
+    classes. caption_dim: width of the caption vectors that it sees instead; guided: it takes omega.
     """
     backbones, unfitted = load_features(settings, source)
     networks = list(backbones)
@@ -138,6 +140,7 @@ def make_loss_networks(
         backbones,
         resolution=source.resolution,
         num_classes=source.num_classes if conditional else 0,
+        caption_dim=caption_dim,
         embedding=embedding,
         guided=guided,
         **discriminator,

@@ -69,6 +69,7 @@ def generator_stage(
         discriminator=config.discriminator.to_dict(),
         weights=weights,
         conditional=bool(model["num_classes"]),
+        caption_dim=model["text"]["width"] if model["text"] else 0,
         guided=takes_omega,
     )
     optimisers = {
@@ -76,7 +77,8 @@ def generator_stage(
         "discriminator": Optimiser(make_optimiser(**config.optim_discriminator)),
     }
     if sampled:
-        optimisers["estimator"] = Optimiser(make_optimiser(**config.optim))
+        learns = lambda path: not path.startswith("text/")  # noqa: E731  as the generator's
+        optimisers["estimator"] = Optimiser(make_optimiser(**config.optim), learns)
     meta = {
         "stage": name,
         "networks": {"generator": model},
@@ -124,6 +126,7 @@ def generator_stage(
             adaptive_layer=adaptive_layer if loss["adaptive"] else None,
             squared_norms=loss["squared_norms"],
             guidance=guided.make_guidance(meta) if takes_omega else None,
+            describe=functools.partial(guided.described, generator.net),
         ),
         batches=functools.partial(
             pair_and_real_batches,

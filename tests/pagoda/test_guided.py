@@ -14,7 +14,13 @@ from cheapscale.models.unet import init_params
 from cheapscale.pagoda import invert
 from cheapscale.pagoda.discriminator import Head, TokenHead
 from cheapscale.pagoda.gan import GAN_LOSSES, gan_step
-from cheapscale.pagoda.guided import Guidance, estimator_fields, make_guidance, with_omega
+from cheapscale.pagoda.guided import (
+    Guidance,
+    described,
+    estimator_fields,
+    make_guidance,
+    with_omega,
+)
 from cheapscale.teacher.load import load
 from cheapscale.teacher.sampling import prior, sample, sampler
 from cheapscale.teacher.teacher import make_generator, resolve_model
@@ -256,3 +262,21 @@ def test_samples_then_a_guided_generator_then_its_growth(pipeline, tmp_path, mon
     first = stage.warm_start(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), state.params))
     base = checkpoint.load_network(G, "estimator", ema=False).params
     jax.tree.map(np.testing.assert_array_equal, first["estimator"], base)
+
+
+def test_the_discriminator_sees_captions_as_the_generators_encoder_does(key):
+    """With a model of captions the label is a row of tokens; D reads its pooled vector."""
+    text = dict(kind="transformer", vocab=7, length=4, width=8, depth=1, heads=1, mlp=8)
+    G = generator(num_classes=0, text=text, caption_dim=8)
+    tokens = jnp.array([[1, 2, -1, -1], [2, 1, -1, -1], [-1, -1, -1, -1], [1, 2, -1, -1]])
+    c = described(G.net, G.params, {"label": tokens})
+    np.testing.assert_array_equal(c["caption"], G.net.encode(G.params, tokens).pooled)
+    head = TokenHead(channels=6, caption_dim=8)
+    x = jnp.broadcast_to(jax.random.normal(key, (1, 9, 4)), (4, 9, 4))
+    variables = head.init(key, x, c)
+    assert "embedding" not in variables["params"]
+    logits = head.apply(variables, x, c, mutable=["spectral"])[0]
+    np.testing.assert_allclose(logits[3], logits[0], rtol=1e-5)
+    assert min(np.abs(logits[0] - logits[other]).max() for other in (1, 2)) > 1e-3
+    same = {"label": jnp.array([0, 1, 2, 0])}
+    assert described(generator().net, {}, same) is same
