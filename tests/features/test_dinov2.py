@@ -84,6 +84,29 @@ def test_hub_names(torchvision, tmp_path):
     close(jax.jit(network.apply)(network.params, x)[-1], last.permute(0, 2, 3, 1))
 
 
+def test_dinos_tokens_before_the_blocks_and_after_every_quarter(torchvision, tmp_path):
+    """DINO has patches of 16 px and no LayerScale; the discriminator reads its tokens."""
+    timm = pytest.importorskip("timm", reason="install timm (extra: test)")
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        64, 16, embed_dim=WIDTH, depth=DEPTH, num_heads=2, num_classes=0
+    )
+    torch.save(randomise(theirs).state_dict(), tmp_path / "dino.pth")
+    network = dinov2.build(
+        read_weights(tmp_path / "dino.pth"), "dino_vits16", WIDTH, DEPTH, patch=16, input_size=64
+    )
+    x, pixels = images(64, 64)
+    first, *found = jax.jit(network.tokens)(network.params, x)
+    assert len(found) == 4 and all(t.shape == (2, 17, WIDTH) for t in (first, *found))
+    with torch.no_grad():
+        expected = theirs.pos_drop(theirs._pos_embed(theirs.patch_embed(pixels)))
+        after = [expected]
+        for block in theirs.blocks:
+            after.append(block(after[-1]))
+    close(first, expected)
+    for n, tokens in enumerate(found, start=1):
+        close(tokens, after[n * DEPTH // 4])
+
+
 @pytest.mark.parametrize("out", [3, 5, 9])
 @pytest.mark.parametrize("offset", [0.0, 0.1])
 def test_positions_are_resized_as_published(out, offset):

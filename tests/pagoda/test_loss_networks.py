@@ -75,6 +75,49 @@ def test_the_frozen_networks_read_for_a_distance_only_if_a_term_needs_their_maps
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_token_heads_read_a_transformers_tokens_and_the_distance_its_maps(monkeypatch):
+    """Every token has a logit; a network without tokens keeps its heads on mixed maps."""
+
+    def with_tokens(settings, source):
+        (plain,), _ = network(settings, source)
+
+        def tokens(params, x):
+            return tuple(m.reshape(len(m), -1, m.shape[-1]) for m in plain.apply(params, x)[:2])
+
+        named = plain._replace(name="transformer", tokens=tokens)
+        return [plain, named][2 - len(settings["names"]) :], {}
+
+    monkeypatch.setattr(loss_networks, "load_features", with_tokens)
+    source, key = SceneSource("train", 8, size=4), jax.random.key(1)
+
+    def make(*names, tokens=True):
+        return loss_networks.make_loss_networks(
+            source,
+            settings=fields.defaults("distill").features.to_dict() | {"names": names},
+            discriminator={"width": 4, "tokens": tokens},
+            weights=WEIGHTS,
+        )
+
+    made = make("blocks", "transformer")
+    frozen, _ = made.load(jax.random.key(0))
+    x, labels = source.read(range(2))
+    views = {"fake": View("discriminator", x, key), "target": View("distance", x, key)}
+    seen = made.see(frozen, views)
+    assert [t.shape for t in seen["fake"]["transformer"]] == [(2, 16, 6), (2, 4, 6)]
+    params, spectral = jax.jit(made.init)(key)
+    logits, _ = made.discriminate(params, spectral, seen["fake"], {"label": labels})
+    on_maps = make("transformer", tokens=False)
+    plain = on_maps.see(on_maps.load(jax.random.key(0))[0], views)
+    by_position = jax.eval_shape(
+        on_maps.discriminate, *on_maps.init(key), plain["fake"], {"label": labels}
+    )[0]
+    assert logits.shape == (2, by_position.shape[1] + 16 + 4)
+    assert all(m.ndim == 4 for m in seen["target"]["transformer"])
+    monkeypatch.setattr(loss_networks, "load_features", network)
+    with pytest.raises(ValueError, match="discriminator.tokens is True.*dino_vits16"):
+        make("blocks")
+
+
 def test_the_class_table_starts_as_the_file_and_stays_trainable(networks, tmp_path):
     """A given table is the initial class embedding of the discriminator."""
     table = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
