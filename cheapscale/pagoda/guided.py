@@ -1,11 +1,11 @@
 """The guidance scale omega as an input of the generator (PaGoDA, Kim et al. 2024, arXiv 2405.14822,
 section 4.2 and appendix C), so that guided images take one network call, too.
 
-    L_rec    on unguided pairs, at omega = 1                     (guided inversion: at its own scale)
-    L_dstl   = E d(G(z, c, omega), x^)    on the teacher's guided samples (z, c, omega, x^)
-    L_adv    fake (G(z', c, omega), c, omega) with omega ~ pi(omega), against
-             real (x, c, omega_phi(x, c)), because p(c) pi(omega) p(x|c, omega) = p(x, c) p(omega|x, c)
-    L_phi    = E (omega - omega_phi(x^, c))^2                        on the teacher's samples, too
+    L_rec   on unguided pairs, at omega = 1; guided inversion is the option, at its own scales
+    L_dstl  = E d(G(z, c, omega), x^)        on the teacher's guided samples (z, c, omega, x^)
+    L_adv   fake (G(z', c, omega), c, omega) with omega ~ pi(omega)
+            real (x, c, omega_phi(x, c)), since p(c) pi(omega) p(x|c, omega) = p(x, c) p(omega|x, c)
+    L_phi   = E (omega - omega_phi(x^, c))^2                   on the teacher's samples
 
 omega_phi is the encoder of a U-Net with one output; it starts as the teacher's encoder. Its optimum
 is the mean of p(omega | x, c), which lies in the range of pi, so the output does as well. Larger
@@ -13,7 +13,7 @@ generators keep the estimator of their base, which sees their images at the base
 
 The paper feeds its estimator the outer product of CLIP's embeddings of image and text; here it
 sees the image, and the conditions as the generator does.
-"""  # noqa: E501
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
