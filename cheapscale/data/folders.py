@@ -91,6 +91,11 @@ class FolderSource(Source):
             + (f"; without images, so no class: {shown(found.empty)}" if found.empty else "")
         )
 
+    @property
+    def root(self) -> pathlib.Path:
+        """The folder of the split, whose captions.jsonl names files below it."""
+        return self._root
+
     def path(self, i: int) -> pathlib.Path:
         """The file of image i."""
         return self._files[self._index(i)]
