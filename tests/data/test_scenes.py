@@ -164,6 +164,35 @@ def test_captions_and_labels_describe_the_objects(pictures):
             )
 
 
+def test_every_phrasing_is_true(pictures):
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    kinds = set()
+    for picture in pictures:
+        main, *others = picture.objects
+        allowed = {"a", "an", "and", "large", "small", "on", "background", picture.ground}
+        for o in picture.objects:
+            allowed |= (
+                {o.shape, o.colour}
+                | {o.texture} - {"plain"}
+                | ({"outlined"} if o.outlined else set())
+            )
+        texts = scenes.captions(picture)
+        assert texts[0] == scenes.caption(picture) and len(set(texts)) == len(texts)
+        for text in texts:
+            words = text
+            for name in opposite:
+                words = words.replace(name, "")
+            assert set(words.split()) <= allowed
+            assert f"{main.shape}" in text and main.colour in text
+            assert ("on a" in text) == (picture.ground in text)
+        for other, text in zip(others, texts[5:], strict=True):
+            kinds.add(name := scenes.relation(main, other))
+            first, second = text.split(f" {opposite[name]} ")
+            assert first.startswith("a small") and first.endswith(other.shape)
+            assert second.startswith("a large") and second.endswith(main.shape)
+    assert kinds == set(opposite)
+
+
 def test_refuses_a_resolution_that_does_not_divide_the_lattice():
     with pytest.raises(ValueError, match="divide 512, not at 48"):
         open_source("scenes", "train", resolution=48)
