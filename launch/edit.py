@@ -64,7 +64,6 @@ class Edited(NamedTuple):
     figures: dict
 
 
-Rows = np.ndarray
 Task = Callable[[pagoda.Search], Edited]  # what is left to do when all input is checked
 
 
@@ -143,7 +142,9 @@ def check_flags(given) -> None:
         raise ValueError("--mask is missing: give --mask=FILE, white where to paint")
 
 
-def conditions(model: Model, given, flag: str, counts: Sequence[int]) -> tuple[list[str], Rows]:
+def conditions(
+    model: Model, given, flag: str, counts: Sequence[int]
+) -> tuple[list[str], np.ndarray]:
     """(names [n], rows int32 [n] or, of captions, [n, l]) that a flag gives, n one of `counts`."""
     if flag == "label" and bool(given.label if model.captioned else given.prompt):
         raise ValueError(
@@ -218,7 +219,7 @@ def inpaint(given, model: Model) -> Task:
     rows, columns = np.nonzero(~hole)
     grey = np.where(hole[..., None], np.float32(0.5), x)
     filled = np.where(hole[..., None], x[~hole].mean(axis=0), x)
-    hole_lo = area_mean(hole[..., None].astype(np.float32), base)[..., 0] > EDGE
+    hole_lo = area_mean(hole[..., None].astype(np.float32), base)[..., 0] > 0
 
     def A(x):
         return x[:, rows, columns]
@@ -288,16 +289,13 @@ def interpolate(given, model: Model) -> Task:
     _, rows = conditions(model, given, "label", (1,) if model.captioned else (1, 2))
     ends = rows[0], rows[-1]
     pictures = [shrunk(read(place), model.resolution, G.resolution) for place in given.image]
+    seeds = [whole(int(text), "--seeds") for text in given.seeds]
     a = np.linspace(0, 1, given.frames)
 
     def run(search: pagoda.Search) -> Edited:
         found = [search(x, lambda x: x, x_lo, c) for (x, x_lo), c in zip(pictures, ends)]
-        z = [f.z[0] for f in found] or [
-            np.asarray(
-                prior(whole(int(seed), "--seeds"), np.arange(1), G.shape, G.process.sigma_max)
-            )[0]
-            for seed in given.seeds
-        ]
+        drawn = [prior(seed, np.arange(1), G.shape, G.process.sigma_max)[0] for seed in seeds]
+        z = drawn or [f.z[0] for f in found]
         label = pagoda.repeated(rows[0], len(a))
         if G.num_classes:
             first, last = np.eye(G.num_classes, dtype=np.float32)[list(ends)]

@@ -13,6 +13,7 @@ float16 changes. A shipped model is written into the package, with its figures:
         --out=cheapscale/pretrained/scenes32.safetensors
 """
 
+import contextlib
 import pathlib
 
 import jax
@@ -22,6 +23,7 @@ from absl import flags
 from cheapscale.data.numbers import LARGEST
 from cheapscale.data.pixels import psnr
 from cheapscale.model import Model
+from cheapscale.pagoda.edit import inversion_of
 from cheapscale.teacher.load import load
 from cheapscale.teacher.teacher import Generator, Teacher, fingerprint
 from cheapscale.training.checkpoint import load_network, read_meta
@@ -56,7 +58,11 @@ def export(given) -> dict:
     found = load(given.model, step=given.step)
     small = jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded(found.params))
     origin = {"from": found.fingerprint, "weights": fingerprint(small)}
-    sha256 = write_model(out, found.params, found.meta | {"exported": origin}, found.step)
+    meta = found.meta | {"exported": origin}
+    if isinstance(found, Generator):
+        with contextlib.suppress(ValueError):  # neither the run nor its latents tell
+            meta["inversion"] = inversion_of(found)._asdict()
+    sha256 = write_model(out, found.params, meta, found.step)
     samples = compare(found, small, given.num, out.with_suffix(".png")) if given.num else {}
     card = card_of(
         out,
