@@ -11,8 +11,8 @@
     windows     averages the teacher's estimates in half-overlapping windows of its trained size
                 (MultiDiffusion, Bar-Tal et al. 2023, arXiv 2302.08113)
 
-Each is a denoiser(model, pivot, label, grid), for direct sampling and for the stages of a cascade.
-None of them is part of self-cascade.
+`baseline_denoiser` makes their denoisers for direct sampling and for the stages of a cascade. None
+of them is part of self-cascade.
 """
 
 import functools
@@ -30,31 +30,18 @@ from cheapscale.models.unet import unet
 from cheapscale.teacher.experts import Experts
 from cheapscale.teacher.teacher import Teacher
 
-Pivot = jax.Array | None  # given to every denoiser of a stage; none of these looks at it
 DILATED_ABOVE = "t0.6"
 
 
 def attention(
-    model: Teacher,
-    pivot: Pivot,
-    label: jax.Array,
-    grid: np.ndarray,
-    *,
-    size: Size,
-    cfg_scale: float,
+    model: Teacher, label: jax.Array, grid: np.ndarray, size: Size, cfg_scale: float
 ) -> Sequence[Segment]:
     """The teacher with sharper attention logits, by the number of positions."""
     return changed(model, entropy_scaling=True).segments(label, grid, cfg_scale=cfg_scale)
 
 
 def dilated(
-    model: Teacher,
-    pivot: Pivot,
-    label: jax.Array,
-    grid: np.ndarray,
-    *,
-    size: Size,
-    cfg_scale: float,
+    model: Teacher, label: jax.Array, grid: np.ndarray, size: Size, cfg_scale: float
 ) -> Sequence[Segment]:
     """A dilated network at the noisier levels, the plain network at the others."""
     bottleneck = f"dec_{model.resolution >> (len(model.net.config.channel_mult) - 1)}_in"
@@ -68,13 +55,7 @@ def dilated(
 
 
 def shifted(
-    model: Teacher,
-    pivot: Pivot,
-    label: jax.Array,
-    grid: np.ndarray,
-    *,
-    size: Size,
-    cfg_scale: float,
+    model: Teacher, label: jax.Array, grid: np.ndarray, size: Size, cfg_scale: float
 ) -> Sequence[Segment]:
     """The teacher, conditioned on the level divided by the scale."""
     shift = schedule_shift(model, size)
@@ -82,13 +63,7 @@ def shifted(
 
 
 def windows(
-    model: Teacher,
-    pivot: Pivot,
-    label: jax.Array,
-    grid: np.ndarray,
-    *,
-    size: Size,
-    cfg_scale: float,
+    model: Teacher, label: jax.Array, grid: np.ndarray, size: Size, cfg_scale: float
 ) -> Sequence[Segment]:
     """The mean of the teacher's estimates in overlapping windows of the trained size."""
     D_of = functools.partial(model.denoiser, cfg_scale=cfg_scale)
@@ -148,4 +123,8 @@ def baseline_denoiser(
             f"a canvas of {named(size)} px holds no window of the trained {model.resolution} px: "
             "windows need canvases at least as large on both sides"
         )
-    return functools.partial(BASELINES[name], size=size, cfg_scale=cfg_scale)
+
+    def denoiser(model, pivot, label, grid):  # none of them looks at the pivot
+        return BASELINES[name](model, label, grid, size, cfg_scale)
+
+    return denoiser

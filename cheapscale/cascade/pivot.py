@@ -108,9 +108,7 @@ def read_pivots(
         images, resolution = np.repeat(images, len(ids), axis=0), 0
     if resolution:
         return np.stack([downsample(image, resolution) for image in images]), labels
-    if images.dtype == np.uint8:
-        return from_uint8(images), labels
-    return images, labels
+    return from_uint8(images) if images.dtype == np.uint8 else images, labels
 
 
 def _read_rows(place: pathlib.Path, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

@@ -32,7 +32,6 @@ from cheapscale.data.numbers import consecutive, image_ids, whole
 from cheapscale.data.pixels import check_finite, from_uint8, pictures
 from cheapscale.diffusion.noise import decibels
 from cheapscale.diffusion.samplers import Segment, solve
-from cheapscale.teacher.cost import segment_calls
 from cheapscale.teacher.experts import Experts
 from cheapscale.teacher.sampling import check_guidance, check_labels, labels_for
 from cheapscale.teacher.teacher import Teacher
@@ -185,8 +184,7 @@ class Cascade:
                 f"the teacher has {classes} classes, but the pivots have no labels: "
                 "say which class each of them is (--labels)"
             )
-        drawn = labels_for(self.seed, ids, classes) if labels is None else labels
-        labels = np.asarray(drawn, np.int32)
+        labels = np.asarray(labels_for(self.seed, ids, classes) if labels is None else labels, "i4")
         check_labels(labels, classes)
         return ids, labels
 
@@ -301,54 +299,10 @@ def make_cascade(
             calls = (num_windows(size, model.resolution) for size in larger)
             plan = plan._replace(calls=(1, *calls))
     else:
-        shifts = [expert_shift(model, size, expert_rule) for size in plan.sizes]
+        by_snr = expert_rule == "snr"
+        shifts = [schedule_shift(model, size) if by_snr else 1.0 for size in plan.sizes]
         denoisers = [
             functools.partial(tuning_free, cfg_scale=cfg_scale, expert_shift=shift)
             for shift in shifts
         ]
     return Cascade(model, plan, denoisers, denoisers[-1], **options)
-
-
-def expert_shift(model: Teacher | Experts, size: Size, expert_rule: str) -> float:
-    """The divisor of the levels at which a set of experts looks up the expert of a step."""
-    return schedule_shift(model, size) if expert_rule == "snr" else 1.0
-
-
-def cascade_cost(
-    model: Teacher | Experts,
-    plan: CascadePlan,
-    *,
-    batch_size: int = 1,
-    method: str = "heun",
-    cfg_scale: float = 1.0,
-    expert_rule: str = "level",
-) -> dict:
-    """The cost of one image of the tuning-free cascade, and of direct sampling at its last size.
-
-    {"scales": [{size, nfe, flops_per_image}], "direct": one such row, "nfe", "flops_per_image",
-    "flops_ratio": cascade / direct}. With C the cost of a call at the larger size over one at the
-    smaller, the ratio of one stage is the paper's 1/C + K/T. FLOPs are those of compiled single
-    calls of batch_size images.
-    """
-    guided = 1 if cfg_scale in (0.0, 1.0) else 2
-
-    def row(size: Size, grid: np.ndarray) -> dict:
-        shape, shift = (batch_size, *size, model.shape[-1]), expert_shift(model, size, expert_rule)
-        parts = []
-        if len(grid) > 1:
-            parts = segment_calls(model, shape, grid, method=method, shift=shift)
-        nfe = guided * sum(calls for calls, _ in parts)
-        flops = guided * sum(calls * each for calls, each in parts)
-        return {"size": size, "nfe": nfe, "flops_per_image": flops}
-
-    base = np.zeros(1) if plan.given else plan.grid  # given images cost no call
-    scales = [row(size, grid) for size, grid in zip(plan.sizes, (base, *plan.restarts))]
-    direct = row(plan.sizes[-1], plan.direct)
-    nfe, flops = (sum(scale[name] for scale in scales) for name in ("nfe", "flops_per_image"))
-    return {
-        "scales": scales,
-        "direct": direct,
-        "nfe": nfe,
-        "flops_per_image": flops,
-        "flops_ratio": flops / direct["flops_per_image"],
-    }

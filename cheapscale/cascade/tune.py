@@ -99,11 +99,8 @@ def build(config: Any) -> Stage:
 
 
 def resolve_settings(settings: dict, teacher: Teacher, resolution: int) -> dict:
-    """config.cascade with numbers for two fields.
-
-    sizes: sides of the canvases tuned at, by default the data's; several share the weights.
-    sigma_K: the highest level tuned at, None for all.
-    """
+    """config.cascade with numbers for `sizes`, the sides of the canvases tuned at (several share
+    the weights), and `sigma_K`, the highest level tuned at, None for all."""
     sizes = tuple(settings["sizes"]) or (resolution,)
     for side in sizes:
         doublings = np.log2(side / teacher.resolution)

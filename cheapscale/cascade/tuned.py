@@ -124,11 +124,8 @@ def upsampled(
     ratio: tuple[float, float],
     cfg_scale: float,
 ) -> Denoiser:
-    """D(x, sigma) of one stage.
-
-    With guidance, the conditional and the unconditional branch each read the pivot with their own
-    label; one call computes both.
-    """
+    """D(x, sigma) of one stage. With guidance, both branches read the pivot with their own label;
+    one call computes both."""
     null = jnp.full_like(label, theta.null)
     if cfg_scale in (0, 1):
         label = label if cfg_scale else null
@@ -144,9 +141,9 @@ def upsampled(
     return D
 
 
-def load_tuned(workdir: str, teacher: Teacher | Experts, *, ema: bool = True) -> Tuned:
-    """The (EMA) weights of a cascade run; ValueError if they belong to another teacher."""
-    loaded = load_network(workdir, ema=ema)
+def load_tuned(workdir: str, teacher: Teacher | Experts) -> Tuned:
+    """The EMA weights of a cascade run; ValueError if they belong to another teacher."""
+    loaded = load_network(workdir)
     if "cascade" not in loaded.meta:
         raise ValueError(
             f"{workdir} is a {loaded.meta['stage']} run, nothing tuned: name the work directory of "

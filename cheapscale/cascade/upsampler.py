@@ -136,9 +136,9 @@ class Upsamplers(nn.Module):
     config: UpsamplerConfig
 
     def setup(self) -> None:
-        kinds = {"full": Residual, "neck": Residual, "gain": Gain, "2k": Gain}
+        kind = Residual if self.config.design in ("full", "neck") else Gain
         for name, channels in self.config.channels:  # names of blocks are identifiers
-            setattr(self, name, kinds[self.config.design](self.config, channels))
+            setattr(self, name, kind(self.config, channels))
 
     def lift(self, features: dict[str, jax.Array], ratio: tuple[float, float]) -> PyTree:
         """{place: the part of phi that depends on the pivot's features [b, h, w, c] but not on t}.

@@ -223,10 +223,7 @@ class Assessment:
         return self.loss.flops + self.gradient.flops + self.resumed_flops
 
     def manifest(self, found: list[dict]) -> dict:
-        """The content of the set's manifest.json.
-
-        found: the assessments of the groups, beginning with the cleanest.
-        """
+        """The content of the set's manifest.json, from the groups' assessments, cleanest first."""
         settings, shares = self.settings, [row["share"] for row in found]
         grid = levels(self.teacher.process, settings["steps"], "sample", settings["spacing"])
         experts = expert_of_steps(grid, self.groups.boundaries)
@@ -241,10 +238,11 @@ class Assessment:
             "shares": shares,
             # How often a sampler calls each expert depends on its grid, and so does the mean.
             "mean_shares": {
-                "positions": float(np.average(shares, weights=self.groups.sizes)),
-                f"{settings['steps']} {settings['spacing']} steps": float(
-                    np.average(shares, weights=steps)
-                ),
+                name: float(np.average(shares, weights=weights))
+                for name, weights in (
+                    ("positions", self.groups.sizes),
+                    (f"{settings['steps']} {settings['spacing']} steps", steps),
+                )
             },
             "sampler_steps": steps.tolist(),
             "ledger": {
@@ -270,7 +268,7 @@ def mean_loss(*args) -> jax.Array:
 
 
 def make_proposer(settings: dict) -> search.Proposer:
-    """The search's proposer, by `settings` (config.prune)."""
+    """The search's proposer, by config.prune."""
     if settings["proposer"] == "llm":
         return LanguageModel(settings["llm_url"], settings["llm_model"])
     return search.Greedy()

@@ -276,10 +276,7 @@ def read_memory(path: str | os.PathLike, task: Task) -> tuple[list[Entry], int]:
     rows = [row for row in rows if row.get("round", row.get("done")) < done]
     entries = [Entry(**row) for row in rows if "done" not in row]
     for entry in entries:
-        known = set(entry.widths) == set(task.variables) and all(
-            width in task.menus[name] for name, width in entry.widths.items()
-        )
-        if not known or not task.fits(entry.share):
+        if entry.widths.keys() != task.variables.keys() or not task.fits(entry.share):
             raise ValueError(
                 f"{path} holds the search of another network or budget: give another "
                 "folder as --config.experts"

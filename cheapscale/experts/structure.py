@@ -239,20 +239,15 @@ def _flat(params: PyTree) -> dict[str, np.ndarray]:
 
 
 def _check(config: UNetConfig, keep: Keep) -> None:
-    """Raise ValueError unless `keep` has valid channels, equally many in each cell."""
+    """Raise ValueError unless `keep` has different channels, equally many in each cell."""
     known = variables(config)
     for name, channels in keep.items():
         if name not in known:
             raise ValueError(f"keep names {name!r}: this network's widths are {', '.join(known)}")
-        variable, channels = known[name], np.asarray(channels)
-        if len(np.unique(channels)) != len(channels) or not np.all(
-            (channels >= 0) & (channels < variable.width)
-        ):
-            raise ValueError(f"keep[{name!r}] must hold different numbers below {variable.width}")
-        size = variable.width // variable.cells
-        counts = np.bincount(channels // size, minlength=variable.cells)
-        if np.ptp(counts):
+        width, cells = known[name].width, known[name].cells
+        counts = np.isin(np.arange(width), channels).reshape(cells, -1).sum(axis=1)
+        if np.ptp(counts) or counts.sum() != len(channels):
             raise ValueError(
-                f"keep[{name!r}] leaves {counts.tolist()} channels in its {variable.cells} cells: "
-                "keep equally many in each"
+                f"keep[{name!r}] leaves {counts.tolist()} of {width} channels in its {cells} "
+                "cells: keep equally many in each, once"
             )

@@ -43,7 +43,6 @@ class Loaded(NamedTuple):
     params: PyTree
     meta: dict
     step: int
-    workdir: str
 
 
 class LiteralPath(type(epath.Path("/"))):
@@ -117,10 +116,8 @@ class Checkpoints:
         than the one that saved it. ValueError if it has other arrays."""
         step, args = self.latest_step(), ocp.args.StandardRestore(abstract)
         with named_damage(self.workdir, step):
-            stored, wanted = (
-                shapes(array_metadata(state_path(self.workdir, step))),
-                shapes(abstract),
-            )
+            stored = shapes(array_metadata(state_path(self.workdir, step)))
+            wanted = shapes(abstract)
             for name in sorted(stored.keys() | wanted.keys()):
                 if stored.get(name) != wanted.get(name):
                     raise ValueError(
@@ -156,7 +153,7 @@ def load_network(
     if file and not ema:
         raise ValueError(f"{workdir} has averaged weights only: leave out --ema=False")
     if file:
-        return Loaded(read_model(file), meta, step, str(workdir))
+        return Loaded(read_model(file), meta, step)
     field, path = "ema_params" if ema else "params", LiteralPath(state_path(workdir, step))
     with named_damage(workdir, step), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         stored = array_metadata(path)[field][net]
@@ -168,7 +165,7 @@ def load_network(
             partial_restore=True,  # optimiser state and other networks are not read
         )
         params = reader.restore(path, args=args)[field][net]
-    return Loaded(params, meta, step, str(workdir))
+    return Loaded(params, meta, step)
 
 
 def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
@@ -233,31 +230,17 @@ def saved_steps(workdir: str | pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("[0-9]*/") if path.name.isdecimal())
 
 
-def unnumbered(workdir: str | pathlib.Path) -> list[str]:
-    """The folders among the checkpoints whose name is no step, without those of Orbax."""
-    names = [path.name for path in checkpoints_folder(workdir).glob("*/")]
-    return sorted(n for n in names if not n.isdecimal() and ".orbax-checkpoint-tmp" not in n)
-
-
-def only(names: list[str]) -> str:
-    return f", only {', '.join(names)}, whose name is no step" if names else ""
-
-
 def check_checkpoints(workdir: str | pathlib.Path) -> None:
-    """Raise ValueError for a link among the checkpoints, which could not be deleted, and for copies
-    under other names without a checkpoint, beside which a run would begin afresh."""
-    for path in checkpoints_folder(workdir).glob("[0-9]*"):
-        if path.is_symlink():
+    """Raise ValueError for a link among the checkpoints, which could not be deleted, and for a copy
+    under another name, beside which a run would begin afresh."""
+    steps = saved_steps(workdir)
+    for path in checkpoints_folder(workdir).glob("[0-9]*/"):
+        renamed = not steps and ".orbax-checkpoint-tmp" not in path.name
+        if path.is_symlink() or renamed:
             raise ValueError(
-                f"{path} is a link, which is not deleted like a checkpoint: put a copy of its "
-                f"folder there, or delete it (rm '{path}')"
+                f"{path} is no checkpoint but {'a copy' if renamed else 'a link'}: put the folder "
+                "there under the number of its step, or move it away"
             )
-    names = unnumbered(workdir)
-    if names and not saved_steps(workdir):
-        raise ValueError(
-            f"{workdir} has no checkpoint{only(names)}: rename it to its step, as 3, or use a new "
-            "work directory"
-        )
 
 
 def has_results(folder: str | pathlib.Path) -> bool:
@@ -307,9 +290,7 @@ def read_meta(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int
         )
     steps = saved_steps(workdir)
     if not steps:
-        raise FileNotFoundError(
-            f"{workdir} has no checkpoint yet{only(unnumbered(workdir))}: train that stage first"
-        )
+        raise FileNotFoundError(f"{workdir} has no checkpoint yet: train that stage first")
     step = steps[-1] if step is None else step
     if step not in steps:
         raise FileNotFoundError(f"{workdir} has no checkpoint of step {step}: it has {steps}")

@@ -25,8 +25,6 @@ class Cost(NamedTuple):
 
     flops: float
     peak_bytes: int
-    argument_bytes: int
-    output_bytes: int
 
 
 def cost_of_call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
@@ -50,8 +48,6 @@ def cost_of_call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
         flops=float(analysis["flops"]),
         # Donated arguments share their memory with outputs: count them once.
         peak_bytes=resident + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
     )
 
 

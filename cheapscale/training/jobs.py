@@ -20,12 +20,9 @@ from cheapscale.training.stage import Job
 def run(job: Job, workdir: str, config: dict, *, name: str, mesh: dict | None = None) -> dict:
     """Run every shard that is not done and return the job's summary.
 
-    Shards are independent, so each process uses a mesh of its local devices. The processes wait for
-    each other after their shards and after the summary, which may take minutes: a process that
-    exits early would end the others. If one fails, the others finish their shards, then fail too.
-
-    Raises Preempted between two shards after SIGTERM. With several processes jax.distributed keeps
-    its own handler, which a later training stage needs; the current shard is then lost.
+    Each process uses a mesh of its local devices. If one fails, the others finish their shards,
+    then fail too. Raises Preempted between two shards after SIGTERM; of several processes the
+    current shards are lost then.
     """
     with only_writer(workdir), sharding.barrier(f"the shards of {name}"):
         done = [job.done(shard) for shard in range(job.num_shards)]

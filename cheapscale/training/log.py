@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from einops import rearrange
 from PIL import Image, ImageDraw
 
 from cheapscale.data.files import atomic_write
@@ -22,12 +23,10 @@ def image_grid(images: np.ndarray, columns: int | None = None, pad: int = 2) -> 
     pixels = to_uint8(images)
     n, h, w, _ = pixels.shape
     columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    sheet = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, np.uint8)
-    for i in range(n):
-        y, x = pad + (i // columns) * (h + pad), pad + (i % columns) * (w + pad)
-        sheet[y : y + h, x : x + w] = pixels[i]
-    return sheet
+    cells = np.full((math.ceil(n / columns) * columns, h + pad, w + pad, 3), 255, np.uint8)
+    cells[:n, pad:, pad:] = pixels
+    sheet = rearrange(cells, "(r c) h w d -> (r h) (c w) d", c=columns)
+    return np.pad(sheet, ((0, pad), (0, pad), (0, 0)), constant_values=255)
 
 
 def enlarge(images: np.ndarray, resolution: int) -> np.ndarray:

@@ -8,6 +8,7 @@ state saveable (do not reorder):
 """
 
 import contextlib
+import functools
 import json
 import math
 import pathlib
@@ -47,24 +48,19 @@ class Diverged(Exception):
 class StopSignal:
     """A context manager: SIGTERM and SIGINT set `raised`, which the loop reads between steps.
 
-    A second signal has its usual effect. If the block ends normally after a signal, as in a stage
-    without remaining steps, it raises Preempted.
-
-    With several processes no signal is caught here, because they would see it at different steps:
-    Orbax determines a common last step (`Checkpoints.reached_preemption`).
+    A second signal has its usual effect. A block that ends normally after a signal raises
+    Preempted. Of several processes none catches a signal here, because they would see it at
+    different steps: Orbax determines their last step (`Checkpoints.reached_preemption`).
     """
 
     def __init__(self):
-        self.raised = False
+        self.raised, self.previous = False, {}
 
     def __enter__(self):
-        self.previous = {}
         if jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                try:
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                for number in (signal.SIGTERM, signal.SIGINT):
                     self.previous[number] = signal.signal(number, self._raise)
-                except ValueError:  # only the main thread may set handlers, not a notebook's worker
-                    break
         return self
 
     def __exit__(self, error, *_):
@@ -94,22 +90,16 @@ def fresh_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
     Both programs run once, so they are compiled without optimisation: for the random draws of a
     tiny U-Net's fifty shapes, XLA:CPU takes 11 to 18 s with optimisation, 3 s without (jax 0.10).
     """
-    abstract = abstract_state(stage, mesh, seed)
-    places = jax.tree.map(lambda s: s.sharding, abstract)
-    quickly = {"xla_backend_optimization_level": 0}
-    init = jax.jit(
-        stage.init_params,
-        out_shardings=(places.params, places.extra),
-        compiler_options=quickly,
-    )
+    places = jax.tree.map(lambda s: s.sharding, abstract_state(stage, mesh, seed))
+    quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    init = quickly(stage.init_params, out_shardings=(places.params, places.extra))
     params, extra = init(stream_key(seed, "init", 0))
     params = jax.tree.map(jax.device_put, stage.warm_start(params), places.params)
-    make = jax.jit(
-        lambda p, e: create_state(p, e, stage.optimisers, stage.meta["networks"]),
-        out_shardings=places,
-        compiler_options=quickly,
-    )
-    return make(params, extra)
+
+    def make(params, extra):
+        return create_state(params, extra, stage.optimisers, stage.meta["networks"])
+
+    return quickly(make, out_shardings=places)(params, extra)
 
 
 def compile_step(
@@ -216,7 +206,7 @@ def train(
                 if step == start + 1:  # the first call is slower, so the clock starts after it
                     jax.block_until_ready(metrics)
                     log.start(step)
-                    ledger.start_clock()
+                    ledger.clock = time.monotonic()
                 if step < total_steps:
                     batch = sharding.shard_batch(next(batches), device_mesh)
                 if previous is not None and due(step - 1, log_every):
@@ -244,12 +234,7 @@ def train(
 
 
 def starting_point(
-    stage: Stage,
-    saved: ckpt.Checkpoints,
-    workdir: str,
-    config: dict,
-    resume: str,
-    total_steps: int,
+    stage: Stage, saved: ckpt.Checkpoints, workdir: str, config: dict, resume: str, total_steps: int
 ) -> tuple[str, int, dict]:
     """(source, step, meta): the work directory whose state the run continues, or "" for none.
 
@@ -335,11 +320,7 @@ class Ledger:
     def __init__(self, before: dict, flops_per_step: float, start: int):
         self.before = {"flops": 0.0, "device_seconds": 0.0} | before
         self.flops_per_step, self.start = flops_per_step, start
-        self.began = self.clock = time.monotonic()
-
-    def start_clock(self) -> None:
-        """Start measuring the speed; called after the first step."""
-        self.clock = time.monotonic()
+        self.began = self.clock = time.monotonic()  # the clock measures the speed
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -351,11 +332,11 @@ class Ledger:
     def entry(self, step: int) -> dict:
         """{"ledger": {"flops", "device_seconds"}, "steps_per_second", "flops_per_step"}."""
         now, done = time.monotonic(), step - self.start
-        ledger = {
-            "flops": self.before["flops"] + self.flops_per_step * done,
-            "device_seconds": self.before["device_seconds"]
-            + (now - self.began) * jax.device_count(),
+        spent = {
+            "flops": self.flops_per_step * done,
+            "device_seconds": (now - self.began) * jax.device_count(),
         }
+        ledger = {name: self.before[name] + value for name, value in spent.items()}
         # The clock starts after the first step, so one step fewer is timed.
         speed = (done - 1) / max(now - self.clock, 1e-9)
         return {"ledger": ledger, "steps_per_second": speed, "flops_per_step": self.flops_per_step}
@@ -364,8 +345,8 @@ class Ledger:
 def inputs(meta: dict) -> dict:
     """The identities of teacher, classes, vocabulary and data, which the config does not hold."""
     data = meta.get("data", {})
-    found = {"teacher": meta.get("teacher"), "class_names": data.get("class_names")}
-    found |= {"vocabulary": data.get("vocabulary")}
+    names = ("class_names", "vocabulary")
+    found = {"teacher": meta.get("teacher")} | {name: data.get(name) for name in names}
     return found | {"data": data.get("fingerprint")}
 
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,8 +31,7 @@ WEEK = 7 * 24 * 3600 * 1000  # in milliseconds
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh over `devices` (default: all). One size may be -1, for the remaining devices.
 
-    Raises ValueError if the product of the sizes is not the number of devices, or `tensor` is not
-    1.
+    Raises ValueError if the sizes do not cover the devices, or `tensor` is not 1.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -131,8 +131,6 @@ def fetch(tree: PyTree) -> PyTree:
     def whole(x):
         if x.is_fully_addressable:
             return np.asarray(x)
-        from jax.experimental import multihost_utils
-
         return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(whole, tree)
@@ -147,19 +145,13 @@ def barrier(what: str) -> Iterator[None]:
     """A block that all processes leave together, when the last one has reached its end. If one
     raises inside, all raise: that process its own error, the others OtherFailed.
 
-    Processes may take any time inside. They wait on the coordination service and not on a device
+    Processes may take any time inside: they wait on the coordination service and not on a device
     collective, which would time out. Collective operations inside have to be other barriers or
-    `broadcast_from_host0`.
-
-    If a process dies, all end: at once for process 0, else when its heartbeat is missed (100 s by
-    default). After an error outside a barrier, they end when jax.distributed has waited for the
-    other processes to exit (300 s by default).
+    `broadcast_from_host0`. If a process dies, all end when jax.distributed notices.
     """
     if jax.process_count() == 1:
         yield
         return
-    from jax.experimental import multihost_utils
-
     error = None
     try:
         yield
@@ -183,8 +175,6 @@ def broadcast_from_host0(value: np.ndarray) -> np.ndarray:
     """
     if jax.process_count() == 1:
         return value
-    from jax.experimental import multihost_utils
-
     packed = io.BytesIO()
     with barrier("agreeing on a value"):
         np.save(packed, value, allow_pickle=False)
@@ -205,13 +195,11 @@ def in_batches(
 ) -> PyTree:
     """fn(params, *rows) for all rows, as NumPy (an array or a tree of arrays [rows, ...]).
 
-    The rows are processed in batches of equal size, the last one padded; each batch is split over
-    the devices of the mesh. One `fn` object compiles once per batch size. If there are fewer rows
-    than `batch_size`, the batch is smaller.
+    The batches have equal sizes, at most the number of rows; each is split over the devices of the
+    mesh. One `fn` object compiles once per batch size.
 
     prepare(rows) -> rows: NumPy preprocessing of one batch, for results that would not fit in
-    memory for all rows. compiler_options: of `fn`'s compilation. Raises ValueError if there are no
-    rows.
+    memory for all rows. compiler_options: of `fn`'s compilation.
     """
     whole(batch_size, "batch_size", 1)
     if not len(arrays[0]):

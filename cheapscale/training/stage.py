@@ -74,12 +74,9 @@ class Job(NamedTuple):
 NOISE_BINS = 16  # the loss is logged in this many bins of ln sigma
 
 
-def noise_bins(log_sigma_min: float = -6.2, log_sigma_max: float = 4.4) -> dict:
-    """Empty running means of the loss in equal bins of ln sigma.
-
-    The default range covers EDM's sigma from 0.002 to 80.
-    """
-    edges = jnp.linspace(log_sigma_min, log_sigma_max, NOISE_BINS + 1)
+def noise_bins() -> dict:
+    """Empty running means of the loss in equal bins of ln sigma, over EDM's sigma, 0.002 to 80."""
+    edges = jnp.linspace(-6.2, 4.4, NOISE_BINS + 1)
     return {"edges": edges, "loss": jnp.zeros(NOISE_BINS), "count": jnp.zeros(NOISE_BINS)}
 
 

@@ -23,13 +23,9 @@ PyTree = Any
 
 @flax.struct.dataclass
 class TrainState:
-    """The state of a training run at one step.
-
-    step: int32 scalar, number of finished optimiser steps.
-    params, ema_params: {net: nested dict of weights}.
-    opt_state: {net: optax state of the trainable leaves}.
-    extra: {net: pytree} that is saved but not optimised (spectral-norm vectors, loss by noise).
-    """
+    """step: int32 scalar, number of finished optimiser steps. params, ema_params: {net: nested dict
+    of weights}. opt_state: {net: optax state of the trainable leaves}. extra: {net: pytree} that is
+    saved but not optimised (spectral-norm vectors, loss by noise)."""
 
     step: jax.Array
     params: PyTree
@@ -112,9 +108,7 @@ def stream_key(seed: int, stream: str, step: int | jax.Array) -> jax.Array:
 
     Raises ValueError for a seed that is no whole number of 32 bits: a key holds no more of it.
     """
+    root = jax.random.key(whole(seed, "seed"), impl="threefry2x32")
     # crc32 is the same in every process, unlike Python's hash of a string.
-    root = jax.random.fold_in(
-        jax.random.key(whole(seed, "seed"), impl="threefry2x32"),
-        zlib.crc32(stream.encode()) & 0x7FFFFFFF,
-    )
+    root = jax.random.fold_in(root, zlib.crc32(stream.encode()) & 0x7FFFFFFF)
     return jax.random.fold_in(root, step)

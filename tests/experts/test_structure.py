@@ -156,7 +156,7 @@ def test_a_permutation_across_cells_breaks_and_an_uneven_cut_is_refused():
     assert np.abs(broken - base).max() > 0.02 * np.abs(base).max()
     with pytest.raises(ValueError, match=rf"keep\['{name}'\] leaves .* keep equally many"):
         structure.prune(params, config, {name: np.arange(variable.width // 2)})
-    with pytest.raises(ValueError, match="must hold different numbers below"):
+    with pytest.raises(ValueError, match="keep equally many in each, once"):
         structure.prune(params, config, {name: np.zeros(variable.width, int)})
     with pytest.raises(ValueError, match="keep names 'nothing'"):
         structure.prune(params, config, {"nothing": np.arange(3)})

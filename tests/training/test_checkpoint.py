@@ -179,14 +179,12 @@ def test_a_place_may_be_spelled_in_another_way_moved_or_copied(tmp_path, monkeyp
 
 def test_links_and_copies_among_the_checkpoints_are_named(tmp_path):
     run_folder(tmp_path / "a", {}, "3_best")
-    for ask in (
-        lambda: checkpoint.claim_workdir(tmp_path / "a", {}),
-        lambda: load_network(tmp_path / "a"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match="no checkpoint.*3_best"):
-            ask()
+    with pytest.raises(ValueError, match="3_best is no checkpoint"):
+        checkpoint.claim_workdir(tmp_path / "a", {})
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        load_network(tmp_path / "a")
     run_folder(tmp_path / "a", {})
     checkpoint.claim_workdir(tmp_path / "a", {})
     (tmp_path / "a" / "checkpoints" / "4").symlink_to(tmp_path / "a" / "checkpoints" / "3")
-    with pytest.raises(ValueError, match="4 is a link.*delete it"):
+    with pytest.raises(ValueError, match="4 is no checkpoint but a link.*move it away"):
         checkpoint.claim_workdir(tmp_path / "a", {})

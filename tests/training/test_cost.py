@@ -15,9 +15,7 @@ def test_a_matrix_product_costs_two_flops_per_multiplication():
     x, w = jax.ShapeDtypeStruct((8, 32), jnp.float32), jax.ShapeDtypeStruct((32, 16), jnp.float32)
     measured = cost.cost_of_call(lambda x, w: x @ w, x, w)
     assert measured.flops == pytest.approx(2 * 8 * 32 * 16, rel=0.01)
-    assert measured.argument_bytes == 4 * (8 * 32 + 32 * 16)
-    assert measured.output_bytes == 4 * 8 * 16
-    assert measured.peak_bytes >= measured.argument_bytes + measured.output_bytes
+    assert measured.peak_bytes >= 4 * (8 * 32 + 32 * 16) + 4 * 8 * 16
 
 
 def test_cost_grows_with_the_batch():
