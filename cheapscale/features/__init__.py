@@ -44,21 +44,16 @@ def load(
     """The feature network `name` with the weights at `path`.
 
     Args:
-      name: one of `BUILDERS`. "classifier" reads the .npz that `classifier.fit_classifier` left in
-        the cache, with the .json beside it.
-      path: an .npz, .safetensors or PyTorch file. Several files are merged (VGG16 and the LPIPS
-        heads); give a sequence, or one string joined by "+". The default is the value of the
-        environment variable CHEAPSCALE_WEIGHTS_<NAME>, such as CHEAPSCALE_WEIGHTS_INCEPTION_V3,
-        or the file of the extra `features` (EfficientNet-lite0).
+      name: one of `BUILDERS`. "classifier" reads what `fitted.fit_classifier` left in the cache.
+      path: an .npz, .safetensors or PyTorch file, or several that are merged (VGG16 and the LPIPS
+        heads): a sequence, or one string joined by "+". The default is the value of the environment
+        variable CHEAPSCALE_WEIGHTS_<NAME>, or the file of the extra `features`.
       sha256: refuse a file with another hash (hashes joined by "+" for several files).
-      options: arguments of the network's own `build`: "pooling" of vgg16_lpips, "seed" of
-        deit_base_distilled, "inputs" of inception_v3, "position_offset" of DINOv2, and for all
-        "input_size": images with a shorter side are enlarged to it. The default is the network's
-        own size (299 for Inception, which resizes every image; 224; CIFAR's 32; 16 for the
-        classifier). 0 enlarges no image, if the network takes images of any size.
+      options: arguments of the network's own `build`, as "pooling" of vgg16_lpips, and for all
+        "input_size": images with a shorter side are enlarged to it (default: the network's own);
+        0 enlarges no image, if the network takes images of any size.
 
-    Raises:
-      ValueError: unknown name, no such file, wrong hash, or a file of another network.
+    Raises ValueError for an unknown name, no such file, a wrong hash, a file of another network.
     """
     if name not in BUILDERS:
         raise ValueError(f"unknown feature network {name!r}: choose one of {tuple(BUILDERS)}")

@@ -82,10 +82,7 @@ def build(
     """
     size = patch * side
     if input_size not in (None, size):
-        raise ValueError(
-            f"input_size={input_size} of {name}: its positions are for {size} px, so leave it out "
-            "and measure larger images with --resize=clean"
-        )
+        raise ValueError(f"input_size={input_size} of {name}: its positions are for {size} px only")
     weights = _openai_names(weights)
     take, projection = weights.take, weights.take("visual.proj", width, -1)
     conv1 = take("visual.conv1.weight", width, 3, patch, patch)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.features.layers import conv, depthwise, folded, linear, read_linear, relu6
+from cheapscale.features.layers import conv, depthwise, folded, linear, read_linear
 from cheapscale.features.network import FeatureNetwork, enlarge
 from cheapscale.features.weights import Weights
 
@@ -54,7 +54,7 @@ def build(weights: Weights, input_size: int = 224) -> FeatureNetwork:
         params["logits"] = read_linear(weights, "classifier", len(params["head"]["bias"]))
 
     def apply(params, x):
-        x = relu6(conv(enlarge(x, input_size), params["stem"], 2))
+        x = jax.nn.relu6(conv(enlarge(x, input_size), params["stem"], 2))
         maps = []
         for stage, (stride, blocks) in enumerate(zip(STAGE_STRIDES, params["stages"])):
             for i, block in enumerate(blocks):
@@ -64,7 +64,7 @@ def build(weights: Weights, input_size: int = 224) -> FeatureNetwork:
         return tuple(maps)
 
     def outputs(params, x):
-        features = jnp.mean(relu6(conv(apply(params, x)[-1], params["head"])), axis=(1, 2))
+        features = jnp.mean(jax.nn.relu6(conv(apply(params, x)[-1], params["head"])), axis=(1, 2))
         if "logits" not in params:
             return {"features": features}
         return {"features": features, "logits": linear(features, params["logits"])}
@@ -107,6 +107,6 @@ def _block(weights: Weights, prefix: str, width: int, separable: bool) -> PyTree
 
 
 def _apply_block(block: PyTree, x: jax.Array, stride: int) -> jax.Array:
-    h = relu6(conv(x, block["expand"])) if "expand" in block else x
-    h = conv(relu6(depthwise(h, block["depthwise"], stride)), block["project"])
+    h = jax.nn.relu6(conv(x, block["expand"])) if "expand" in block else x
+    h = conv(jax.nn.relu6(depthwise(h, block["depthwise"], stride)), block["project"])
     return x + h if h.shape == x.shape else h

@@ -87,11 +87,9 @@ def lazy_classifier(
     max_images: int = 10_000,
     cache_dir: str | pathlib.Path | None = None,
 ) -> LazyClassifier:
-    """The classifier of `source` for one purpose; nothing is fitted yet.
+    """The classifier of the training split `source` for one purpose; nothing is fitted yet.
 
     Args:
-      source: the training split, with items {"image": [R, R, 3] in [-1, 1], "label"}, and
-        `num_classes`, `resolution`, `fingerprint()`.
       purpose: "loss" or "metric"; sets the images used and the defaults of seed and width.
       steps, batch_size: by default 300 updates of 128 images or, at 17 to 32 px, 500 of 32, which
         take the same time; fewer updates do not suffice to learn the noise there.
@@ -219,9 +217,10 @@ def _read_images(source: Any, spec: dict) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, R, R, 3] and labels [n] in one fixed random order."""
     ids = np.arange(len(source))[:: 2 if spec["subset"] == "even" else 1]
     ids = np.random.default_rng(0).permutation(ids)[: spec["max_images"]]
-    items = (source[int(i)] for i in ids)
-    levels = lambda x: np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)  # noqa: E731
-    images, labels = zip(*((levels(item["image"]), item["label"]) for item in items))
+    images, labels = [], []
+    for item in (source[int(i)] for i in ids):
+        images.append(np.clip(np.round((item["image"] + 1) * 127.5), 0, 255).astype(np.uint8))
+        labels.append(item["label"])
     return np.stack(images), np.asarray(labels, np.int32)
 
 

@@ -33,10 +33,8 @@ def folded(weights: Weights, name: str, norm: str, shape: tuple[int, ...], eps: 
     """The convolution `name` with the evaluation-mode batch norm `norm` folded in; `shape` as in
     `read_conv`."""
     kernel = weights.take(name + ".weight", *shape)
-    scale, offset, mean, variance = (
-        weights.take(f"{norm}.{part}", kernel.shape[0])
-        for part in ("weight", "bias", "running_mean", "running_var")
-    )
+    parts = ("weight", "bias", "running_mean", "running_var")
+    scale, offset, mean, variance = (weights.take(f"{norm}.{p}", len(kernel)) for p in parts)
     factor = scale / np.sqrt(variance + eps)
     kernel = (kernel * factor[:, None, None, None]).transpose(2, 3, 1, 0)
     return {"kernel": kernel, "bias": offset - mean * factor}
@@ -45,11 +43,6 @@ def folded(weights: Weights, name: str, norm: str, shape: tuple[int, ...], eps: 
 def linear(x: jax.Array, layer: PyTree) -> jax.Array:
     """x [..., in] -> [..., out]."""
     return x @ layer["kernel"] + layer["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def relu6(x: jax.Array) -> jax.Array:
-    """min(max(x, 0), 6)."""
-    return jnp.clip(x, 0.0, 6.0)
 
 
 def conv(x: jax.Array, layer: PyTree, stride: int = 1, padding: str | int = "SAME") -> jax.Array:

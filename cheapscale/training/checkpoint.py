@@ -43,6 +43,7 @@ class Loaded(NamedTuple):
     params: PyTree
     meta: dict
     step: int
+    workdir: str
 
 
 class LiteralPath(type(epath.Path("/"))):
@@ -153,7 +154,7 @@ def load_network(
     if file and not ema:
         raise ValueError(f"{workdir} has averaged weights only: leave out --ema=False")
     if file:
-        return Loaded(read_model(file), meta, step)
+        return Loaded(read_model(file), meta, step, str(workdir))
     field, path = "ema_params" if ema else "params", LiteralPath(state_path(workdir, step))
     with named_damage(workdir, step), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         stored = array_metadata(path)[field][net]
@@ -165,7 +166,7 @@ def load_network(
             partial_restore=True,  # optimiser state and other networks are not read
         )
         params = reader.restore(path, args=args)[field][net]
-    return Loaded(params, meta, step)
+    return Loaded(params, meta, step, str(workdir))
 
 
 def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

