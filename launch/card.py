@@ -17,6 +17,7 @@ from cheapscale.teacher.teacher import Generator, Teacher
 from cheapscale.training import exported
 from cheapscale.training.cost import param_count
 from cheapscale.training.exported import PREFIX, portable, sha256_of
+from cheapscale.training.log import markdown
 from configs.data_sets import DATA_SETS
 from launch.evaluate import NO_METRICS
 
@@ -164,7 +165,7 @@ def page(cards: dict[str, dict]) -> str:
         return INTRO + "\nThis version ships none.\n"
     head = ("name", "model", "px", "data", "licence", "weights", "MB", "steps", "device hours",
             "PSNR of float16")  # fmt: skip
-    rows = [head, ("---",) * len(head)]
+    rows = [head]
     for name, card in cards.items():
         data, training = card["data"], card["training"]
         rows.append((
@@ -175,7 +176,7 @@ def page(cards: dict[str, dict]) -> str:
             f"{card['samples']['float16_psnr']:.0f} dB",
         ))  # fmt: skip
     total = sum(card["bytes"] for card in cards.values()) / 1e6
-    parts = [INTRO, table(rows), f"{total:.1f} MB in all."]
+    parts = [INTRO, markdown(rows), f"{total:.1f} MB in all."]
     for name, card in cards.items():
         parts += [f"## {name}", f"![samples of {name}]({card['picture']})", facts(card)]
         if card["figures"]:
@@ -201,12 +202,7 @@ def figures_table(figures: dict[str, dict[str, float]]) -> str:
         (metric, *(f"{v[metric]:.4g}" if metric in v else "" for v in figures.values()))
         for metric in metrics
     ]
-    return table([("metric", *figures), ("---",) * (1 + len(figures)), *cells])
-
-
-def table(rows: list[tuple]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return markdown([("metric", *figures), *cells])
 
 
 def write_page(cards: dict[str, dict]) -> None:

@@ -187,9 +187,7 @@ def read_flags(argv: list[str], values: dict[str, str]) -> None:
         # The flag's own sentence: without the values of all flags, or the error's type, before it.
         said = re.sub(r"^(flags? .*?: (?=--)|ValueError: )", "", lines[-1])
         if wrong := re.match(r"flag (--\w+)=.*: (invalid literal|could not convert)", said):
-            kind = "a whole number" if wrong[2] == "invalid literal" else "a number"
-            default = flags.FLAGS[wrong[1][2:]].default
-            said = f"{said}: give {kind}, as {wrong[1]}={1 if default is None else default}"
+            said += f": give one such as {wrong[1]}={flags.FLAGS[wrong[1][2:]].default or 1}"
         if stray := re.match("Unknown command line flag '(describe|dry_run|compile)'", said):
             said = f"--{stray[1]} is a flag of launch.train: give it there, or leave it out"
         sys.exit(f"error: {said}")
@@ -259,10 +257,9 @@ def prepare(keep: bool) -> None:
 def keep_memory() -> bool:
     """Make the process keep the memory that it frees; returns False if glibc is not in use.
 
-    XLA:CPU allocates the buffers of a program in every call. By default glibc returns large buffers
-    to the system afterwards, which costs a page fault for every 4 kB in the next step. Training the
-    bench's "cifar32" case (0.7 GB per step, one core) takes 1.55 s per step with this setting and
-    2.6 s without. Call it before any thread starts, because each thread gets its own arena.
+    XLA:CPU allocates the buffers of a program in every call. By default glibc returns large ones to
+    the system, which costs page faults in the next step: the bench's "cifar32" case takes 2.6 s
+    instead of 1.55. Call it before any thread starts, because each thread gets its own arena.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # malloc.h: M_ARENA_MAX = 1, M_MMAP_MAX = 0, M_TRIM_THRESHOLD = never

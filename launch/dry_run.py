@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 
 from cheapscale.training import loop
 from cheapscale.training import mesh as sharding
+from cheapscale.training.checkpoint import saved_steps
 from cheapscale.training.cost import param_count, traced_flops, tree_bytes
 from cheapscale.training.stage import Job, Stage
-from cheapscale.training.state import split, stream_key
+from cheapscale.training.state import stream_key
 
 
 def describe(config: ConfigDict, stage: Stage | Job, workdir: str, *, compiled: bool) -> dict:
@@ -43,11 +44,9 @@ def describe(config: ConfigDict, stage: Stage | Job, workdir: str, *, compiled: 
 
 
 def training_cost(config: ConfigDict, stage: Stage, compiled: bool) -> dict:
-    """Parameters, FLOPs of a step, and bytes on one device.
-
-    memory: the run's state (weights, EMA, optimiser moments), the frozen networks and one batch;
-    with `compiled` also the temporary memory of the compiled step. Previews are not counted.
-    """
+    """Parameters, FLOPs of a step, and bytes on one device: of the run's state (weights, EMA,
+    optimiser moments), the frozen networks and one batch, and with `compiled` also the temporary
+    memory of the compiled step. Previews are not counted."""
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     sharding.check_batch(stage.batch_size, mesh)
     state = loop.abstract_state(stage, mesh, config.seed)
@@ -71,8 +70,8 @@ def training_cost(config: ConfigDict, stage: Stage, compiled: bool) -> dict:
             memory["step"] = program.memory_analysis().temp_size_in_bytes
     networks = {}
     for net, optimiser in stage.optimisers.items():
-        trainable, _ = split(state.params[net], optimiser.trainable)
-        counts = {"parameters": param_count(state.params[net]), "trainable": param_count(trainable)}
+        params, (trainable, _) = state.params[net], optimiser.split(state.params[net])
+        counts = {"parameters": param_count(params), "trainable": param_count(trainable)}
         networks[net] = counts
     # Without shardings: a checkpoint on disk holds the complete arrays once.
     whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
@@ -88,18 +87,14 @@ def training_cost(config: ConfigDict, stage: Stage, compiled: bool) -> dict:
 def checkpoint_disk(config: ConfigDict, checkpoint_bytes: int, workdir: pathlib.Path) -> dict:
     """{steps, steps_done, disk, disk_bytes}: the disk space in `workdir` that the remaining
     checkpoints need at the same time, without logs."""
-    saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
-    done, steps = max(saved, default=0), config.total_steps
+    saved, steps = saved_steps(workdir), config.total_steps
+    done = saved[-1] if saved else 0
     ahead = range(done + 1, steps + 1)
     coming = sum(loop.due(step, config.save_every) or step == steps for step in ahead)
     # An old checkpoint is deleted only after the new one is complete, so keep + 1 exist for a time.
     at_once = min(coming, max(config.keep + 1 - len(saved), 1))
-    return {
-        "steps": steps,
-        "steps_done": done,
-        "disk": str(workdir),
-        "disk_bytes": checkpoint_bytes * at_once,
-    }
+    disk = {"disk": str(workdir), "disk_bytes": checkpoint_bytes * at_once}
+    return {"steps": steps, "steps_done": done} | disk
 
 
 def free_bytes(folder: str) -> int:

@@ -25,10 +25,8 @@ INTERRUPTED, CLOSED, PREEMPTED = 130, 141, 143  # 128 + SIGINT, SIGPIPE, SIGTERM
 KNOWN = (ValueError, OSError, Diverged, OtherFailed)
 LONGEST = 700  # characters of a message
 
-SPACE, PERMIT = (
-    "free some space, or name a folder on another disk",
-    "name a folder that you may write",
-)
+SPACE = "free some space, or name a folder on another disk"
+PERMIT = "name a folder that you may write"
 REMEDIES = {
     errno.ENOSPC: SPACE,
     errno.EDQUOT: SPACE,

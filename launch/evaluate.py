@@ -48,7 +48,7 @@ from cheapscale.teacher.load import load
 from cheapscale.teacher.sampling import MOST_STEPS, ODE_OPTIONS, Model, check_labels
 from cheapscale.teacher.teacher import Generator
 from cheapscale.training import jobs
-from cheapscale.training.log import image_grid, save_png
+from cheapscale.training.log import image_grid, markdown, save_png
 from cheapscale.training.loop import provenance
 from cheapscale.training.mesh import barrier
 from configs import common
@@ -179,19 +179,12 @@ def open_networks(train, steps: int | None) -> tuple[list[features.FeatureNetwor
     return [fit_classifier(train, purpose="metric", steps=steps)], [text]
 
 
-def class_names(model: Model | None, real) -> list[str]:
-    """The names of the classes whose numbers the images' labels are."""
-    if model:
-        return list(model.meta["data"]["class_names"])
-    return list(real.class_names) if real else []
-
-
-def open_clip(class_names: list[str]) -> Clip:
+def open_clip(model: Model | None, real) -> Clip:
     """CLIP with one prompt for each class, from the flags."""
-    network = open_network(FLAGS.clip)
-    files = FLAGS.vocabulary
+    network, files = open_network(FLAGS.clip), FLAGS.vocabulary
     words = tokenizer.load_tokenizer(files[0] if len(files) == 1 else tuple(files) or None)
-    prompts = [FLAGS.prompt.format(name) for name in class_names]
+    names = model.meta["data"]["class_names"] if model else real.class_names if real else []
+    prompts = [FLAGS.prompt.format(name) for name in names]
     tokens = words(prompts or [FLAGS.prompt])
     return Clip(
         network,
@@ -236,24 +229,27 @@ def open_splits(model: Model | None) -> tuple[Any, Any]:
     """(held-out images, training images) of --data or of the model's data set; None if there is
     none."""
     own = model.meta["config"]["data"] if model else {}
-    name, train_split = FLAGS.data or own.get("name"), FLAGS.train_split
+    name = FLAGS.data or own.get("name")
     if not name:
         return None, None
     if not model and not FLAGS.resolution:
         raise ValueError("--images needs --resolution: a data set is opened at it")
     same = name == own.get("name")
     data = own if same else {"split": "", "options": {}}
-    options = data["options"] | common.options(FLAGS.options)
-    split = own["eval_split"] if same and not FLAGS["split"].present else FLAGS.split
     own_dir = "" if name == "scenes" else own.get("data_dir", "")
-    data = data | {"name": name, "data_dir": FLAGS.data_dir or own_dir}
-    data["options"] = options
-    if same and not FLAGS["train_split"].present:
-        train_split = own["split"]
+    data = data | {
+        "name": name,
+        "data_dir": FLAGS.data_dir or own_dir,
+        "options": data["options"] | common.options(FLAGS.options),
+    }
     resolution = model.net.config.output_resolution if model else FLAGS.resolution
+    splits = (
+        own[field] if same and not FLAGS[flag].present else FLAGS[flag].value
+        for flag, field in (("split", "eval_split"), ("train_split", "split"))
+    )
     opened = tuple(
         sources.open_data(data, split=split, resolution=resolution) if split else None
-        for split in (split, train_split)
+        for split in splits
     )
     for source in opened if model else ():
         if source and source.num_classes:
@@ -308,7 +304,7 @@ def run() -> dict:
         train,
         references=FLAGS.reference,
         used_in_loss=model.meta.get("frozen_networks", {}) if model else {},
-        clip=open_clip(class_names(model, real)) if FLAGS.clip else None,
+        clip=open_clip(model, real) if FLAGS.clip else None,
         pairs=open_pairs(model, real, train) if "reconstruction" in metrics else None,
         # The published LPIPS does not resize images; input_size=0 keeps their size.
         lpips=open_network(FLAGS.lpips, input_size=0) if FLAGS.lpips else None,
@@ -366,13 +362,8 @@ def row(summary: dict) -> str:
         if isinstance(value, float) and key not in NO_METRICS:
             cells[key] = f"{value:.4g}"
     cost = summary.get("cost", {})
-    for key in COST:
-        if key in cost:
-            cells[key] = f"{cost[key]:.4g}"
-    head = "| " + " | ".join(cells) + " |"
-    return "\n".join([
-        head, "|" + " --- |" * len(cells), "| " + " | ".join(map(str, cells.values())) + " |"
-    ])  # fmt: skip
+    cells |= {key: f"{cost[key]:.4g}" for key in COST if key in cost}
+    return markdown([[*cells], [*cells.values()]])
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -40,11 +40,6 @@ def prdc(
     """
     check_features(real, "real features")
     check_features(fake, "generated features")
-    if min(len(real), len(fake)) <= max(ks):
-        raise ValueError(
-            f"{max(ks)} neighbours need more than {max(ks)} images, but there are {len(real)} real "
-            f"and {len(fake)} generated: give more"
-        )
     real_radii, fake_radii = radii(real, ks, tile), radii(fake, ks, tile)
     inside_real = np.zeros((len(ks), len(fake)), bool)
     inside_fake = np.zeros((len(ks), len(real)), bool)

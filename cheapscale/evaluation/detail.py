@@ -40,8 +40,6 @@ class PatchDistance(NamedTuple):
 
 def patch_distance(x: np.ndarray, y: np.ndarray) -> PatchDistance:
     """The patch kernel distance of features x [n, crops, d] and y [m, crops, d] of patches."""
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"need at least 2 images of each, got {len(x)} and {len(y)}")
     n, m = len(x), len(y)
     xx, yy = ((_kernel_sums(a, a)[0] - _own_kernels(a)) / (len(a) - 1) for a in (x, y))
     to_y, to_x = _kernel_sums(x, y)

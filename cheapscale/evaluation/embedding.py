@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cheapscale.data.pixels import check_images
-from cheapscale.evaluation import resize as resizing
+from cheapscale.evaluation.resize import MODES
 from cheapscale.features.network import FeatureNetwork
 from cheapscale.training.compiler import for_depthwise
 from cheapscale.training.mesh import in_batches
@@ -37,7 +37,7 @@ def outputs(
     check_images(images)
     prepare = None
     if resize != "network":
-        prepare = functools.partial(resizing.resize, size=network.input_size, mode=resize)
+        prepare = functools.partial(MODES[resize], size=network.input_size)
     run = _program(network.outputs, logits)
     return in_batches(
         run, network.params, images, batch_size=batch_size, prepare=prepare,
@@ -49,8 +49,8 @@ def check_network(network: FeatureNetwork, resize: str) -> None:
     """Raise ValueError for a network without pooled features, or a resizing it cannot use."""
     if network.outputs is None:
         raise ValueError(f"{network.name} has no pooled features: measure with another network")
-    if resize not in ("network", *resizing.MODES):
-        raise ValueError(f"resize is {resize!r}: choose network, {' or '.join(resizing.MODES)}")
+    if resize not in ("network", *MODES):
+        raise ValueError(f"resize is {resize!r}: choose network, {' or '.join(MODES)}")
     if resize != "network" and not network.input_size:
         raise ValueError(
             f"{network.name} takes images of any size, so there is none to resize to: use "

@@ -163,11 +163,6 @@ def kernel_subsets(
     and real features y [m, d] in the same order, both compare the same subsets.
     """
     x, y = _checked_pair(x, y)
-    if min(len(x), len(y)) < subset_size or subset_size < 2:
-        raise ValueError(
-            f"subsets of {subset_size} out of {len(x)} and {len(y)} samples: choose a subset_size "
-            f"between 2 and {min(len(x), len(y))}, or use the kernel distance over all pairs"
-        )
     rng = np.random.RandomState(seed)
     found = []
     for _ in range(subsets):
@@ -193,8 +188,6 @@ def classifier_splits(logits: np.ndarray, *, splits: int = 10, seed: int = 2020)
 
     The defaults, the shuffle and the boundaries of the splits are those of torch-fidelity.
     """
-    if not 1 <= splits <= len(logits):
-        raise ValueError(f"{splits} splits of {len(logits)} logits: choose 1 to {len(logits)}")
     logits = logits[np.random.RandomState(seed).permutation(len(logits))]
     borders = np.arange(splits + 1) * len(logits) // splits
     found = [classifier_score(logits[i:j]) for i, j in zip(borders, borders[1:])]
@@ -213,13 +206,10 @@ def _root(m):
 
 def _checked_pair(x, y):
     """Both feature arrays, after checks of their shapes and values."""
-    x, y = np.asarray(x), np.asarray(y)
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"features must be [n, d] and [m, d], got {x.shape} and {y.shape}")
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"need at least 2 samples of each, got {len(x)} and {len(y)}")
     check_features(x)
     check_features(y)
+    if x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(f"features are {x.shape} and {y.shape}: give at least 2 of each, alike")
     return x, y
 
 

@@ -20,7 +20,6 @@ SHORT = {
     "efficientnet_lite0": "efficientnet",
     "dinov2_vitl14": "dinov2",  # the size that Stein et al. 2023 use; others keep their full name
 }
-VARIANTS = ("", "patch", "base")
 
 
 def metric_name(kind: str, network: str, sha256: str = "", *, variant: str = "") -> str:
@@ -30,8 +29,6 @@ def metric_name(kind: str, network: str, sha256: str = "", *, variant: str = "")
     feature network, optionally with a mark in brackets (see measure.checked_name). sha256: hash of
     its weights. variant: "patch" for crops, "base" for images at the base resolution.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}: choose one of {VARIANTS}")
     base, bracket, mark = network.partition("(")
     mark = bracket + mark
     name = f"{kind}_{SHORT.get(base, base)}"

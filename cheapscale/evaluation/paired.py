@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
+from cheapscale.training.log import markdown
+
 
 class Paired(NamedTuple):
     """The mean of an arm, its mean difference from the control, half of that difference's 95 %
@@ -62,12 +64,12 @@ def table(compared: dict[str, dict[str, Paired]]) -> str:
     a difference is bold if its interval has no 0."""
     control = next(iter(compared), None)
     names = list(compared[control]) if control else []
-    rows = [["run", "seeds", *names], ["---"] * (len(names) + 2)]
+    rows = [["run", "seeds", *names]]
     for arm, figures in compared.items():
         seeds = min((found.seeds for found in figures.values()), default=0)
         cells = [cell(figures.get(name), arm == control) for name in names]
-        rows.append([arm, str(seeds), *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        rows.append([arm, seeds, *cells])
+    return markdown(rows)
 
 
 def cell(found: Paired | None, control: bool) -> str:

@@ -23,10 +23,6 @@ def crop_corners(
     ids: np.ndarray, resolution: int, size: int, *, crops: int = CROPS, seed: int = 0
 ) -> np.ndarray:
     """The top-left corners (row, column), int [n, crops, 2], of the crops of images `ids` [n]."""
-    if not 1 <= size <= resolution:
-        raise ValueError(
-            f"crops of {size} pixels do not fit images of {resolution}: choose 1 to {resolution}"
-        )
     return np.stack([
         np.random.default_rng((STREAM, seed, int(i))).integers(0, resolution - size + 1, (crops, 2))
         for i in ids
@@ -36,19 +32,12 @@ def crop_corners(
 def random_crops(
     images: np.ndarray, ids: np.ndarray, size: int, *, crops: int = CROPS, seed: int = 0
 ) -> np.ndarray:
-    """Crops [n crops, size, size, c] of images [n, R, R, c], grouped by image.
-
-    ids: [n] numbers of the images.
-    """
-    if len(ids) != len(images) or images.shape[1] != images.shape[2]:
-        raise ValueError(
-            f"random_crops takes square images and one id for each, got {images.shape} and "
-            f"{len(ids)} ids"
-        )
+    """Crops [n crops, size, size, c] of images [n, R, R, c] with the numbers `ids` [n], grouped by
+    image."""
     corners = crop_corners(ids, images.shape[1], size, crops=crops, seed=seed)
     return np.stack([
         image[row : row + size, column : column + size]
-        for image, places in zip(images, corners)
+        for image, places in zip(images, corners, strict=True)
         for row, column in places
     ])  # fmt: skip
 

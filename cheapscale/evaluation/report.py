@@ -27,7 +27,7 @@ from cheapscale.evaluation.patches import random_crops
 from cheapscale.evaluation.report_rows import Row, Run, make_noise, read_some, rows, targets
 from cheapscale.features import FeatureNetwork
 from cheapscale.teacher import load_teacher
-from cheapscale.training.log import enlarge, image_grid, save_png
+from cheapscale.training.log import enlarge, image_grid, markdown, save_png
 
 COLUMNS = 8  # of a picture
 NUM_TRAIN = 10_000  # training images in which copies are searched for
@@ -290,10 +290,10 @@ def table(figures: dict) -> str:
     columns |= {"spectrum": ("spectrum_db", ".1f")} | {name: (name, ".2f") for name in judged}
     columns |= {"train": ("psnr_train", ".1f"), "held out": ("psnr_held_out", ".1f")}
     columns |= {"nearest": ("nearest", ".2f")}
-    lines = [["network", *columns], ["---"] * (1 + len(columns))]
+    lines = [["network", *columns]]
     for network, row in stages.items():
         lines.append([network, *(cell(row, *column) for column in columns.values())])
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *notes(figures)])
+    return "\n".join([markdown(lines), "", *notes(figures)])
 
 
 def cell(row: dict, name: str, form: str) -> str:

@@ -33,10 +33,3 @@ def tf1(images: np.ndarray, size: int) -> np.ndarray:
 
 
 MODES = {"clean": clean, "tf1": tf1}
-
-
-def resize(images: np.ndarray, size: int, mode: str) -> np.ndarray:
-    """The images resized by the operator `mode`, "clean" or "tf1"; see there for the shapes."""
-    if mode not in MODES:
-        raise ValueError(f"unknown resizing {mode!r}: choose one of {tuple(MODES)}")
-    return MODES[mode](images, size)

@@ -8,6 +8,7 @@ compare them only with each other.
 `traced_flops` needs no compilation, which takes minutes for large networks.
 """
 
+import contextlib
 import math
 import statistics
 import time
@@ -114,3 +115,31 @@ def _primitives(jaxpr: core.Jaxpr) -> Iterator[str]:
         yield equation.primitive.name
         for inner in core.jaxprs_in_params(equation.params):
             yield from _primitives(inner)
+
+
+class Ledger:
+    """The FLOPs and device-seconds of a run, added to those of its teachers, and its speed."""
+
+    def __init__(self, before: dict, flops_per_step: float, start: int):
+        self.before = {"flops": 0.0, "device_seconds": 0.0} | before
+        self.flops_per_step, self.start = flops_per_step, start
+        self.began = self.clock = time.monotonic()  # the clock measures the speed
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block, such as an eval, that counts as device-seconds but not in steps per second."""
+        began = time.monotonic()
+        yield
+        self.clock += time.monotonic() - began
+
+    def entry(self, step: int) -> dict:
+        """{"ledger": {"flops", "device_seconds"}, "steps_per_second", "flops_per_step"}."""
+        now, done = time.monotonic(), step - self.start
+        spent = {
+            "flops": self.flops_per_step * done,
+            "device_seconds": (now - self.began) * jax.device_count(),
+        }
+        ledger = {name: self.before[name] + value for name, value in spent.items()}
+        # The clock starts after the first step, so one step fewer is timed.
+        speed = (done - 1) / max(now - self.clock, 1e-9)
+        return {"ledger": ledger, "steps_per_second": speed, "flops_per_step": self.flops_per_step}

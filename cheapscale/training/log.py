@@ -5,6 +5,7 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,6 +63,12 @@ def captioned(pictures: list[tuple[str, np.ndarray]], columns: int = 10) -> Imag
         pen.text((left, top), caption, fill="black")
         sheet.paste(tile(image, side), (left, top + 12))
     return sheet
+
+
+def markdown(rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
@@ -27,7 +27,7 @@ from absl import logging
 
 from cheapscale.training import checkpoint as ckpt
 from cheapscale.training import mesh as sharding
-from cheapscale.training.cost import param_count
+from cheapscale.training.cost import Ledger, param_count
 from cheapscale.training.exported import files_of, model_file
 from cheapscale.training.lock import only_writer
 from cheapscale.training.log import Log
@@ -312,34 +312,6 @@ def steps_within(total_flops: float, meta: dict, flops: float) -> int:
             f"a larger --config.total_flops={2 * spent:.2g}, which includes them"
         )
     return math.ceil(max(total_flops * (1 - 1e-9) - spent, 0) / flops) if total_flops else 1
-
-
-class Ledger:
-    """The FLOPs and device-seconds of a run, added to those of its teachers, and its speed."""
-
-    def __init__(self, before: dict, flops_per_step: float, start: int):
-        self.before = {"flops": 0.0, "device_seconds": 0.0} | before
-        self.flops_per_step, self.start = flops_per_step, start
-        self.began = self.clock = time.monotonic()  # the clock measures the speed
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """A block, such as an eval, that counts as device-seconds but not in steps per second."""
-        began = time.monotonic()
-        yield
-        self.clock += time.monotonic() - began
-
-    def entry(self, step: int) -> dict:
-        """{"ledger": {"flops", "device_seconds"}, "steps_per_second", "flops_per_step"}."""
-        now, done = time.monotonic(), step - self.start
-        spent = {
-            "flops": self.flops_per_step * done,
-            "device_seconds": (now - self.began) * jax.device_count(),
-        }
-        ledger = {name: self.before[name] + value for name, value in spent.items()}
-        # The clock starts after the first step, so one step fewer is timed.
-        speed = (done - 1) / max(now - self.clock, 1e-9)
-        return {"ledger": ledger, "steps_per_second": speed, "flops_per_step": self.flops_per_step}
 
 
 def inputs(meta: dict) -> dict:

@@ -1,10 +1,9 @@
-"""The speed of this package against other packages on CPU.
+"""The speed of our networks on CPU.
 
     python -m launch.bench --workdir=runs/bench --cores=1
-    python -m launch.bench --workdir=runs/bench --cores=1 --what=features
+    python -m launch.bench --workdir=runs/bench --cores=1 --what=pruned
 
     unet        a training step and one-step sampling against diffusers.UNet2DModel
-    features    Inception-v3 features of a set and its Frechet distance, against torch-fidelity
     pruned      an expert's training step and network call against its base's
     one_step    an image of the generator --model against its teachers' samplers
 
@@ -45,10 +44,6 @@ SIZES = {
     ),
     "tiny16": (preset("tiny16", groups=8), 32),
 }  # fmt: skip
-PEERS = {
-    "unet": "diffusers",
-    "features": "torch-fidelity",
-}  # the package that each part compares with
 SHARES = (0.6, 0.8)  # shares of the base's FLOPs that the experts keep
 
 
@@ -93,7 +88,7 @@ def compare(name: str, rounds: int, *args) -> dict:
         module = importlib.import_module(f"launch.bench.{name}")
     except ImportError as error:
         raise ValueError(
-            f"the comparison needs {PEERS[name]} ({error}): pip install {PEERS[name]} torch"
+            f"the comparison needs another package ({error}): pip install diffusers torch"
         ) from None
     facts, calls = module.prepare(*args)
     figures = facts | {"uses": {use: paired(sides, rounds) for use, sides in calls.items()}}
@@ -107,7 +102,7 @@ def compare(name: str, rounds: int, *args) -> dict:
 def run(parts: dict[str, Callable[[], dict]], rounds: int, record: pathlib.Path) -> dict:
     """The figures of all parts, which are also written to the record."""
     versions = {}
-    for package in {PEERS[name] for name in parts if name in PEERS} | {"torch"}:
+    for package in ("diffusers", "torch"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -127,7 +122,7 @@ def define() -> None:
     flags.DEFINE_string("workdir", None, "Folder of the summary.")
     flags.DEFINE_string("record", "", "Path of the record (.json); default: record.json there.")
     flags.DEFINE_multi_enum(
-        "what", ["unet"], ["unet", "features", "pruned", "one_step"],
+        "what", ["unet"], ["unet", "pruned", "one_step"],
         "What to measure."
     )  # fmt: skip
     flags.DEFINE_string("model", None, "one_step: the work directory of a generator.")
@@ -137,10 +132,7 @@ def define() -> None:
     flags.DEFINE_multi_enum(
         "sizes", list(SIZES), list(SIZES), "unet: these networks; pruned: the first one."
     )
-    flags.DEFINE_integer("images", 128, "features: images in the set.", 2, 1_000_000)
-    flags.DEFINE_integer(
-        "batch", 64, "features, one_step: images per call of the network.", 1, 1_000_000
-    )
+    flags.DEFINE_integer("batch", 64, "one_step: images per call of the network.", 1, 1_000_000)
     required("workdir", "runs/bench")
 
 
@@ -159,7 +151,6 @@ def body(given) -> dict:
 
     parts = {
         "unet": lambda: {s: compare("unet", given.rounds, *SIZES[s]) for s in given.sizes},
-        "features": lambda: compare("features", given.rounds, given.images, given.batch),
         "pruned": lambda: compare("pruned", given.rounds, *SIZES[given.sizes[0]], SHARES),
         "one_step": lambda: one_step.measure(
             given.model, steps=given.steps, batch=given.batch, rounds=given.rounds, paired=paired

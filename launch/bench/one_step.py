@@ -25,6 +25,7 @@ from cheapscale.models.unet import init_params, unet
 from cheapscale.teacher import Generator, Teacher, load
 from cheapscale.teacher.sampling import levels, one_step
 from cheapscale.teacher.teacher import Origin
+from cheapscale.training.log import markdown
 
 PyTree = Any
 GUIDANCE = 2.0  # any scale but 0 and 1 costs the same
@@ -99,8 +100,8 @@ def waited(program: Callable, inputs: tuple) -> None:
 
 def table(rows: dict[str, dict]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| model | network calls | GFLOP an image | ms an image | ratio |", "|" + " --- |" * 5]
+    lines = [("model", "network calls", "GFLOP an image", "ms an image", "ratio")]
     for name, row in rows.items():
-        numbers = f"{row['flops'] / 1e9:.3g} | {1e3 * row['seconds']:.3g} | {row['ratio']:.4g}"
-        lines.append(f"| {name} | {row['calls']} | {numbers} |")
-    return "\n".join(lines)
+        flops, seconds = f"{row['flops'] / 1e9:.3g}", f"{1e3 * row['seconds']:.3g}"
+        lines.append((name, row["calls"], flops, seconds, f"{row['ratio']:.4g}"))
+    return markdown(lines)

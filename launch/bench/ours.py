@@ -1,6 +1,5 @@
 """Our side of the comparisons: a training step and one-step sampling of any U-Net."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -63,9 +62,6 @@ def our_calls(model: dict, params: PyTree, images: np.ndarray) -> tuple[dict, di
         state, metrics = train(state, {}, batch, key)
         jax.block_until_ready((state, metrics))
 
-    calls: dict[str, Callable] = {
-        "sampling": lambda: jax.block_until_ready(generate(*rows)),
-        "training": train_once,
-    }
+    calls = {"sampling": lambda: jax.block_until_ready(generate(*rows)), "training": train_once}
     programs = {"sampling": generate, "training": train}
     return calls, {use: program.cost_analysis()["flops"] for use, program in programs.items()}

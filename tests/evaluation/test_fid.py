@@ -143,12 +143,8 @@ def test_bad_features_are_refused():
         frechet_distance(np.ones((3, 2)), np.ones((3, 4)))
     with pytest.raises(ValueError, match="at least 2 samples"):
         frechet_distance(np.ones((1, 2)), np.ones((3, 2)))
-    with pytest.raises(ValueError, match="at least 2 samples"):
+    with pytest.raises(ValueError, match="at least 2 of each"):
         fid.kernel_distance(np.ones((1, 2)), np.ones((3, 2)))
-    with pytest.raises(ValueError, match="choose a subset_size between 2 and 5"):
-        fid.kernel_subsets(np.ones((5, 2)), np.ones((9, 2)))
-    with pytest.raises(ValueError, match="10 splits of 3 logits"):
-        fid.classifier_splits(np.ones((3, 2)))
     holed = np.ones((9, 2))
     holed[6, 1] = np.nan
     for measure in (frechet_distance, fid.kernel_distance):

@@ -89,9 +89,9 @@ def test_a_field_is_typed_in_one_form_in_every_command_with_a_config(word, name,
 @pytest.mark.parametrize(
     "word, said",
     [
-        ("--num=4.0", "--num=4.0: invalid literal .*: give a whole number, as --num=64$"),
-        ("--step=x", "--step=x: .*: give a whole number, as --step=1$"),
-        ("--cfg_scale=x", "--cfg_scale=x: .*: give a number, as --cfg_scale=1.0$"),
+        ("--num=4.0", "--num=4.0: invalid literal .*: give one such as --num=64$"),
+        ("--step=x", "--step=x: .*: give one such as --step=1$"),
+        ("--cfg_scale=x", "--cfg_scale=x: .*: give one such as --cfg_scale=1.0$"),
         ("--describe", "--describe is a flag of launch.train"),
     ],
 )
