@@ -30,20 +30,15 @@ PERMIT = "name a folder that you may write"
 REMEDIES = {
     errno.ENOSPC: SPACE,
     errno.EDQUOT: SPACE,
-    errno.EFBIG: "allow larger files with: ulimit -f unlimited",
     errno.EROFS: PERMIT,
     errno.EACCES: PERMIT,
     errno.EPERM: PERMIT,
-    errno.EIO: "the disk may be damaged: name a folder on another one",
     errno.EEXIST: "it is a file: name a folder",
     errno.ENOTDIR: "a part of it is a file: name a folder",
     errno.EISDIR: "it is a folder: name a file, or move it away",
     errno.ENOENT: "correct the name",
-    errno.ENAMETOOLONG: "shorten the name",
-    errno.ELOOP: "a link leads to itself: name another folder",
-    errno.EMFILE: "allow more open files with: ulimit -n 4096",
 }
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # libraries only say so in a text
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # libraries only say so in a text
 
 
 @contextlib.contextmanager

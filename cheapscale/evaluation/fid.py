@@ -93,11 +93,8 @@ def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the union of two disjoint sets (Chan et al. 1979), for streamed features."""
     # Only the difference of the means is used, so a large common mean causes no cancellation.
     n, shift = a.n + b.n, b.mean - a.mean
-    return Moments(
-        n,
-        a.mean + shift * (b.n / n),
-        a.scatter + b.scatter + np.outer(shift, shift) * (a.n * b.n / n),
-    )
+    scatter = a.scatter + b.scatter + np.outer(shift, shift) * (a.n * b.n / n)
+    return Moments(n, a.mean + shift * (b.n / n), scatter)
 
 
 def frechet(a: Moments | Gaussian | np.ndarray, b: Moments | Gaussian | np.ndarray) -> Frechet:
@@ -123,13 +120,11 @@ def frechet(a: Moments | Gaussian | np.ndarray, b: Moments | Gaussian | np.ndarr
     spectrum = values[int(np.argmax(sizes))]
     bias = sum(expected_bias(spectrum, n) for n in sizes)
     dimension, fewest = len(a.mean), min(sizes)
-    warning = ""
-    if fewest <= dimension:
-        warning = (
-            f"{fewest} samples for {dimension} dimensions: their Frechet distance reads at "
-            f"least roughly {bias:.3g} too high; give {2 * dimension}, or use the kernel distance"
-        )
-    return Frechet(distance, bias, warning)
+    warning = (
+        f"{fewest} samples for {dimension} dimensions: their Frechet distance reads at least "
+        f"roughly {bias:.3g} too high; give {2 * dimension}, or use the kernel distance"
+    )
+    return Frechet(distance, bias, warning if fewest <= dimension else "")
 
 
 def expected_bias(eigenvalues: np.ndarray, n: float) -> float:
@@ -196,10 +191,7 @@ def classifier_splits(logits: np.ndarray, *, splits: int = 10, seed: int = 2020)
 
 def _root(m):
     """(eigenvalues of a covariance S clipped at 0, a matrix A with A A^T = S)."""
-    covariance = m.covariance
-    if not (np.isfinite(m.mean).all() and np.isfinite(covariance).all()):
-        raise ValueError("moments hold a NaN or an infinity: compute them again from the features")
-    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = np.linalg.eigh(m.covariance)
     values = np.maximum(values, 0)
     return values, vectors * np.sqrt(values)[None]
 

@@ -162,11 +162,9 @@ def read(parts: list[Part], name: str, prefix: str) -> dict[str, np.ndarray]:
 def summarise(e: Evaluation, parts: list[Part]) -> dict:
     """The summary, computed from the shards and the cached statistics."""
     result: dict = {"num": e.generated.num, "networks": {n.name: n.sha256 for n in e.networks}}
-    result |= {
-        key: e.sets[name].num
-        for name, key in ((REAL, "num_reference"), (TRAIN, "num_train"))
-        if name in e.sets
-    }
+    for name, key in ((REAL, "num_reference"), (TRAIN, "num_train")):
+        if name in e.sets:
+            result[key] = e.sets[name].num
     warnings: list[str] = []
     for network in e.networks if GENERATED in e.sets else ():
         for view in e.views:

@@ -74,8 +74,9 @@ def _read_zip(path: pathlib.Path, data: np.ndarray) -> Groups:
 
     if root + "byteorder" in entries and bytes(content("byteorder")) != b"little":
         raise Refused(f"{path} comes from a big-endian machine: save it on a little-endian one")
-    machine = Machine(script=root + "constants.pkl" in entries)
-    tree = _checked(path, machine, io.BytesIO(content("data.pkl")[:MOST]))
+    stream = io.BytesIO(content("data.pkl")[:MOST])
+    machine = Machine(stream, script=root + "constants.pkl" in entries)
+    tree = _checked(path, machine, stream)
     groups = _groups(tree, lambda key: content(f"data/{key}"), len(data))
     if machine.script:  # one module: its attributes have the names of its state dict
         flat = {f"{g}.{n}".lstrip("."): a for g, group in groups.items() for n, a in group.items()}
@@ -85,14 +86,14 @@ def _read_zip(path: pathlib.Path, data: np.ndarray) -> Groups:
 
 def _read_legacy(path: pathlib.Path, data: np.ndarray) -> Groups:
     stream = io.BytesIO(data[: 2 * MOST])
-    if _checked(path, Machine(), stream, 'pickle.load(open({}, "rb"))') != MAGIC:
+    if _checked(path, Machine(stream), stream, 'pickle.load(open({}, "rb"))') != MAGIC:
         raise Refused(f"{path} is a pickle, but not of torch.save: give a file of torch.save")
-    Machine().run(stream)
-    if not Machine().run(stream)["little_endian"]:
+    Machine(stream).load()
+    if not Machine(stream).load()["little_endian"]:
         raise Refused(f"{path} comes from a big-endian machine: save it on a little-endian one")
-    machine = Machine()
+    machine = Machine(stream)
     tree = _checked(path, machine, stream)
-    keys, storages = Machine().run(stream), {}
+    keys, storages = Machine(stream).load(), {}
     position = stream.tell()
     for key in keys:
         size = int(data[position : position + 8].view("<i8")[0]) * machine.dtypes[key].itemsize
@@ -111,7 +112,7 @@ def _checked(
 ) -> Any:
     """The object of the next pickle; Refused where it holds classes or functions."""
     try:
-        tree = machine.run(stream)
+        tree = machine.load()
     except Exception:
         if not machine.foreign and stream.tell() < MOST:
             raise

@@ -1,12 +1,12 @@
 """A pickle of tensors as plain values; nothing that the pickle names is imported or called.
 
-`Machine` follows the opcodes itself. It builds dicts, lists, numbers, texts and descriptions of
-tensors, and lists the other classes and functions that the pickle asks for. What a pickle of
-`MOST` bytes becomes takes less than 1 GB and half a minute, whatever it says.
+`Machine` builds dicts, lists, numbers, texts and descriptions of tensors, and lists the other
+classes and functions that the pickle asks for. What a pickle of `MOST` bytes becomes takes less
+than 1 GB and half a minute, whatever it says.
 """
 
 import io
-import pickletools
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,12 +46,6 @@ class Tensor(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-
-
-class Named(NamedTuple):
-    """A class or function that a pickle names."""
-
-    name: str
 
 
 class Object:
@@ -106,59 +100,48 @@ CALLS |= {
     for name in "build_intlist build_doublelist build_boollist build_tensorlist "
     "restore_type_tag".split()
 }
-MAKE = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list,
-}  # fmt: skip
-LITERALS = set(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
-    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
-    "BYTEARRAY8".split()
-)
 
 
-class Machine:
-    """Follows one pickle.
+class Named(NamedTuple):
+    """A class or function that a pickle names; `make` stands in for it."""
+
+    name: str
+    make: Callable
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.make(self.name, arguments)
+
+
+class Machine(pickle._Unpickler):
+    """Reads one pickle. It is the reader in Python: that in C allocates what a file only claims.
 
     script: whether it is of a compiled module, whose own classes become `Object`s.
     foreign: the names that the pickle holds beside those of tensors. dtypes: of storages by key.
     """
 
-    def __init__(self, script: bool = False):
-        self.stack, self.marks, self.memo = [], [], {}
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, stream: io.BytesIO, script: bool = False):
+        super().__init__(stream)
         self.script, self.foreign, self.dtypes, self.copied = script, [], {}, 0
 
-    def run(self, stream: io.BytesIO) -> Any:
-        """The object of the pickle at the stream's position, which is at its end then.
-
-        Raises ValueError and many other errors where the pickle is damaged.
-        """
-        for code, argument, _ in pickletools.genops(stream):
-            self._step(code.name, argument)
-        return self.stack.pop()
-
-    def _since_mark(self) -> list:
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
-
-    def _name(self, name: str) -> Named:
+    def find_class(self, module: str, name: str) -> Named:
+        name = f"{module}.{name}"
         known = name in CALLS or name in STORAGES or name in KINDS
         if not known and not (self.script and name.startswith("__torch__.")):
             self.foreign.append(name)
-        return Named(name)
+        return Named(name, self._call)
 
-    def _call(self, named: Named, arguments: tuple) -> Any:
-        if named.name not in CALLS:
-            return Object(named.name)
+    def _call(self, name: str, arguments: tuple) -> Any:
+        if name not in CALLS:
+            return Object(name)
         # One long list that is copied again and again would take all memory.
         self.copied += sum(len(a) for a in arguments if isinstance(a, str | list | tuple | dict))
         if self.copied > MOST:
             raise ValueError("a pickle that copies its lists again and again")
-        return CALLS[named.name](*arguments)
+        return CALLS[name](*arguments)
 
-    def _storage(self, reference: tuple) -> Storage:
+    def persistent_load(self, reference: tuple) -> Storage:
         kind, named, key, _, _, *view = reference
         if kind != "storage":
             raise ValueError(f"a reference to {kind!r}")
@@ -166,60 +149,32 @@ class Machine:
         self.dtypes[str(key)] = dtype = STORAGES.get(named.name, np.dtype(np.uint8))
         return Storage(str(key), dtype, view[0][1] if view and view[0] else 0)
 
-    def _step(self, code: str, argument: Any) -> None:
-        stack = self.stack
-        match code:
-            case "MARK":
-                self.marks.append(len(stack))
-            case "POP":
-                stack.pop()
-            case "DUP":
-                stack.append(stack[-1])
-            case "TUPLE":
-                stack.append(tuple(self._since_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack[-int(code[-1]) :] = [tuple(stack[-int(code[-1]) :])]
-            case "LIST" | "FROZENSET":
-                stack.append(self._since_mark())
-            case "DICT":
-                stack.append(put({}, self._since_mark()))
-            case "APPEND":
-                value = stack.pop()
-                stack[-1].append(value)
-            case "APPENDS" | "ADDITEMS":
-                values = self._since_mark()
-                stack[-1].extend(values)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                put(stack[-1], [key, value])
-            case "SETITEMS":
-                items = self._since_mark()
-                put(stack[-1], items)
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "GLOBAL":
-                stack.append(self._name(argument.replace(" ", ".")))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(self._name(f"{module}.{name}"))
-            case "REDUCE" | "NEWOBJ":
-                arguments, named = stack.pop(), stack.pop()
-                stack.append(self._call(named, arguments))
-            case "BUILD":  # of a dict: the versions of a state dict's modules
-                state = stack.pop()
-                if isinstance(stack[-1], Object):
-                    stack[-1].state = state
-            case "BINPERSID":
-                stack.append(self._storage(stack.pop()))
-            case "PROTO" | "FRAME" | "STOP":
-                pass
-            case _ if code in MAKE:
-                stack.append(MAKE[code]())
-            case _ if code in LITERALS:
-                stack.append(argument)
-            case _:
-                raise ValueError(f"the opcode {code}, which PyTorch does not write")
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        put(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        put(self.stack[-1], items)
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(put({}, items))
+
+    def load_build(self) -> None:  # of a dict: the versions of a state dict's modules
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Object):
+            self.stack[-1].state = state
+
+    # Sets are lists, whose members are not hashed; an object is made as a function is called.
+    dispatch |= {
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.BUILD[0]: load_build,
+        pickle.NEWOBJ[0]: pickle._Unpickler.load_reduce,
+        pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
+        pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
+        pickle.FROZENSET[0]: pickle._Unpickler.load_list,
+    }
+    del dispatch[pickle.BYTEARRAY8[0]]  # allocates before it reads

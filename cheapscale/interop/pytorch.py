@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cheapscale.features.weights import as_float32
@@ -23,9 +24,9 @@ PyTree = Any
 # head_dim_three ("dim, three" with its single head), PaGoDA and other flash-attention U-Nets
 # three_head_dim, the original guided-diffusion (legacy order) head_three_dim.
 QKV_LAYOUTS = {
-    "three_head_dim": ("three", "head", "dim"),
-    "head_three_dim": ("head", "three", "dim"),
-    "head_dim_three": ("head", "dim", "three"),
+    "three_head_dim": "three head dim",
+    "head_three_dim": "head three dim",
+    "head_dim_three": "head dim three",
 }
 
 
@@ -51,12 +52,8 @@ def convert(
     Raises ValueError listing tensors that are missing and tensors that nothing uses, and naming
     one that is quantised or of another rank.
     """
-    if qkv_layout not in QKV_LAYOUTS:
-        raise ValueError(
-            f"qkv_layout {qkv_layout!r} is unknown: choose one of {', '.join(QKV_LAYOUTS)}"
-        )
     entries, endings = list(entries), tuple(ignore)
-    weights = {name for name in state if not (endings and name.endswith(endings))}
+    weights = {name for name in state if not name.endswith(endings)}
     wanted = {entry.name for entry in entries}
     missing, unused = sorted(wanted - weights), sorted(weights - wanted)
     if missing or unused:
@@ -64,12 +61,7 @@ def convert(
             f"the checkpoint does not fit the model config: missing {missing or 'nothing'}, "
             f"unused {unused or 'nothing'}; check widths, blocks, attention and growth"
         )
-    arrays = {
-        entry.path: _convert_array(
-            as_float32(state[entry.name], f"weight {entry.name!r}"), entry, qkv_layout
-        )
-        for entry in entries
-    }
+    arrays = {entry.path: _converted(state[entry.name], entry, qkv_layout) for entry in entries}
     return unflatten_dict(arrays, sep="/")
 
 
@@ -108,14 +100,12 @@ def _check_rank(array: np.ndarray, entry: Entry) -> None:
         )
 
 
-def _convert_array(array: np.ndarray, entry: Entry, qkv_layout: str) -> np.ndarray:
+def _converted(array: np.ndarray, entry: Entry, qkv_layout: str) -> np.ndarray:
+    array = as_float32(array, f"weight {entry.name!r}")
     _check_rank(array, entry)
     if entry.kind == "qkv":
-        axes = QKV_LAYOUTS[qkv_layout]
-        sizes = {"three": 3, "head": entry.heads, "dim": array.shape[0] // (3 * entry.heads)}
-        split = array.reshape(*(sizes[axis] for axis in axes), *array.shape[1:])
-        order = [axes.index(axis) for axis in ("three", "head", "dim")]
-        array = split.transpose(*order, *range(3, split.ndim)).reshape(array.shape)
+        layouts = f"({QKV_LAYOUTS[qkv_layout]}) ... -> (three head dim) ..."
+        array = rearrange(array, layouts, three=3, head=entry.heads)
     if entry.kind == "plain" or array.ndim == 1:
         return array
     if entry.kind == "conv":

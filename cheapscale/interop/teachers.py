@@ -6,11 +6,7 @@ import jax
 
 from cheapscale.features.weights import Weights, check_finite, read_weights
 from cheapscale.interop.sets import choose
-from cheapscale.interop.unet_weights import (
-    has_learned_variance,
-    qkv_layout_of,
-    to_params,
-)
+from cheapscale.interop.unet_weights import has_learned_variance, qkv_layout_of, to_params
 from cheapscale.models.plan import UNetConfig
 from cheapscale.models.unet import unet
 from cheapscale.teacher import pretrain
@@ -83,10 +79,13 @@ def read_network(
         check_finite(arrays, file.path)
         found.append(to_params(arrays, net, form, qkv_layout=layout))
     variance = has_learned_variance(chosen.raw, form, net)
-    origin = {"path": file.path, "sha256": file.sha256, "format": form, "qkv_layout": layout}
-    origin |= {
+    return *found, {
+        "path": file.path,
+        "sha256": file.sha256,
+        "format": form,
+        "qkv_layout": layout,
         "noise_feature": net.noise_feature,
         "weights": chosen.names,
         "left_out": chosen.left_out,
+        "learned_variance": "left out" if variance else "none",
     }
-    return *found, origin | {"learned_variance": "left out" if variance else "none"}
