@@ -208,7 +208,7 @@ ASSESS = {  # step-adaptive training (arXiv 2312.13307)
     "groups": Field(5, "number of experts", low=1, high=10_000),
     "partition": Field(
         "equal", "equal counts, equal decibels, or clusters of a curve",
-        ("equal", "decibels", "snr", "loss", "gradient"),
+        ("equal", "decibels", "snr", "loss"),
     ),
     "k": Field(0.5, "k in the budget F_i = (i/N + (1 - i/N) k) F_0", low=0, high=1),
     "order": Field(
@@ -221,7 +221,7 @@ ASSESS = {  # step-adaptive training (arXiv 2312.13307)
         "karras", "spacing of its levels; all but karras need VP",
         ("karras", "leading", "trailing", "quadratic"),
     ),
-    "importance": Field("taylor", "score of a channel", ("taylor", "magnitude", "all_times")),
+    "importance": Field("taylor", "score of a channel", ("taylor", "magnitude")),
     "images": Field(1024, "images for the scores and the proxy loss", low=1),
     "proposer": Field(
         "greedy", "proposer of widths; uniform: one ratio, no search; llm: a language model",

@@ -30,6 +30,7 @@ from cheapscale.data.pixels import from_uint8
 from cheapscale.diffusion.noise import SPACINGS
 from cheapscale.diffusion.samplers import METHODS
 from cheapscale.evaluation import image_sets
+from cheapscale.evaluation.embedding import RESIZES
 from cheapscale.evaluation.job import evaluation_job
 from cheapscale.evaluation.request import (
     FEATURE_METRICS,
@@ -89,9 +90,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("network", [], "NAME or NAME=FILE of a feature network.")
     flags.DEFINE_multi_string("sha256", [], "NAME=HASH that the file of network NAME must have.")
     flags.DEFINE_multi_string("reference", [], "Statistics (.npz) to use in place of real images.")
-    flags.DEFINE_enum(
-        "resize", "network", ["network", "clean", "tf1"], "Resizing to the network's input size."
-    )
+    flags.DEFINE_enum("resize", "network", RESIZES, "Resizing to the network's input size.")
     flags.DEFINE_integer("batch_size", 64, "Images per call.", 1, LARGEST)
     flags.DEFINE_integer("per_shard", 1000, "Images per shard.", 1, LARGEST)
     flags.DEFINE_integer("seed", 0, "Seed of the latents.", 0, LARGEST)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import reduce
 
 from cheapscale.cascade.plan import Size, check_pivot, named
 from cheapscale.data.arrays import read_npz
@@ -33,14 +34,13 @@ def resize(x: jax.Array, size: Size, kernel: str = "bilinear") -> jax.Array:
 
 def block_mean(x: jax.Array, size: Size) -> jax.Array:
     """P: [..., H, W, c] -> [..., *size, c], block means; H and W must be multiples of `size`."""
-    *lead, height, width, channels = x.shape
+    height, width = x.shape[-3:-1]
     if height % size[0] or width % size[1]:
         raise ValueError(
             f"{named((height, width))} px are no whole multiple of {named(size)}: block means and "
             "coupled noise need scales such as 2x,4x"
         )
-    blocks = (*lead, size[0], height // size[0], size[1], width // size[1], channels)
-    return x.reshape(blocks).mean((-4, -2))
+    return reduce(x, "... (h i) (w j) c -> ... h w c", "mean", h=size[0], w=size[1])
 
 
 def coupled_noise(small: jax.Array, fresh: jax.Array) -> jax.Array:

@@ -222,19 +222,15 @@ def cascade(
     pivots: np.ndarray | None = None,
     **options: Any,
 ) -> CascadeSamples:
-    """(images of every scale, labels): `num` images at the sizes "2x,4x", or up to "64x96".
+    """(images of every scale, labels): `num` images at the sizes "2x,4x", or up to "64x96", see
+    `plan.read_sizes`. ValueError before anything compiles where something does not fit.
 
     Args:
-        model: a teacher, or a set of experts.
-        sizes: scales per side and cumulative ("2x,4x" is two doublings), or a last size, height
-            first, see `plan.read_sizes`.
         start: number of the first image; image i depends only on (seed, i).
         labels: int [num] classes; drawn uniformly by default.
         pivots: [num, h, w, c], uint8 or floats in [-1, 1]: images to enlarge instead of the model's
             samples; a conditional model needs their labels.
         options: of `make_cascade`: k, seed, steps, method, cfg_scale, tuned, baseline, ...
-
-    Raises ValueError before anything compiles where sizes, K, labels or pivots do not fit.
     """
     size = None
     if pivots is not None:
@@ -263,15 +259,12 @@ def make_cascade(
     """The samplers of a tuning-free or tuned cascade, or of a baseline on every larger canvas.
 
     Args:
-        k: the noise from which stages restart, one for all or one for each, see
-            `plan.restart_sigma`.
-        pivot_size: size of the images that `draw` will get as scale 0.
+        k, steps, spacing: of `cascade_plan`. pivot_size: of the images that `draw` gets as scale 0.
         tuned: work directories of cascade runs, or runs loaded by `load_tuned`: one for all stages,
             or one for each.
         baseline: a name in `baselines.BASELINES`; "" is self-cascade.
         expert_rule: how an expert is chosen for a step at a larger size: by the noise "level" or by
             the "snr" of the block means of pixels, see `plan.schedule_shift`.
-        cfg_scale: guidance; 1 is none.
         options: of `Cascade`: seed, method, batch_size, kernel, coupled.
     """
     if tuned and baseline:

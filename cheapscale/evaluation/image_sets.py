@@ -89,10 +89,8 @@ def chosen_images(source, order: np.ndarray) -> Images:
 def sampled_images(
     model: Model, resolution: int, labels: np.ndarray | None, num: int, **options
 ) -> Images:
-    """Samples 0 ... num - 1 of a model.
-
-    labels: [num], or None for a model without classes. options: those of `sampling.sampler`.
-    """
+    """Samples 0 ... num - 1 of a model; labels: [num], or None for a model without classes;
+    options: those of `sampling.sampler`."""
     draw = sampler(model, **options)
     given = np.zeros(num, np.int32) if labels is None else labels
 

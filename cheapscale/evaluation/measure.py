@@ -49,7 +49,7 @@ def scores(
         logits: [n, classes], for "score".
         train: features of training images [m, d], for "memorisation".
         unseen: features of those training images that the network was not fitted on, for "floor".
-        variant, resize: "patch" or "base", and "clean" or "tf1", become part of the metric names.
+        variant, resize: "patch" or "base", and "clean", become part of the metric names.
 
     Returns num, num_reference (None for a published file), and by name
         fd, fd_bias              Frechet distance, and its expected bias at these set sizes

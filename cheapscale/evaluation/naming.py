@@ -6,7 +6,7 @@
 All other metrics carry the name of their network: precision_mobilenetv2, recall_dinov2 ... The
 prefix p means crops (pfid), the suffix _b images reduced to the base resolution (fid_b). A mark in
 brackets behind the network's name, such as "(rotation)" or "(used in the loss)", moves to the end
-of the metric's name. "(clean)" and "(tf1)" mark images that evaluation.resize resized.
+of the metric's name. "(clean)" marks images that clean-fid's operator resized.
 """
 
 # pt_inception-2015-12-05-6726825d.pth: TensorFlow's weights, as distributed with pytorch-fid,

@@ -49,7 +49,7 @@ class Evaluation:
       anyway, and mark it in the metric names.
     clip: for "clip". pairs: for "reconstruction". lpips: VGG16 with LPIPS weights, for the LPIPS of
       "reconstruction".
-    resize: "network", "clean" or "tf1" (evaluation.resize). patch: side of the crops. base:
+    resize: "network" or "clean", see `embedding.outputs`. patch: side of the crops. base:
       resolution of the view "base". num_reference, num_train: limits of the images that are read.
     """
 

@@ -22,7 +22,6 @@ from cheapscale.data.files import atomic_write, cache_folder, damaged
 from cheapscale.evaluation.fid import Gaussian, Moments, moments
 
 VERSION = 1  # change it with the format of the file, or with code that changes the numbers
-LARGEST_CHECKED = 4096  # dimension up to which eigenvalues are computed, which takes seconds
 
 
 class Identity(NamedTuple):
@@ -147,10 +146,8 @@ def _fault(moments: Moments | Gaussian) -> str:
         return "some numbers are not finite"
     if not np.allclose(covariance, covariance.T, atol=1e-6 * np.abs(covariance).max()):
         return "the covariance is not symmetric"
-    if mean.size <= LARGEST_CHECKED:
-        eigenvalues = np.linalg.eigvalsh(covariance)
-        if eigenvalues[0] < -1e-3 * max(eigenvalues[-1], 0):
-            return f"the covariance has the negative eigenvalue {eigenvalues[0]:.3g}"
+    if (covariance.diagonal() < 0).any():
+        return "the covariance has a negative variance"
     return ""
 
 

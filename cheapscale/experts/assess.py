@@ -93,20 +93,12 @@ class Assessment:
     def _groups(self) -> Groups:
         """The groups of `settings`; measures the teacher's curve if the partition needs one."""
         count, kind, measured = self.settings["groups"], self.settings["partition"], None
+        levels = self.teacher.process.levels()
         if kind == "loss":
             # The loss spans orders of magnitude, so its logarithm is clustered.
-            measured = np.log([self._anchor_loss(sigma) for sigma in self._anchors()])
-        elif kind == "gradient":
-            rows = slice(SCORE_IMAGES)
-            key = stream_key(self.seed, "anchor", 0)
-            sigmas = (np.full(len(self.images[rows]), sigma, "f") for sigma in self._anchors())
-            measured = np.stack([_flat(self._gradient(rows, sigma, key)) for sigma in sigmas])
+            anchors = levels[anchor_positions(len(levels))]
+            measured = np.log([self._anchor_loss(sigma) for sigma in anchors])
         return make_groups(self.teacher.process, count, kind, measured)
-
-    def _anchors(self) -> np.ndarray:
-        """The noise levels at which a curve is measured."""
-        positions = self.teacher.process.levels()
-        return positions[anchor_positions(len(positions))]
 
     def _anchor_loss(self, sigma: float) -> float:
         """The teacher's mean squared error of the predicted noise eps at the level sigma."""
@@ -118,25 +110,15 @@ class Assessment:
 
     def scores(self, group: int) -> importance.Scores:
         """The importance of every channel of the teacher for a group, as config.prune sets it."""
-        kind, config = self.settings["importance"], self.teacher.net.config
-        if kind == "magnitude":
-            return importance.magnitude(self.teacher.params, config)
-        return self._taylor(group) if kind == "taylor" else self._scores_of_all_levels
-
-    @functools.cached_property
-    def _scores_of_all_levels(self) -> importance.Scores:
-        return self._taylor(None)  # the control "all_times": every group has the same scores
-
-    def _taylor(self, group: int | None) -> importance.Scores:
+        params, config = self.teacher.params, self.teacher.net.config
+        if self.settings["importance"] == "magnitude":
+            return importance.magnitude(params, config)
         gradients = (self._gradient(*batch) for batch in self.score_batches(group))
-        return importance.taylor(gradients, self.teacher.params, self.teacher.net.config)
+        return importance.taylor(gradients, params, config)
 
-    def score_batches(self, group: int | None) -> Iterator[tuple]:
-        """Yields (rows of the images, sigma, key) for each gradient.
-
-        group: draw sigma from the group's levels; None draws it from all levels.
-        """
-        interval = (0.0, np.inf) if group is None else self.groups.interval(group)
+    def score_batches(self, group: int) -> Iterator[tuple]:
+        """Yields (rows of the images, sigma of the group's levels, key) for each gradient."""
+        interval = self.groups.interval(group)
         for i in range(SCORE_BATCHES):
             k_sigma, k_eps = jax.random.split(stream_key(self.seed, f"score {group}", i))
             rng = np.random.default_rng((self.seed, i))
@@ -366,8 +348,3 @@ def _read_checked(path: pathlib.Path, shared: pathlib.Path, origin: dict) -> dic
             "folder as --config.experts"
         )
     return content
-
-
-def _flat(tree: PyTree) -> np.ndarray:
-    """All leaves as one vector."""
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])

@@ -11,7 +11,7 @@ that write it would count the same change twice. The square is taken for each ba
 mean gradient, which vanishes at a trained optimum. Step-adaptive training (arXiv 2312.13307) has an
 importance assessment, but we do not know its score.
 
-Controls: the same score over all noise levels, and the magnitude of the weights.
+A control: the magnitude of the weights.
 """
 
 from collections.abc import Iterable

@@ -92,9 +92,9 @@ def make_groups(
 
     Args:
         kind: "equal", equally many positions; "decibels", equal ranges of SNR; or clusters of a
-            curve: "snr" (in decibels), "loss" or "gradient".
-        measured: the curve at the positions `anchor_positions`. For "loss" the logarithm of the
-            teacher's loss, [anchors]; for "gradient" the gradient of the loss, [anchors, weights].
+            curve: "snr" (in decibels) or "loss".
+        measured: the curve of "loss" at the positions `anchor_positions`: the logarithm of the
+            teacher's loss, [anchors].
     """
     levels = process.levels()
     if not 1 <= count <= len(levels):
@@ -108,10 +108,7 @@ def make_groups(
         edges = equal_decibels(decibels(levels), count)
     else:
         anchors = anchor_positions(len(levels))
-        if kind == "gradient":
-            cost = conflict(measured)
-        else:
-            cost = spread(decibels(levels[anchors]) if kind == "snr" else measured)
+        cost = spread(decibels(levels[anchors]) if kind == "snr" else measured)
         found = cluster(cost, count)
         # An edge lies half way between the two anchors beside a boundary.
         inner = [(int(anchors[e - 1]) + int(anchors[e]) + 1) // 2 for e in found[1:-1]]
@@ -135,7 +132,7 @@ def equal_decibels(snr: np.ndarray, count: int, clip: tuple[float, float] = CLIP
 def cluster(cost: np.ndarray, count: int) -> np.ndarray:
     """The edges of the `count` contiguous groups of least total cost, by dynamic programming.
 
-    cost: [n, n]; cost[a, b] is the cost of a group of the positions a ... b (`spread`, `conflict`).
+    cost: [n, n]; cost[a, b] is the cost of a group of the positions a ... b (`spread`).
     """
     n = len(cost)
     if count > n:
@@ -169,22 +166,3 @@ def spread(values: Sequence[float] | np.ndarray) -> np.ndarray:
     # sum (v - mean)^2 = sum v^2 - (sum v)^2 / size, with sums from cumulative sums
     within = square[end] - square[a] - (total[end] - total[a]) ** 2 / size
     return np.where(a <= b, np.maximum(within, 0.0), np.inf)
-
-
-def conflict(gradients: np.ndarray) -> np.ndarray:
-    """The cost [n, n] of each group: size * (1 - mean cosine between its members' gradients).
-
-    gradients: [n, weights]. The mean is over all ordered pairs, including each member with itself.
-    """
-    norms = np.linalg.norm(gradients, axis=1)
-    # For a large network [n, weights] fills most of the memory, so nothing here copies it: the
-    # rows are not normalised, the products are.
-    cosines = (gradients @ gradients.T) / np.maximum(np.outer(norms, norms), 1e-30)
-    n = len(cosines)
-    # total[i, j]: sum of cosines[:i, :j], from which the sum over any square block follows.
-    total = np.zeros((n + 1, n + 1))
-    total[1:, 1:] = cosines.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
-    a, b = np.meshgrid(np.arange(n), np.arange(n), indexing="ij")
-    size, end = np.maximum(b - a + 1, 1), b + 1
-    within = total[end, end] - total[a, end] - total[end, a] + total[a, a]
-    return np.where(a <= b, size * (1 - within / size**2), np.inf)

@@ -81,7 +81,7 @@ class Entry(NamedTuple):
 
 
 class Proposer(Protocol):
-    """The interface of a proposer: at most `count` widths, which need not meet the budget."""
+    """What `search` asks for: at most `count` widths, which need not meet the budget."""
 
     def propose(
         self, task: Task, memory: Sequence[Entry], count: int, rng: np.random.Generator

@@ -59,11 +59,8 @@ class StandardConv(nn.Module):
 class Classifier(nn.Module):
     """Classifier with feature maps.
 
-    Attributes:
-      num_classes: number of logits.
-      width: channels at stride 1; strides 2, 4 and 8 have two, three and four times as many.
-      input_size: images with a shorter side are first enlarged (bilinear) to it; larger images are
-        taken as they are. A multiple of 8.
+    width: channels at stride 1; strides 2, 4 and 8 have two, three and four times as many.
+    input_size: a multiple of 8, to which images with a shorter side are first enlarged (bilinear).
     """
 
     num_classes: int
@@ -92,10 +89,8 @@ class Classifier(nn.Module):
             maps.append(x)
         pooled = jnp.mean(activate(x), axis=(1, 2))
         penultimate = activate(nn.Dense(PENULTIMATE, name="penultimate")(pooled))
-        logits = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="logits")(
-            penultimate
-        )
-        return logits, tuple(maps), penultimate
+        last = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="logits")
+        return last(penultimate), tuple(maps), penultimate
 
 
 def module(report: dict, input_size: int = 16) -> Classifier:

@@ -61,9 +61,8 @@ class LazyClassifier(NamedTuple):
     network: the fitted network if it is in the cache; otherwise one with shapes in place of weights
       and without hash and outputs.
     recipe: a description of what `fit` will do, "" if the classifier is in the cache.
-    fit: () -> the fitted network, and writes it to the cache. Of several processes only process 0
-      reads the cache, fits and writes; it broadcasts the weights. This is a collective operation:
-      all processes must call it, in the same order as their other collective operations.
+    fit: () -> the fitted network, and writes it to the cache: a collective operation, in which
+      process 0 reads the cache, fits, writes and broadcasts.
     """
 
     network: FeatureNetwork
@@ -140,11 +139,8 @@ def _read_or_fit(path: pathlib.Path, source: Any, spec: dict) -> tuple[PyTree, d
 
 
 def _from_process_0(make: Callable[[], tuple[PyTree, dict]]) -> tuple[PyTree, dict]:
-    """Process 0's make() -> (params, report), on every process.
-
-    Two processes that fit the same classifier may differ in the last bits or have different weights
-    in their caches, but a run records one hash for each network.
-    """
+    """Process 0's make() -> (params, report), on every process: what two processes fit may differ
+    in the last bits, but a run records one hash for each network."""
     if jax.process_count() == 1:
         return make()
     packed = b""

@@ -21,7 +21,7 @@ PyTree = Any
 
 BN_EPS = 1e-3
 CLASSES = 1008
-INPUTS = ("torch_fidelity", "pytorch_fid", "resized")
+INPUTS = ("torch_fidelity", "pytorch_fid")
 
 # A block is a tuple of branches that read the same input and are concatenated. A branch is a
 # string of steps: a convolution's name, two names joined by "+" (in parallel), or "max". A suffix
@@ -68,7 +68,6 @@ def build(
       resize:
         "torch_fidelity"  TensorFlow 1's bilinear resize to 299, then (v - 128) / 128, v in 0..255
         "pytorch_fid"     bilinear between pixel centres to 299, [-1, 1] as it is
-        "resized"         images come at 299 (clean-fid resizes outside), then (v - 128) / 128
     """
     if inputs not in INPUTS:
         raise ValueError(f"inputs={inputs!r} of inception_v3: choose one of {INPUTS}")
@@ -102,14 +101,8 @@ def prepare(x: jax.Array, size: int, inputs: str) -> jax.Array:
     b, h, w, c = x.shape
     if inputs == "pytorch_fid":
         return jax.image.resize(x, (b, size, size, c), "bilinear", antialias=False)
-    if inputs == "torch_fidelity":
-        matrices = (resampling.bilinear_tf1(side, size) for side in (h, w))
-        x = resampling.separable(x, *matrices)
-    elif (h, w) != (size, size):
-        raise ValueError(
-            f"inception_v3 was given images of {h}x{w} as already resized: resize them to "
-            f"{size}x{size}, or load it with inputs='torch_fidelity'"
-        )
+    matrices = (resampling.bilinear_tf1(side, size) for side in (h, w))
+    x = resampling.separable(x, *matrices)  # images that come at this size stay as they are
     return ((x + 1.0) * 127.5 - 128.0) / 128.0
 
 

@@ -1,5 +1,6 @@
 """The log of a run: scalars (JSONL and TensorBoard), PNG previews, progress and time left."""
 
+import datetime
 import json
 import math
 import pathlib
@@ -72,10 +73,8 @@ def markdown(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A duration in seconds as the text "1:02:03" or "2:03"."""
-    m, s = divmod(int(round(max(seconds, 0))), 60)
-    h, m = divmod(m, 60)
-    return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"
+    """A duration in seconds as the text "0:02:03"."""
+    return str(datetime.timedelta(seconds=round(max(seconds, 0))))
 
 
 class Log:

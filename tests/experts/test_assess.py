@@ -69,8 +69,7 @@ def test_the_mean_share_is_over_the_training_levels(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"importance": "all_times", "partition": "loss", "mean": 0.85, "proposer": "uniform"},
-        {"importance": "taylor", "partition": "gradient", "order": "flat", "proposer": "uniform"},
+        {"importance": "taylor", "partition": "loss", "mean": 0.85, "proposer": "uniform"},
         {"importance": "magnitude", "partition": "snr", "order": "snr_down", "remember": False},
     ],
 )

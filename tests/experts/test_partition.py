@@ -48,31 +48,25 @@ def test_equal_decibels_are_useless_unclipped_on_the_cosine_schedule():
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
 def test_clustering_finds_the_least_cost_of_all_partitions(groups):
     rng = np.random.default_rng(groups)
-    for cost in (partition.spread(rng.normal(size=9)), partition.conflict(rng.normal(size=(9, 4)))):
+    cost = partition.spread(rng.normal(size=9))
 
-        def total(edges, cost=cost):
-            return sum(cost[a, b - 1] for a, b in zip(edges, edges[1:]))
+    def total(edges):
+        return sum(cost[a, b - 1] for a, b in zip(edges, edges[1:]))
 
-        inner = itertools.combinations(range(1, 9), groups - 1)
-        least = min(total((0, *chosen, 9)) for chosen in inner)
-        found = partition.cluster(cost, groups)
-        assert len(found) == groups + 1 and total(found) == pytest.approx(least)
+    inner = itertools.combinations(range(1, 9), groups - 1)
+    least = min(total((0, *chosen, 9)) for chosen in inner)
+    found = partition.cluster(cost, groups)
+    assert len(found) == groups + 1 and total(found) == pytest.approx(least)
 
 
-def test_costs_are_their_definitions():
-    values, gradients = np.array([1.0, 4.0, 2.0, 7.0]), np.random.default_rng(0).normal(size=(4, 6))
-    spread, conflict = partition.spread(values), partition.conflict(gradients)
-    unit = gradients / np.linalg.norm(gradients, axis=1, keepdims=True)
+def test_the_cost_is_its_definition():
+    values = np.array([1.0, 4.0, 2.0, 7.0])
+    spread = partition.spread(values)
     for a in range(4):
         for b in range(a, 4):
             part = values[a : b + 1]
             assert spread[a, b] == pytest.approx(np.sum((part - part.mean()) ** 2), abs=1e-12)
-            cosines = unit[a : b + 1] @ unit[a : b + 1].T
-            assert conflict[a, b] == pytest.approx((b - a + 1) * (1 - cosines.mean()))
-    assert np.isinf(spread[2, 1]) and np.isinf(conflict[2, 1])
-    # the boundary lies between two different gradient directions
-    kinds = np.repeat([[1.0, 0.0], [0.0, 1.0]], [3, 6], axis=0)
-    assert partition.cluster(partition.conflict(kinds), 2).tolist() == [0, 3, 9]
+    assert np.isinf(spread[2, 1])
 
 
 def test_clustered_groups_follow_the_measured_curve():

@@ -111,7 +111,7 @@ def test_the_time_left_counts_shared_stages_once_and_finished_ones_not(tmp_path)
         record = json.dumps({"kind": kind, "seconds": seconds})
         (pathlib.Path(place) / "stage.json").write_text(record)
     # one inversion is left, and three distillations, of which none is finished
-    assert sweep.left(chains, tmp_path) == "about 3:20"  # 20 + 3 * (100 + 20) / 2 seconds
+    assert sweep.left(chains, tmp_path) == "about 0:03:20"  # 20 + 3 * (100 + 20) / 2 seconds
 
 
 def test_results_are_named_by_what_sets_an_arm_apart_and_read_as_far_as_they_are_there(tmp_path):
