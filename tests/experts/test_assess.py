@@ -51,13 +51,12 @@ def test_all_candidates_of_a_group_have_the_same_images_levels_and_noise(tmp_pat
     assert len(np.unique(sigma)) == assess.PROXY_LEVELS
 
 
-def test_channels_are_scored_on_the_levels_of_their_group_or_on_all(tmp_path):
+def test_channels_are_scored_on_the_levels_of_their_group(tmp_path):
     found = bare(tmp_path)
     low, high = found.groups.interval(1)
-    for group, inside in ((1, True), (None, False)):
-        sigma = np.concatenate([batch[1] for batch in found.score_batches(group)])
-        assert len(sigma) == assess.SCORE_BATCHES * 40 and sigma.max() / sigma.min() > 2
-        assert np.all((sigma > low) & (sigma <= high * 1.0001)) == inside
+    sigma = np.concatenate([batch[1] for batch in found.score_batches(1)])
+    assert len(sigma) == assess.SCORE_BATCHES * 40 and sigma.max() / sigma.min() > 2
+    assert np.all((sigma > low) & (sigma <= high * 1.0001))
 
 
 def test_the_mean_share_is_over_the_training_levels(tmp_path):
