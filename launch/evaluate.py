@@ -77,16 +77,11 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "train_split", "train", "Split with training images (default: the model's); '' for none."
     )
-    flags.DEFINE_integer(
-        "resolution", 0, "Resolution of --images (default: the model's).", 0, 2**14
-    )
+    flags.DEFINE_integer("resolution", 0, "Resolution of --images, else the model's.", 0, 2**14)
     flags.DEFINE_list("metrics", [], f"Some of {', '.join(METRICS)}.")
     flags.DEFINE_integer("num", 50_000, "Images to generate, or most to read.", 2, MOST_IMAGES)
     flags.DEFINE_integer("num_reference", 50_000, "Largest number of real images.", 2, MOST_IMAGES)
-    flags.DEFINE_integer(
-        "num_train", 50_000, "Largest number of training images, for memorisation and floor.", 2,
-        MOST_IMAGES,
-    )  # fmt: skip
+    flags.DEFINE_integer("num_train", 50_000, "Largest number of training images.", 2, MOST_IMAGES)
     flags.DEFINE_multi_string("network", [], "NAME or NAME=FILE of a feature network.")
     flags.DEFINE_multi_string("sha256", [], "NAME=HASH that the file of network NAME must have.")
     flags.DEFINE_multi_string("reference", [], "Statistics (.npz) to use in place of real images.")
@@ -95,20 +90,15 @@ def define_flags() -> None:
     flags.DEFINE_integer("per_shard", 1000, "Images per shard.", 1, LARGEST)
     flags.DEFINE_integer("seed", 0, "Seed of the latents.", 0, LARGEST)
     flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", 2, MOST_STEPS)
-    flags.DEFINE_enum(
-        "method", "heun", METHODS,
-        "Teacher: solver; euler is DDIM, ancestral DDPM's.",
-    )  # fmt: skip
-    flags.DEFINE_enum(
-        "spacing", "karras", SPACINGS, "Teacher: spacing of levels; all but karras need VP."
-    )
+    text = "Teacher: solver; euler is DDIM, ancestral DDPM's."
+    flags.DEFINE_enum("method", "heun", METHODS, text)
+    text = "Teacher: spacing of levels; all but karras need VP."
+    flags.DEFINE_enum("spacing", "karras", SPACINGS, text)
     flags.DEFINE_float("cfg_scale", 1.0, "Guidance scale of a model trained for it; 1: none.", 0)
     flags.DEFINE_bool("ema", True, "Use the EMA weights.")
     flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).", 0, LARGEST)
     flags.DEFINE_integer("patch", 0, "Side of the crops of the metric 'patch'.", 0, 2**14)
-    flags.DEFINE_integer(
-        "base", 0, "Base resolution of the metric 'base' (default: the model's).", 0, 2**14
-    )
+    flags.DEFINE_integer("base", 0, "Resolution of 'base' (default: the model's).", 0, 2**14)
     flags.DEFINE_string("clip", None, "NAME=FILE of a CLIP network, for the metric 'clip'.")
     flags.DEFINE_list("vocabulary", [], "CLIP's bpe_simple_vocab file, or vocab.json,merges.txt.")
     flags.DEFINE_string("prompt", "a photo of a {}", "Text for 'clip'; {} is the class's name.")
@@ -162,20 +152,21 @@ def open_networks(train, steps: int | None) -> tuple[list[features.FeatureNetwor
 
     train: the training images to fit the classifier on. steps: its updates, None for the default.
     """
-    if FLAGS.network or train is None:
-        if "classifier" in FLAGS.network and train is None:
-            raise ValueError("--network=classifier is fitted on training images: give --data")
-        return [
-            fit_classifier(train, purpose="metric", steps=steps)
-            if entry == "classifier"
-            else open_network(entry)
-            for entry in FLAGS.network
-        ], []
-    text = (
-        "no feature network was given: the features are those of a small classifier of this data "
-        "set, so the numbers are not comparable with published ones"
-    )
-    return [fit_classifier(train, purpose="metric", steps=steps)], [text]
+    if "classifier" in FLAGS.network and train is None:
+        raise ValueError("--network=classifier is fitted on training images: give --data")
+    entries, warnings = FLAGS.network, []
+    if not entries and train is not None:
+        entries = ["classifier"]
+        warnings.append(
+            "no feature network was given: the features are those of a small classifier of this "
+            "data set, so the numbers are not comparable with published ones"
+        )
+    return [
+        fit_classifier(train, purpose="metric", steps=steps)
+        if entry == "classifier"
+        else open_network(entry)
+        for entry in entries
+    ], warnings
 
 
 def open_clip(model: Model | None, real) -> Clip:
@@ -320,9 +311,8 @@ def report(summary: dict, warnings: list[str], model: Model | None, evaluation: 
     """The job's summary with model, settings and cost; also writes pictures and a Markdown row."""
     summary["warnings"] = warnings + summary["warnings"]
     if model:
-        summary |= {"model": FLAGS.model, "checkpoint_step": model.step, "ema": FLAGS.ema,
-                    "seed": FLAGS.seed}  # fmt: skip
-        summary |= solver_flags(model)
+        made = {"ema": FLAGS.ema, "seed": FLAGS.seed} | solver_flags(model)
+        summary |= {"model": FLAGS.model, "checkpoint_step": model.step} | made
     else:
         summary["images"] = FLAGS.images
     summary |= {
@@ -349,9 +339,7 @@ def show(workdir: pathlib.Path, summary: dict) -> None:
                 save_png(workdir / f"{picture}.png", image_grid(from_uint8(stored["preview"])))
     text = row(summary)
     (workdir / "report.md").write_text(text + "\n")
-    print(text)
-    for warning in summary["warnings"]:
-        print(f"note: {warning}")
+    print(text, *(f"note: {warning}" for warning in summary["warnings"]), sep="\n")
 
 
 def row(summary: dict) -> str:
