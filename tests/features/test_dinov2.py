@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cheapscale import features
-from cheapscale.evaluation.resize import clean
+from cheapscale.evaluation.embedding import clean
 from cheapscale.features import dinov2, resampling
 from cheapscale.features.weights import read_weights
 
