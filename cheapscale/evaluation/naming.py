@@ -32,7 +32,8 @@ def metric_name(kind: str, network: str, sha256: str = "", *, variant: str = "")
     base, bracket, mark = network.partition("(")
     mark = bracket + mark
     name = f"{kind}_{SHORT.get(base, base)}"
-    if kind in PUBLISHED and is_published(base, sha256):
+    published = base == "inception_v3" and sha256.lower() == INCEPTION_SHA256
+    if kind in PUBLISHED and published:
         name = PUBLISHED[kind]
     return "p" * (variant == "patch") + name + "_b" * (variant == "base") + mark
 
@@ -41,8 +42,3 @@ def suffixed(name: str, suffix: str) -> str:
     """The name with `suffix` inserted before a mark: fd_blocks_floor(used in the loss)."""
     head, bracket, mark = name.partition("(")
     return head + suffix + bracket + mark
-
-
-def is_published(network: str, sha256: str) -> bool:
-    """Whether the network and its weights are those that define FID, KID and IS."""
-    return network == "inception_v3" and sha256.lower() == INCEPTION_SHA256

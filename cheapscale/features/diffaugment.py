@@ -30,20 +30,14 @@ def augment(x: jax.Array, key: jax.Array, policy: tuple[str, ...] = POLICY) -> j
     return transform(x, parameters(key, x.shape[0], policy))
 
 
-def check_policy(policy: tuple[str, ...]) -> tuple[str, ...]:
-    """The policy as a tuple, or a ValueError that names what is not in POLICY."""
-    if isinstance(policy, str) or not set(policy) <= set(POLICY):
-        raise ValueError(f"augmentation policy {policy!r}: give a tuple with names from {POLICY}")
-    return tuple(policy)
-
-
 def parameters(
     key: jax.Array, batch: int, policy: tuple[str, ...] = POLICY
 ) -> dict[str, jax.Array]:
     """Parameters of each sample: "brightness", "saturation", "contrast" [batch], uniform in RANGES;
     "translation" and "cutout" [batch, 2] in [0, 1), positions independent of the resolution (0.5 is
     no translation)."""
-    policy = check_policy(policy)
+    if not set(policy) <= set(POLICY):
+        raise ValueError(f"augmentation policy {policy!r}: give a tuple with names from {POLICY}")
     # One key per name, so that leaving one out does not change the others.
     keys = dict(zip(POLICY, jax.random.split(key, len(POLICY))))
     drawn = {}

@@ -6,13 +6,10 @@ with "model" and "model_ema".
 """
 
 import glob
-import hashlib
 import importlib.util
-import json
 import os
 import pathlib
 import re
-import shlex
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -22,6 +19,7 @@ import safetensors.numpy
 
 from cheapscale.data.arrays import read_npz
 from cheapscale.features.torch_file import Groups, Refused, read_torch
+from cheapscale.training.exported import sha256_of
 
 TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".pkl")
 # What often lies under the name of a weight file, by its first bytes in lower case.
@@ -151,7 +149,7 @@ def read_weights(path: Paths, sha256: str | None = None, *, every: bool = False)
         if not file.is_file():
             raise ValueError(f"no weight file at {file}: download it, then give its path")
     shown = " + ".join(f"{file}#{key}" if key else str(file) for file, key in files)
-    hashes = [_sha256(file) for file, _ in files]
+    hashes = [sha256_of(file) for file, _ in files]
     if sha256 and sha256.lower() != "+".join(hashes):
         raise ValueError(
             f"{shown} has SHA-256 {'+'.join(hashes)} but {sha256} was asked for: it is another "
@@ -263,11 +261,6 @@ def _plain(array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32, copy=False) if is_float(array) else array
 
 
-def _sha256(file: pathlib.Path) -> str:
-    with file.open("rb") as stored:
-        return hashlib.file_digest(stored, "sha256").hexdigest()
-
-
 def _read(path: pathlib.Path) -> Groups:
     """The groups of `read_torch` for all formats, of which the content tells."""
     if path.name.endswith(".index.json"):
@@ -311,10 +304,6 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     except AttributeError as error:
         if "float" not in str(error):
             raise
-        new = f"{path.with_suffix('')}-float32.safetensors"
-        code = "from safetensors.torch import load_file, save_file; save_file({k: v.float() for k, "
-        code += f"v in load_file({json.dumps(str(path))}).items()}}, {json.dumps(new)})"
         raise Refused(
-            f"{path} holds {str(error).split()[-1]}, which NumPy lacks: save float32: "
-            f"python -c {shlex.quote(code)}"
+            f"{path} holds {str(error).split()[-1]}, which NumPy lacks: save it as float32"
         ) from error
