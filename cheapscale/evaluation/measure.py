@@ -44,12 +44,10 @@ def scores(
     Args:
         reference: statistics of real images in the same network. "fd" needs moments; "kid", "prdc"
             and "floor" also need features; "score" and "memorisation" need no reference.
-        network, sha256: name and hash of the feature network. A mark in brackets behind the name
-            ("(used in the loss)") becomes part of the metric names.
+        network, sha256, variant, resize: of the features, for the metrics' names, see `naming`.
         logits: [n, classes], for "score".
         train: features of training images [m, d], for "memorisation".
         unseen: features of those training images that the network was not fitted on, for "floor".
-        variant, resize: "patch" or "base", and "clean", become part of the metric names.
 
     Returns num, num_reference (None for a published file), and by name
         fd, fd_bias              Frechet distance, and its expected bias at these set sizes

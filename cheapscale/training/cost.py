@@ -126,8 +126,12 @@ class Ledger:
         self.began = self.clock = time.monotonic()  # the clock measures the speed
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """A block, such as an eval, that counts as device-seconds but not in steps per second."""
+    def paused(self, running: PyTree) -> Iterator[None]:
+        """A block, such as an eval, that counts as device-seconds but not in steps per second.
+
+        running: results of the step, which is waited for first.
+        """
+        jax.block_until_ready(running)
         began = time.monotonic()
         yield
         self.clock += time.monotonic() - began

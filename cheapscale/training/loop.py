@@ -159,8 +159,7 @@ def train(
     """Train to `total_steps`, or until the ledger has `total_flops`, and return the summary.
 
     Raises Preempted or Diverged after saving the state, and ValueError if the mesh cannot split the
-    batch, the data has too few images, or the work directory belongs to another config, teacher or
-    data set.
+    batch, or the work directory belongs to another config, teacher or data set.
     """
     device_mesh = sharding.make_mesh(**(mesh or {}))
     sharding.check_batch(stage.batch_size, device_mesh)
@@ -174,10 +173,8 @@ def train(
         last_step = sys.maxsize if total_flops else total_steps
         source, start, meta = starting_point(stage, saved, workdir, config, resume, last_step)
         if start >= last_step or not steps_within(total_flops, meta, 1.0):
-            logging.info(
-                "%s: already at step %d of %d: nothing was trained; raise --config.total_steps to "
-                "train on", name, start, total_steps,
-            )  # fmt: skip
+            text = "%s: nothing is left to train at step %d: raise --config.total_steps to go on"
+            logging.info(text, name, start)
             return summarise(meta, name, workdir, start)
         batches = stage.batches(start)
         batch = sharding.shard_batch(next(batches), device_mesh)
@@ -190,14 +187,13 @@ def train(
         if source == workdir:
             check_same(workdir, meta, networks)
         ledger = Ledger(meta.get("ledger", {}), flops, start)
-        if total_flops:
-            total_steps = start + steps_within(total_flops, meta, flops)
+        total_steps = start + steps_within(total_flops, meta, flops) if total_flops else total_steps
         meta = stage.meta | networks | {"config": config, "provenance": provenance(config)}
 
         # ---- The loop: step (asynchronous), previous metrics, save, evals, pre-emption.
-        step, metrics, last = start, None, {}
+        step, metrics, last, stopping = start, None, {}, False
         with Log(workdir, name, total_steps) as log:
-            while step < total_steps:
+            while step < total_steps and not stopping:
                 # The call returns before the device has finished. Reading the new metrics would
                 # wait for it, so the loop logs those of the step before.
                 previous = metrics
@@ -217,19 +213,16 @@ def train(
                     # This waits for the step, so that no state with a NaN becomes a checkpoint.
                     last = finite(metrics, step, state, saved, workdir, name)
                     meta |= ledger.entry(step) | {"metrics": last}
-                    with ledger.paused():
+                    with ledger.paused(metrics):
                         saved.save(step, state, meta)
                 for title, (every, evaluate) in stage.evals.items():
                     if due(step, every) or (every and step == total_steps):
-                        jax.block_until_ready(metrics)  # do not count the step as evaluation time
-                        with ledger.paused():
+                        with ledger.paused(metrics):
                             report(log, step, title, evaluate, state, frozen)
-                if stopping:
-                    log.scalars(step, last)
-                    saved.wait()
-                    raise Preempted(f"pre-empted at step {step}")
-            log.scalars(step, last, progress=True)
+            log.scalars(step, last, progress=not stopping)
             saved.wait()
+            if stopping:
+                raise Preempted(f"pre-empted at step {step}")
             return summarise(meta, name, workdir, step)
 
 
