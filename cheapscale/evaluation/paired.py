@@ -64,7 +64,7 @@ def table(compared: dict[str, dict[str, Paired]]) -> str:
     a difference is bold if its interval has no 0."""
     control = next(iter(compared), None)
     names = list(compared[control]) if control else []
-    rows = [["run", "seeds", *names]]
+    rows: list[list[Any]] = [["run", "seeds", *names]]
     for arm, figures in compared.items():
         seeds = min((found.seeds for found in figures.values()), default=0)
         cells = [cell(figures.get(name), arm == control) for name in names]

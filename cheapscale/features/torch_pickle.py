@@ -15,6 +15,7 @@ import numpy as np
 
 MOST = 1 << 23  # bytes of a pickle; one of 50,000 tensors is shorter
 LONGEST = 256  # characters of a name
+READER: Any = pickle._Unpickler  # that in C allocates what a file only claims
 KINDS = {
     f"torch.{name}": np.dtype(name)
     for name in "float64 float32 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool "
@@ -112,14 +113,14 @@ class Named(NamedTuple):
         return self.make(self.name, arguments)
 
 
-class Machine(pickle._Unpickler):
-    """Reads one pickle. It is the reader in Python: that in C allocates what a file only claims.
+class Machine(READER):
+    """Reads one pickle.
 
     script: whether it is of a compiled module, whose own classes become `Object`s.
     foreign: the names that the pickle holds beside those of tensors. dtypes: of storages by key.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch = dict(READER.dispatch)
 
     def __init__(self, stream: io.BytesIO, script: bool = False):
         super().__init__(stream)
@@ -172,9 +173,9 @@ class Machine(pickle._Unpickler):
         pickle.SETITEMS[0]: load_setitems,
         pickle.DICT[0]: load_dict,
         pickle.BUILD[0]: load_build,
-        pickle.NEWOBJ[0]: pickle._Unpickler.load_reduce,
-        pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
-        pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
-        pickle.FROZENSET[0]: pickle._Unpickler.load_list,
+        pickle.NEWOBJ[0]: READER.load_reduce,
+        pickle.EMPTY_SET[0]: READER.load_empty_list,
+        pickle.ADDITEMS[0]: READER.load_appends,
+        pickle.FROZENSET[0]: READER.load_list,
     }
     del dispatch[pickle.BYTEARRAY8[0]]  # allocates before it reads
