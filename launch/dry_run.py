@@ -64,10 +64,9 @@ def training_cost(config: ConfigDict, stage: Stage, compiled: bool) -> dict:
     memory = {"state": tree_bytes(state), "frozen": tree_bytes(frozen), "batch": tree_bytes(batch)}
     with jax.set_mesh(mesh):
         flops = traced_flops(stage.step, *arguments)
-        if compiled:
-            lowered = jax.jit(stage.step, donate_argnums=0).lower(*arguments)
-            program = lowered.compile(compiler_options=stage.compiler_options)
-            memory["step"] = program.memory_analysis().temp_size_in_bytes
+    if compiled:
+        program, _, _ = loop.compile_step(stage, mesh, state, frozen, batch)
+        memory["step"] = program.memory_analysis().temp_size_in_bytes
     networks = {}
     for net, optimiser in stage.optimisers.items():
         params, (trainable, _) = state.params[net], optimiser.split(state.params[net])

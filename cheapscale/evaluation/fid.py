@@ -21,6 +21,7 @@ rough estimate.
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import log_softmax, logsumexp
 
 CHUNK = 4096  # rows that are converted to float64 at a time
 
@@ -169,12 +170,10 @@ def kernel_subsets(
 
 def classifier_score(logits: np.ndarray) -> float:
     """Equation (3) for logits [n, classes]: between 1 and the number of classes."""
-    logits = np.asarray(logits, np.float64)
     check_features(logits, "logits")
-    logits = logits - logits.max(axis=1, keepdims=True)
     # (3): exp E_x KL(p(y|x) || p(y)), with p(y) the mean of p(y|x)
-    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    log_marginal = np.log(np.exp(log_p).mean(axis=0, keepdims=True))
+    log_p = log_softmax(logits.astype(np.float64), axis=1)
+    log_marginal = logsumexp(log_p, axis=0, keepdims=True) - np.log(len(log_p))
     return float(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_marginal), axis=1))))
 
 
