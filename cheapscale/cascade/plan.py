@@ -134,8 +134,7 @@ def check_pivot(size: Size, side: int) -> None:
     advice = f"--pivot_resolution={side} shrinks it"
     if max(size) > 16 * side:
         raise ValueError(
-            f"a pivot of {named(size)} px is more than 16 times the {side} px that this teacher "
-            f"was trained at: {advice}"
+            f"a pivot of {named(size)} px is more than 16 times the {side} px: {advice}"
         )
     if max(size) > 2 * side:
         text = "the pivot has %s px, and the teacher draws %d: %s"
@@ -154,16 +153,10 @@ def read_sizes(text: str, start: Size, stride: int, *, given: bool = False) -> t
         return stage_sizes(start, (int(last[1]), int(last[2])), stride, given=given)
     words = [word.strip() for word in text.split(",")]
     if not all(re.fullmatch(r"\d{1,5}(\.\d+)?x", word) for word in words):
-        raise ValueError(
-            f"{text!r} names no sizes: give scales per side such as 2x,4x, or a size such as 64x96 "
-            "(height x width)"
-        )
+        raise ValueError(f"{text!r} names no sizes: give scales as 2x,4x or height x width, 64x96")
     scales = [float(word[:-1]) for word in words]
     if scales[0] < 1 or any(b <= a for a, b in zip(scales, scales[1:])):
-        raise ValueError(
-            f"the scales {text} do not increase from 1x: they are per side and cumulative, so that "
-            "two doublings are 2x,4x"
-        )
+        raise ValueError(f"the scales {text} do not increase from 1x: two doublings are 2x,4x")
     sizes = [(start[0] * scale, start[1] * scale) for scale in scales]
     for scale, size in zip(scales, sizes):
         _check_stride(size, stride, f"scale {scale:g}x of {named(start)} px")
@@ -244,10 +237,7 @@ def restart_sigma(k: str, model: Teacher | Experts, area_ratio: float = 4.0) -> 
     kind, number, unit, schedule = found.groups() if found else ("", "0", None, None)
     value, is_time = float(number), kind == "t"
     if not found or bool(unit) != (kind in ("snr", "block")) or (schedule and not is_time):
-        raise ValueError(
-            f"K {k!r} is unreadable: give a time t0.7 or t0.7@cosine, sigma3.32, snr-10.4dB, "
-            "block-4.4dB or sd6.64"
-        )
+        raise ValueError(f"K {k!r} is unreadable: give t0.7, sigma3.32, snr-10.4dB or sd6.64")
     low, high = (-200, 200) if unit else (0, 1 if is_time else 1e6)
     if not low <= value <= high:
         raise ValueError(f"K {k!r} is out of range: give a number from {low} to {high:g}")

@@ -145,10 +145,7 @@ def load_tuned(workdir: str, teacher: Teacher | Experts) -> Tuned:
     """The EMA weights of a cascade run; ValueError if they belong to another teacher."""
     loaded = load_network(workdir)
     if "cascade" not in loaded.meta:
-        raise ValueError(
-            f"{workdir} is a {loaded.meta['stage']} run, nothing tuned: name the work directory of "
-            "a cascade run"
-        )
+        raise ValueError(f"{workdir} is a {loaded.meta['stage']} run, nothing tuned: name another")
     if isinstance(teacher, Experts):
         raise ValueError(
             f"{workdir} was tuned beside one network, but {teacher.workdir} is a set of "

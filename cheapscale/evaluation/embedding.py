@@ -52,10 +52,7 @@ def check_network(network: FeatureNetwork, resize: str) -> None:
     if resize not in RESIZES:
         raise ValueError(f"resize is {resize!r}: choose {' or '.join(RESIZES)}")
     if resize != "network" and not network.input_size:
-        raise ValueError(
-            f"{network.name} takes images of any size, so there is none to resize to: use "
-            "resize='network'"
-        )
+        raise ValueError(f"{network.name} takes images of any size: use --resize=network")
 
 
 def clean(images: np.ndarray, size: int) -> np.ndarray:

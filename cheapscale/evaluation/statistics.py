@@ -107,10 +107,7 @@ def load_statistics(path: str | pathlib.Path, *, identity: Identity | None = Non
         mean, covariance = (array.astype(np.float64) for array in arrays)
         found = Statistics(Gaussian(mean, covariance), None, None, str(path))
     else:
-        raise ValueError(
-            f"{path} holds {', '.join(stored)} but no mu and sigma: it is not a file of reference "
-            "statistics"
-        )
+        raise ValueError(f"{path} holds {', '.join(stored)} but no mu and sigma: give statistics")
     if fault := _fault(found.moments):
         raise ValueError(f"{path} holds no statistics ({fault}): get or compute the file again")
     if identity is not None and found.identity != identity:
@@ -155,10 +152,7 @@ def _own(path: pathlib.Path, stored: Any) -> Statistics:
     """The statistics in a file that `save_statistics` wrote."""
     version, fields = json.loads(str(stored["identity"]))
     if version != VERSION:
-        raise ValueError(
-            f"{path} was written by version {version} of the statistics, this is {VERSION}: delete "
-            "it and compute them again"
-        )
+        raise ValueError(f"{path} is of version {version}, this is {VERSION}: compute it again")
     identity = Identity(**fields)
     found = Moments(identity.num, stored["mean"], stored["scatter"])
     return Statistics(found, stored["features"], identity, str(path))

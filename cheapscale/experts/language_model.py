@@ -127,10 +127,7 @@ def checked(task: Task, reply: str, known: Sequence[Widths] = ()) -> Widths:
             )
     share = task.share(widths)
     if not task.fits(share):
-        raise ValueError(
-            f"The FLOPs are {share:.4f} of the full network's, {share - task.target:+.4f} from "
-            f"the target {task.target:.4f}."
-        )
+        raise ValueError(f"The FLOPs are {share:.4f} of the network's, not {task.target:.4f}.")
     widths = move_to_target(task, widths)
     if widths in known:
         raise ValueError(

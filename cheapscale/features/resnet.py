@@ -28,10 +28,7 @@ def build(weights: Weights, name: str, blocks: int, input_size: int = 32) -> Fea
     [b, 64] and "logits" [b, 10] (airplane, automobile, bird ... truck)."""
     prefix = "module." if "module.conv1.weight" in weights.arrays else ""
     if f"{prefix}layer1.{blocks}.conv1.weight" in weights.arrays:
-        raise ValueError(
-            f"{weights.path} has more than {blocks} blocks in a group: it is a file of another "
-            f"network than {name}"
-        )
+        raise ValueError(f"{weights.path} has more than {blocks} blocks in a group: no {name}")
 
     def read(layer, number, out, width):
         names = (f"{prefix}{layer}{kind}{number}" for kind in ("conv", "bn"))

@@ -151,10 +151,7 @@ def read_weights(path: Paths, sha256: str | None = None, *, every: bool = False)
     shown = " + ".join(f"{file}#{key}" if key else str(file) for file, key in files)
     hashes = [sha256_of(file) for file, _ in files]
     if sha256 and sha256.lower() != "+".join(hashes):
-        raise ValueError(
-            f"{shown} has SHA-256 {'+'.join(hashes)} but {sha256} was asked for: it is another "
-            "version or is damaged"
-        )
+        raise ValueError(f"{shown} has SHA-256 {'+'.join(hashes)}, not {sha256}: fetch it again")
     _check_shards([file for file, _ in files])
     arrays = {}
     for file, key in files:

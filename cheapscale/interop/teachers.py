@@ -60,10 +60,7 @@ def _set_noise_feature(config) -> None:
     """EDM's networks get ln(sigma) / 4, which the family's default may not be."""
     given = config.model.get("noise_feature") or "edm"
     if given != "edm":
-        raise ValueError(
-            f"model.noise_feature is {given!r}, but EDM's networks have 'edm': give "
-            "--config.model.noise_feature=edm"
-        )
+        raise ValueError(f"EDM's networks need --config.model.noise_feature=edm, not {given!r}")
     with config.unlocked():
         config.model.noise_feature = given
 

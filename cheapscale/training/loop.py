@@ -241,10 +241,7 @@ def starting_point(
         check_same(workdir, inputs(meta), inputs(stage.meta), accept=accept)
         return workdir, step, meta
     if resume and model_file(resume):
-        raise ValueError(
-            f"config.resume is {resume}, which has no optimiser's state: give the work directory "
-            "of that run"
-        )
+        raise ValueError(f"config.resume={resume} has no optimiser's state: name the run's folder")
     source, step, meta = (resume, *ckpt.read_meta(resume)) if resume else ("", 0, stage.meta)
     if step >= total_steps:
         raise ValueError(
