@@ -146,12 +146,7 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kernel_subsets(
-    x: np.ndarray,
-    y: np.ndarray,
-    *,
-    subsets: int = 100,
-    subset_size: int = 1000,
-    seed: int = 2020,
+    x: np.ndarray, y: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
 ) -> MeanStd:
     """Equation (2) as KID is reported: mean and standard deviation over random subsets.
 

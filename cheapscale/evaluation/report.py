@@ -165,11 +165,7 @@ def small_pixels(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def measured(
-    row: Row,
-    seen: Views,
-    real: Views,
-    wanted: dict[str, np.ndarray],
-    base: Row | None,
+    row: Row, seen: Views, real: Views, wanted: dict[str, np.ndarray], base: Row | None
 ) -> Measured:
     """The numbers of a row, from its views and those of real images.
 

@@ -80,11 +80,7 @@ class Noise(NamedTuple):
 
 
 def rows(
-    run: Run,
-    controls: list[Run],
-    teacher: Teacher | Experts,
-    noise: Noise,
-    drawn: dict[str, Row],
+    run: Run, controls: list[Run], teacher: Teacher | Experts, noise: Noise, drawn: dict[str, Row]
 ) -> Iterator[tuple[str, Row]]:
     """(name, row) of the controls at the run's resolution, then of the run.
 

@@ -11,12 +11,7 @@ OPTIMISERS = {
 
 
 def make_optimiser(
-    name: str,
-    lr: float,
-    *,
-    warmup_steps: int = 0,
-    decay_steps: int = 0,
-    b2: float = 0.999,
+    name: str, lr: float, *, warmup_steps: int = 0, decay_steps: int = 0, b2: float = 0.999
 ) -> optax.GradientTransformation:
     """The optimiser `name` of OPTIMISERS, with the schedule of `learning_rate`."""
     return OPTIMISERS[name](learning_rate(lr, warmup_steps, decay_steps), b2=b2)
