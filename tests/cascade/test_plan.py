@@ -230,7 +230,7 @@ def test_network_calls_of_a_plan():
         ({"pivot_size": (4, 8), "sizes": "16x16"}, "pivot of 4x8 would be stretched"),
         (
             {"pivot_size": (200, 300)},
-            "200x300 px is more than 16 times the 8 px .*pivot_resolution",
+            "200x300 px is more than 16 times the 8 px: .*pivot_resolution",
         ),
     ],
 )
