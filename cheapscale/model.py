@@ -71,8 +71,8 @@ class Model:
             labels: one class or several, as numbers or names, repeated until there are `num`; by
                 default classes are drawn uniformly. Of a model of captions: captions, by
                 default the empty one.
-            options: `batch_size`, and for teachers steps, method, cfg_scale, spacing; see
-                `teacher.sampling.sampler`.
+            options: `batch_size`, cfg_scale of a model that was trained for guidance, and for
+                teachers steps, method, spacing; see `teacher.sampling.sampler`.
         """
         ids = consecutive(start, num, (self.resolution, self.resolution, 3))
         return sample(self.network, ids, labels=self.labels(labels, num), seed=seed, **options)

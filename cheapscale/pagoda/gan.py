@@ -106,10 +106,9 @@ def gan_step(
             omega = guidance.estimate(phi, sampled["image"], conditions(sampled, guided))
             return ((sampled["omega"] - omega) ** 2).mean()
 
-        metrics["loss_omega"], grads = jax.value_and_grad(L_phi)(params["estimator"])
-        phi, opt_phi = optimisers["estimator"].apply(
-            grads, opt_state["estimator"], params["estimator"]
-        )
+        opt, phi, opt_phi = (d["estimator"] for d in (optimisers, params, opt_state))
+        metrics["loss_omega"], grads = jax.value_and_grad(L_phi)(phi)
+        phi, opt_phi = opt.apply(opt.split(grads)[0], opt_phi, phi)
         params, opt_state = params | {"estimator": phi}, opt_state | {"estimator": opt_phi}
 
     # Features that no gradient passes through: of real images, of D's fakes, and of the targets of

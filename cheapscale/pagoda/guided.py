@@ -65,7 +65,8 @@ def conditions(rows: dict[str, jax.Array], guided: bool) -> Conditions:
     """c of a batch: all that is neither image nor noise. A guided generator's has omega, 1 for rows
     without a scale."""
     c = {name: value for name, value in rows.items() if name not in ("image", "z")}
-    return {"omega": jnp.full(len(rows["image"]), UNGUIDED)} | c if guided else c
+    unguided = jnp.full(len(rows["image"]), UNGUIDED, jnp.float32)
+    return {"omega": unguided} | c if guided else c
 
 
 def described(net: UNet, theta: PyTree, c: Conditions) -> Conditions:

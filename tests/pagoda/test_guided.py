@@ -181,10 +181,13 @@ def test_each_term_has_its_own_scale(key):
         estimate=lambda phi, x, c: phi["mean"] + 0 * x[:, 0],
     )
     rates = {"generator": 0.0, "discriminator": 0.0, "estimator": 0.25}
-    optimisers = {net: Optimiser(optax.sgd(rate)) for net, rate in rates.items()}
+    optimisers = {
+        net: Optimiser(optax.sgd(rate), lambda path: "text" not in path)
+        for net, rate in rates.items()
+    }
     params = {
         "generator": {"scale": jnp.ones(())}, "discriminator": {"psi": jnp.ones(())},
-        "estimator": {"mean": jnp.full((), 4.0)},
+        "estimator": {"mean": jnp.full((), 4.0), "text": {"frozen": jnp.ones(())}},
     }  # fmt: skip
     state = create_state(params, {"discriminator": {}}, optimisers, ["generator"])
     label = np.ones(n, "i")
@@ -212,6 +215,7 @@ def test_each_term_has_its_own_scale(key):
     # L_phi = mean (omega - 4)^2, whose slope is 2 (4 - 6)
     np.testing.assert_allclose(metrics["loss_omega"], np.mean((sampled - 4) ** 2), rtol=1e-4)
     np.testing.assert_allclose(new.params["estimator"]["mean"], 4 + 0.25 * 4, rtol=1e-4)
+    assert new.params["estimator"]["text"] == params["estimator"]["text"]
     for found, expected in zip(seen["D"], (5.0, of_fake_d, of_fake_g), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["loss_rec"], (5 - 2) ** 2)
