@@ -242,16 +242,20 @@ def open_splits(model: Model | None) -> tuple[Any, Any]:
         for split in splits
     )
     for source in opened if model else ():
-        if source and source.num_classes:
+        if source and source.num_classes and model.num_classes:
             match_classes(model.meta, model.num_classes, source, FLAGS.model)
     return opened
 
 
 def images_to_measure(model: Model | None, real, train) -> image_sets.Images:
-    """The model's samples, with the class frequencies of its training images, or --images."""
+    """The model's samples, with the class frequencies of its training images or the captions of
+    the held-out ones; or --images."""
     if model is None:
         return open_images(FLAGS.images)
-    labels = None
+    labels = captions = None
+    if model.net.config.text and (asked := real or train):
+        rows = np.random.default_rng(0).permutation(len(asked))
+        captions = [asked.caption(int(i)) for i in np.resize(rows, FLAGS.num)]
     if model.num_classes:
         # Other class frequencies than those of the data would raise the Frechet distance.
         mix = next((source for source in (train, real) if source and source.num_classes), None)
@@ -263,7 +267,8 @@ def images_to_measure(model: Model | None, real, train) -> image_sets.Images:
             )
         labels = mix.class_mix(FLAGS.num)
         check_labels(labels, model.num_classes)
-    options = {"seed": FLAGS.seed, "batch_size": FLAGS.batch_size} | solver_flags(model)
+    options = {"seed": FLAGS.seed, "batch_size": FLAGS.batch_size, "captions": captions}
+    options |= solver_flags(model)
     resolution = model.net.config.output_resolution
     return image_sets.sampled_images(model, resolution, labels, FLAGS.num, **options)
 

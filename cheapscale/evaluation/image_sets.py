@@ -27,6 +27,7 @@ from cheapscale.teacher.data import match_classes
 from cheapscale.teacher.experts import Experts
 from cheapscale.teacher.sampling import Model, one_step, round_trip, sampler
 from cheapscale.teacher.teacher import Generator, Teacher
+from cheapscale.teacher.text import tokenise
 from cheapscale.training.mesh import in_batches
 
 FOLDER_OPTIONS = ("allow_upscale", "skip_corrupt", "probe")
@@ -87,20 +88,31 @@ def chosen_images(source, order: np.ndarray) -> Images:
 
 
 def sampled_images(
-    model: Model, resolution: int, labels: np.ndarray | None, num: int, **options
+    model: Model,
+    resolution: int,
+    labels: np.ndarray | None,
+    num: int,
+    *,
+    captions: list[str] | None = None,
+    **options,
 ) -> Images:
-    """Samples 0 ... num - 1 of a model; labels: [num], or None for a model without classes;
-    options: those of `sampling.sampler`."""
+    """Samples 0 ... num - 1 of a model.
+
+    labels: [num], or None for a model without classes. captions: one for each sample, for a model
+    of captions. options: those of `sampling.sampler`.
+    """
     draw = sampler(model, **options)
-    given = np.zeros(num, np.int32) if labels is None else labels
+    shown = np.zeros(num, np.int32) if labels is None else labels
+    given = tokenise(model.net.config.text, captions) if captions else shown
 
     def read(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images, _ = draw(ids, given[ids])
-        return to_uint8(images), given[ids]
+        return to_uint8(images), shown[ids]
 
     kept = {name: value for name, value in options.items() if name != "batch_size"}
     made_by = digest([model.fingerprint, given.tolist(), kept])
-    return Images(num, resolution, read, made_by, labelled=labels is not None)
+    texts = None if captions is None else lambda ids: [captions[i] for i in ids]
+    return Images(num, resolution, read, made_by, labelled=labels is not None, captions=texts)
 
 
 def file_images(path: str, resolution: int, num: int, **options: bool) -> Images:

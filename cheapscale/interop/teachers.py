@@ -27,6 +27,11 @@ def import_teacher(
     """
     if config.stage != "pretrain":
         raise ValueError(f"config.stage is {config.stage!r}: give --arg=stage=pretrain")
+    if config.text.encoder:
+        raise ValueError(
+            f"text.encoder is {config.text.encoder!r}, but these weights know no captions: leave "
+            "it out"
+        )
     if form == "edm":
         _set_noise_feature(config)
     stage, file = pretrain.build(config), read_weights(weights, sha256, every=True)

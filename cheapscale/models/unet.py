@@ -226,9 +226,9 @@ class UNet(nn.Module):
         return (out, {name: tapped[name] for name in taps}) if taps else out
 
     def encode(self, params: Any, label: Any) -> Any:
-        """The TextFeatures of token numbers [b, n], so that a sampler computes them once for all
-        of its calls; any other label, and that of a network without captions, as it is."""
-        if self.config.text is None or isinstance(label, TextFeatures) or label.ndim != 2:
+        """The TextFeatures of token numbers [b, n] by a network with captions; any other label as
+        it is."""
+        if isinstance(label, TextFeatures) or label.ndim != 2:
             return label
         return TextEncoder(self.config.text, parent=None).apply({"params": params["text"]}, label)
 

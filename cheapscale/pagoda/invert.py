@@ -157,7 +157,7 @@ def describe(
     rows = -(-batch_size // jax.local_device_count())
     model = jax.eval_shape(lambda model: model, teacher)
     x = jax.ShapeDtypeStruct((rows, *store.manifest["shape"]), np.float32)
-    label = jax.ShapeDtypeStruct((rows,), np.int32)
+    label = jax.ShapeDtypeStruct(teacher.label_shape(rows), np.int32)
     each = flops()
     weights, batch = tree_bytes(model), tree_bytes((x, label))
     todo = [shard for shard in range(store.num_shards) if not store.is_done(shard)]
@@ -185,7 +185,7 @@ def flops_of_path(
     They are counted for a batch of 8 and divided by 8, separately for each expert of a set.
     """
     x = jax.ShapeDtypeStruct((8, *teacher.shape), np.float32)
-    label = jax.ShapeDtypeStruct((8,), np.int32)
+    label = jax.ShapeDtypeStruct(teacher.label_shape(8), np.int32)
 
     # Every call of one network costs the same, so that one level is enough.
     def one_call(member, x, label):

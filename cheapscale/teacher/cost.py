@@ -32,7 +32,7 @@ def sampler_cost(
     model = jax.tree.map(jnp.asarray, model)
     ids = jnp.arange(batch_size)
     z = prior(0, ids, model.shape, model.process.sigma_max)
-    label = jnp.zeros(batch_size, jnp.int32)
+    label = jnp.zeros(model.label_shape(batch_size), jnp.int32)
     if isinstance(model, Generator):
         inputs, calls, run = (z, label), 1, one_step
         flops = cost_of_call(run, model, z, label).flops / batch_size
@@ -75,11 +75,14 @@ def segment_calls(
     shape: [b, h, w, c] of a batch. shift: see `Experts.parts`. Each network is compiled separately.
     """
     x = jax.ShapeDtypeStruct(shape, np.float32)
-    label = jax.ShapeDtypeStruct(shape[:1], np.int32)
-    return [
-        (nfe(part, method), cost_of_call(_one_call, _abstract(member), x, label).flops / shape[0])
-        for member, part in model.parts(grid, shift)
-    ]
+    ids = jax.ShapeDtypeStruct(model.label_shape(shape[0]), np.int32)
+
+    def flops(member: Teacher) -> float:
+        # Captions are encoded before the first call.
+        label = jax.eval_shape(lambda m, ids: m.encode(ids), member, ids)
+        return cost_of_call(_one_call, _abstract(member), x, label).flops / shape[0]
+
+    return [(nfe(part, method), flops(member)) for member, part in model.parts(grid, shift)]
 
 
 def _one_call(teacher: Teacher, x: jax.Array, label: jax.Array) -> jax.Array:

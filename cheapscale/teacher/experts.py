@@ -55,6 +55,7 @@ class Experts(flax.struct.PyTreeNode):
     step = Teacher.step
     workdir = Teacher.workdir
     segments = Teacher.segments
+    label_shape = Teacher.label_shape
 
     @functools.cached_property
     def fingerprint(self) -> str:

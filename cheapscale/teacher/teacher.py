@@ -85,6 +85,16 @@ class _Model(flax.struct.PyTreeNode):
         """The label that means "no class", or every token of the empty caption."""
         return NO_TOKEN if self.net.config.text else self.num_classes
 
+    def encode(self, label: Any) -> Any:
+        """What the network makes of captions, so that it is computed once for many calls; classes
+        as they are."""
+        return self.net.encode(self.params, label) if self.net.config.text else label
+
+    def label_shape(self, rows: int) -> tuple[int, ...]:
+        """The shape of the labels of `rows` images: one class, or the tokens of a caption, each."""
+        text = self.net.config.text
+        return (rows, text.length) if text else (rows,)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A short SHA-256 of the weights."""
@@ -138,7 +148,7 @@ class Teacher(_Model):
         """D(x, sigma) with its label bound, guided where cfg_scale is not 1."""
         # Captions are encoded here, once for all levels.
         null = jnp.full_like(label, self.null)
-        label, null = (self.net.encode(self.params, one) for one in (label, null))
+        label, null = self.encode(label), self.encode(null)
 
         def D(x, sigma, label):
             return self.denoise(x, sigma, label, noise_shift=noise_shift)

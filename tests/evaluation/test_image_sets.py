@@ -9,6 +9,7 @@ from PIL import Image
 
 from cheapscale.data.pairs import PairStore
 from cheapscale.data.sources import SceneSource
+from cheapscale.data.tokens import train_vocabulary
 from cheapscale.evaluation import image_sets
 from cheapscale.evaluation.image_sets import (
     choice,
@@ -19,6 +20,8 @@ from cheapscale.evaluation.image_sets import (
     npz_images,
     sampled_images,
 )
+from cheapscale.models.text import TextConfig
+from cheapscale.teacher.text import tokenise
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
 
@@ -98,6 +101,26 @@ def test_images_with_nan_are_refused():
         images = sampled_images(broken, 16, None, 4)
     with pytest.raises(ValueError, match="image 0 of 4 images holds a NaN"):
         images.read(np.arange(4))
+
+
+def test_samples_of_captions_are_drawn_by_tokens_and_keep_their_texts(monkeypatch):
+    texts = ["a red disc", "a blue ring", ""]
+    text = TextConfig("transformer", 300, 4, 8, 1, 1, 8, tokenizer=train_vocabulary(texts, 300))
+    model = SimpleNamespace(fingerprint="m", net=SimpleNamespace(config=SimpleNamespace(text=text)))
+    drawn = []
+
+    def draw(ids, labels):
+        drawn.append(labels)
+        return np.zeros((len(ids), 8, 8, 3), np.float32), labels
+
+    monkeypatch.setattr(image_sets, "sampler", lambda model: draw)
+    images = sampled_images(model, 8, None, 3, captions=texts)
+    _, labels = images.read(np.array([2, 0]))
+    np.testing.assert_array_equal(labels, [0, 0])
+    np.testing.assert_array_equal(drawn[0], tokenise(text, ["", "a red disc"]))
+    assert images.captions([1]) == ["a blue ring"] and not images.labelled
+    other = sampled_images(model, 8, None, 3, captions=texts[::-1])
+    assert other.fingerprint != images.fingerprint
 
 
 def test_sets_of_other_images_have_other_fingerprints(tmp_path):

@@ -30,7 +30,7 @@ class MatrixNetwork:
 
     config: UNetConfig = UNetConfig(resolution=4, channels=8, num_classes=3)
 
-    def apply(self, variables, x, noise, label=None):
+    def apply(self, variables, x, noise, label=None, extra=None):
         weights = variables["params"]
         y = x.reshape(len(x), P) @ weights["matrix"] + weights["label"][label]
         return y.reshape(x.shape)
