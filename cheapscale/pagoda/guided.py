@@ -11,6 +11,9 @@ omega_phi is the encoder of a U-Net with one output; it starts as the teacher's 
 is the mean of p(omega | x, c), which lies in the range of pi, so the output does as well. Larger
 generators keep the estimator of their base, which sees their images at the base resolution.
 
+Data are unguided, so omega_phi gives them smaller scales than pi draws (means near 4 on scenes, and
+6): D may tell real from fake by omega alone, which G cannot change. The paper does not discuss it.
+
 The paper feeds its estimator the outer product of CLIP's embeddings of image and text; here it
 sees the image, and the conditions as the generator does.
 """

@@ -83,7 +83,7 @@ def check_guidance(model: Model, cfg_scale: float) -> None:
         if cfg_scale != 1.0 and not model.guided:
             raise ValueError(
                 f"cfg_scale is {cfg_scale}, but the generator in {model.workdir} was trained "
-                "without guidance: leave it out, or train one with --arg=guided"
+                "without guidance: leave it out, or train one by launch.pipeline with --arg=guided"
             )
         if not 1.0 <= cfg_scale <= LARGEST_SCALE:
             raise ValueError(
