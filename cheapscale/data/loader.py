@@ -9,11 +9,12 @@ on the seed and on the item's position in the sequence.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
+from grain.sources import RandomAccessDataSource
 
 from cheapscale.data.augment import random_flip
 from cheapscale.data.source import Source
@@ -25,7 +26,7 @@ PREFETCH = 2  # batches prepared ahead; Grain's default would keep 500 of them i
 
 
 def batches(
-    source: Sequence[Item],
+    source: RandomAccessDataSource,
     start_step: int = 0,
     *,
     batch_size: int,
@@ -62,7 +63,7 @@ def batches(
     return iter(steps.to_iter_dataset(options))
 
 
-def training_batches(source: Sequence[Item], start_step: int, **options) -> Iterator[Batch]:
+def training_batches(source: RandomAccessDataSource, start_step: int, **options) -> Iterator[Batch]:
     """`batches` without the ids and flips of the items, which are not inputs of a network."""
     # A generator expression evaluates `batches(...)` immediately, so its errors are raised here
     # and not at the first `next`.
@@ -97,12 +98,12 @@ def _with_words(source: Source, transform: Transform | None) -> Transform | None
 
 def pair_and_real_batches(
     source: Source,
-    pairs: Sequence[Item],
+    pairs: RandomAccessDataSource,
     start_step: int,
     *,
     seed: int,
     flips: bool,
-    sampled: Sequence[Item] | None = None,
+    sampled: RandomAccessDataSource | None = None,
     **options,
 ) -> Iterator[dict[str, Batch]]:
     """{"pair": {image, z, label}, "real": {image, label}}: PaGoDA's two independent batches.

@@ -137,7 +137,7 @@ class Source(abc.ABC):
     def _pick(self, index: int, rng: np.random.Generator) -> str:
         """One of the captions of the image with this index, the empty one if it has none."""
         captions = self._captions(index)
-        return captions[rng.integers(len(captions))] if captions else ""
+        return captions[int(rng.integers(len(captions)))] if captions else ""
 
     def read(self, ids: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
         """(images float32 [n, R, R, 3], labels int32 [n]) of the given ids."""

@@ -31,8 +31,8 @@ def draw_scale(key: jax.Array, shape: tuple[int, ...], distribution: str) -> jax
     low, high, centre, deviation = SCALES[distribution]
     if math.isinf(deviation):
         return jax.random.uniform(key, shape, jnp.float32, low, high)
-    ends = ((end - centre) / deviation for end in (low, high))
-    return centre + deviation * jax.random.truncated_normal(key, *ends, shape, jnp.float32)
+    low, high = (low - centre) / deviation, (high - centre) / deviation
+    return centre + deviation * jax.random.truncated_normal(key, low, high, shape, jnp.float32)
 
 
 def guided(D: Denoiser, cfg_scale: Any, null: dict[str, Any]) -> Denoiser:

@@ -53,8 +53,10 @@ def build(weights: Weights, input_size: int = 224, seed: int = 0) -> FeatureNetw
         return vit.all_tokens(params["vit"], x, resize_positions)
 
     params = redraw(jax.random.key(seed))
-    functions = {"redraw": redraw, "outputs": outputs, "tokens": tokens}
-    return FeatureNetwork(NAME, apply, params, weights.sha256, input_size, **functions)
+    return FeatureNetwork(
+        NAME, apply, params, weights.sha256, input_size, redraw=redraw, outputs=outputs,
+        tokens=tokens,
+    )  # fmt: skip
 
 
 def encode(network: PyTree, x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:

@@ -82,7 +82,7 @@ def build(
 
     # Features with and without the offset differ: their statistics must not be compared.
     variant = f"position_offset={position_offset:g}"
-    functions = {"outputs": outputs, "tokens": tokens}
     return FeatureNetwork(
-        name, apply, params, weights.sha256, input_size, variant=variant, **functions
-    )
+        name, apply, params, weights.sha256, input_size, outputs=outputs, tokens=tokens,
+        variant=variant,
+    )  # fmt: skip

@@ -131,6 +131,7 @@ def map_shapes(network: FeatureNetwork, resolution: int) -> list[tuple[int, int]
 
 def token_shapes(network: FeatureNetwork, resolution: int) -> list[tuple[int, int]]:
     """(number, channels) of a network's tokens at each depth, without running it."""
+    assert network.tokens is not None
     x = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
     return [t.shape[1:] for t in jax.eval_shape(network.tokens, network.params, x)]
 

@@ -230,7 +230,7 @@ def preview(state: TrainState, frozen: PyTree, *, generator: Generator, labels: 
     averaged = generator.replace(params=state.ema_params["generator"])
     if not generator.guided:
         return {"grid": image_grid(in_batches(one_step, averaged, z, labels, batch_size=count))}
-    omega = np.repeat(np.float32(PREVIEW_SCALES), count)
+    omega = np.repeat(np.asarray(PREVIEW_SCALES, np.float32), count)
     z, labels = (np.concatenate([a] * len(PREVIEW_SCALES)) for a in (z, labels))
     images = in_batches(at_scale, averaged, z, labels, omega, batch_size=count)
     return {"grid": image_grid(images, columns=count)}
