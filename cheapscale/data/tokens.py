@@ -51,8 +51,8 @@ def tokeniser(vocabulary: str, length: int) -> Tokenise:
                 logging.log_first_n(
                     logging.WARNING,
                     "a caption has more than %d tokens: the model sees %r of %r; for longer ones "
-                    "train with --config.text.tokens=%d",
-                    10, length, caption[:kept], caption[: kept + 40], 2 * length,
+                    "train with a larger --config.text.tokens",
+                    10, length, caption[:kept], caption[: kept + 40],
                 )  # fmt: skip
         return rows
 

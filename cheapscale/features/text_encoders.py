@@ -64,8 +64,8 @@ def _from_package() -> tuple[Weights, str]:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha256 not in (None, found):
         raise ValueError(
-            f"{path} has SHA-256 {found} instead of {sha256}: install the package again, pip "
-            "install --force-reinstall 'cheapscale[text]'"
+            f"{path} has SHA-256 {found} instead of {sha256}: uninstall the package, and "
+            "install cheapscale[text] again"
         )
     with zipfile.ZipFile(path) as stored:
         arrays = safetensors.numpy.load(stored.read("model.safetensors"))

@@ -85,7 +85,7 @@ def test_pivots_are_read_from_a_picture_or_an_npz(tmp_path):
 def test_a_photograph_at_full_size_is_refused_before_it_is_copied_for_every_image(tmp_path):
     """4000 px x 64 images of floats would take 9 GB."""
     Image.new("RGB", (4000, 3000)).save(tmp_path / "photo.png")
-    with pytest.raises(ValueError, match="3000x4000 px .* the 32 px .*--pivot_resolution=32"):
+    with pytest.raises(ValueError, match="3000x4000 px .* the 32 px.*--pivot_resolution=32"):
         read_pivots(str(tmp_path / "photo.png"), np.arange(10**6), side=32)
     small, _ = read_pivots(str(tmp_path / "photo.png"), np.arange(3), resolution=32, side=32)
     assert small.shape == (3, 32, 32, 3)
@@ -95,7 +95,7 @@ def test_a_photograph_at_full_size_is_refused_before_it_is_copied_for_every_imag
     "name, content, message",
     [
         ("gone.png", None, "no pivot file"),
-        ("text.png", b"not a picture", "is not a picture"),
+        ("text.png", b"not a picture", "text.png does not decode .*: name a picture"),
         ("other.npz", {"x": np.zeros(3)}, "no array called images"),
         ("few.npz", {"images": np.zeros((2, 4, 4, 3), np.uint8)}, "no pivot for image 2: .*0 to 1"),
         ("grey.npz", {"images": np.zeros((3, 4, 4, 1))}, "1 channels"),

@@ -24,7 +24,7 @@ from tests.teacher.toy_teacher import LEDGER, base_meta, configured, toy_teacher
 class Linear(Teacher):
     """A denoiser with the output D = c sigma."""
 
-    num_classes = 8
+    null = 8
 
     def denoise(self, x, sigma, label=None, **options):
         return self.params["c"] * over_pixels(sigma, x) * (0 * x + 1)
@@ -58,11 +58,12 @@ def test_an_expert_starts_as_the_cut_base(teacher, toy_set):
     keep = {name: np.array(c) for name, c in read_assessment(folder, 1)["keep"].items()}
     expected = pruned(weights(), toy_teacher().net.config, keep)
     stage = prune.build(configured("prune", teacher, folder, group=1))
-    jax.tree.map(np.testing.assert_array_equal, stage.warm_start({})["net"], expected)
+    jax.tree.map(np.testing.assert_array_equal, stage.warm_start({"net": {}})["net"], expected)
     scratch = prune.build(configured("prune", teacher, folder, group=1, start="scratch"))
-    assert scratch.warm_start({"net": "as drawn"}) == {"net": "as drawn"}
+    drawn = {"net": {"as": "drawn"}}
+    assert scratch.warm_start(drawn) == drawn
     whole = prune.build(configured("prune", teacher, folder, group=0))
-    jax.tree.map(np.testing.assert_array_equal, whole.warm_start({})["net"], weights())
+    jax.tree.map(np.testing.assert_array_equal, whole.warm_start({"net": {}})["net"], weights())
 
 
 def test_a_set_samples_inverts_and_adds_up_its_costs(toy_set):

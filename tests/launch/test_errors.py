@@ -21,6 +21,7 @@ COMMANDS = (
     "train",
     "sample",
     "edit",
+    "recaption",
     "evaluate",
     "pipeline",
     "sweep",

@@ -22,6 +22,7 @@ COMMANDS = (
     "export",
     "sample",
     "edit",
+    "recaption",
     "evaluate",
     "pipeline",
     "sweep",

@@ -65,22 +65,23 @@ def test_runs_share_the_stages_that_they_have_in_common(tmp_path):
     """Teacher and latents do not depend on the share of pairs; another seed's do not serve."""
     words = "size=ablation,pipeline=one_step,seed=0"
     control = sweep.chain("configs/scenes.py", words, tmp_path, "control")
-    teacher, latents, generator = (place for place, _ in control)
-    assert control[2][1].teacher == teacher and control[2][1].latents == f"{latents}/pairs"
+    teacher, latents, start, generator = (place for place, _ in control)
+    assert control[3][1].teacher == teacher and control[3][1].latents == f"{latents}/pairs"
+    assert control[3][1].start == start
     assert control[1][1].latents == f"{latents}/pairs"
     assert [p.split("-")[0] for p in places(words, "r")] == [
-        "r/stages/pretrain8", "r/stages/invert8", "r/stages/distill8",
+        "r/stages/pretrain8", "r/stages/invert8", "r/stages/regress8", "r/stages/distill8",
     ]  # fmt: skip
     fewer = places(f"{words},distill.data_proportion=0.1", tmp_path)
-    assert fewer[:2] == [teacher, latents] and fewer[2] != generator
+    assert fewer[:3] == [teacher, latents, start] and fewer[3] != generator
     coarse = places(f"{words},invert.nodes=10", tmp_path)
-    assert coarse[0] == teacher and set(coarse[1:]).isdisjoint([latents, generator])
+    assert coarse[0] == teacher and set(coarse[1:]).isdisjoint([latents, start, generator])
     assert set(places(words.replace("seed=0", "seed=1"), tmp_path)).isdisjoint(
         places(words, tmp_path)
     )
     # a moved work directory has the same names
     assert [pathlib.Path(p).name for p in places(words, "other")] == [
-        pathlib.Path(p).name for p in (teacher, latents, generator)
+        pathlib.Path(p).name for p in (teacher, latents, start, generator)
     ]
 
 
@@ -110,8 +111,8 @@ def test_the_time_left_counts_shared_stages_once_and_finished_ones_not(tmp_path)
         pathlib.Path(place).mkdir(parents=True)
         record = json.dumps({"kind": kind, "seconds": seconds})
         (pathlib.Path(place) / "stage.json").write_text(record)
-    # one inversion is left, and three distillations, of which none is finished
-    assert sweep.left(chains, tmp_path) == "about 0:03:20"  # 20 + 3 * (100 + 20) / 2 seconds
+    # One inversion is left, and of regressions two and distillations three, none of them finished.
+    assert sweep.left(chains, tmp_path) == "about 0:05:20"  # 20 + 5 * (100 + 20) / 2 seconds
 
 
 def test_results_are_named_by_what_sets_an_arm_apart_and_read_as_far_as_they_are_there(tmp_path):
