@@ -142,5 +142,6 @@ def test_a_shipped_model_draws_images_like_its_data(name):
     options = {"steps": 8} if told["model"] == "teacher" else {}
     images, _ = model.sample(32, **options)
     assert np.isfinite(images).all() and images.shape[1] == told["resolution"]
-    assert abs(images.mean() - told["data"]["mean"]) < 0.2
+    error = images.mean((1, 2, 3)).std() / len(images) ** 0.5  # most of an image is its ground
+    assert abs(images.mean() - told["data"]["mean"]) < 4 * error < 0.5
     assert 0.7 < images.std() / told["data"]["std"] < 1.3
