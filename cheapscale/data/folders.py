@@ -117,10 +117,9 @@ class FolderSource(Source):
     def _captions(self, index: int) -> list[str]:
         return sum(self._kinds(index), [])
 
-    def _pick(self, index: int, rng: np.random.Generator) -> str:
+    def _drawn_from(self, index: int, rng: np.random.Generator) -> list[str]:
         raw, again = self._kinds(index)
-        chosen = again if again and (not raw or rng.random() < self._recaptioned) else raw
-        return chosen[rng.integers(len(chosen))] if chosen else ""
+        return again if again and (not raw or rng.random() < self._recaptioned) else raw
 
     def _load(self, index: int) -> np.ndarray:
         path = self._files[index]

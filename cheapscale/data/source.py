@@ -132,12 +132,14 @@ class Source(abc.ABC):
         return {**item, "label": self._tokens(self._index(item["id"]), rng)}
 
     def _tokens(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        return self._tokenise([self._pick(index, rng)])[0]
+        """Those of one caption of the image with this index, of the empty one if it has none."""
+        captions = self._drawn_from(index, rng)
+        chosen = captions[int(rng.integers(len(captions)))] if captions else ""
+        return self._tokenise([chosen])[0]
 
-    def _pick(self, index: int, rng: np.random.Generator) -> str:
-        """One of the captions of the image with this index, the empty one if it has none."""
-        captions = self._captions(index)
-        return captions[int(rng.integers(len(captions)))] if captions else ""
+    def _drawn_from(self, index: int, rng: np.random.Generator) -> Sequence[str]:
+        """The captions of which one is drawn."""
+        return self._captions(index)
 
     def read(self, ids: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
         """(images float32 [n, R, R, 3], labels int32 [n]) of the given ids."""
