@@ -290,12 +290,13 @@ def image_config(arg: str | None, sizes: dict[str, dict], data: DataSet) -> Conf
         config.model = ConfigDict(model | {"num_classes": classes})
         if args.guided:
             config.pretrain.label_dropout = 0.1
-    if stage == "grow":
+    grown = stage in ("grow", "regress") and config.data.resolution != base
+    if grown or stage == "grow":
         known = growth_widths(name, args.top or row.get("top", data.top))
         config.grow.widths = widths(known, config.data.resolution, base if args.jump else 0)
     if "features" in config:
         config.features.input_size = input_size(config.data.resolution)
-    change(config, row.get(stage, {}))
+    change(config, row.get("regress_grown" if grown and stage == "regress" else stage, {}))
     if stage == "cascade":
         config.cascade.tune = args.tune
         config.optim.lr *= TUNING_RATE.get(args.tune, 1)
@@ -389,8 +390,8 @@ def image_stages(
 ) -> list[str]:
     """The argument strings of a pipeline's stages, in order.
 
-    pagoda: pretrain, invert (with `guided` also for the teacher's samples), regress (if the size
-    has it, and not in smoke runs), distill, and one growth per doubling.
+    pagoda: pretrain, invert (with `guided` also for the teacher's samples), distill, and one growth
+    per doubling; regress before each of them (if the size has it, and not in smoke runs).
     one_step: the same without growth. cascade: pretrain, and one tuning per doubling. experts:
     pretrain, assess, and prune for each group. `teacher=DIR` in `arg` replaces pretraining.
     `controls` adds CONTROLS to the first two.
@@ -411,9 +412,13 @@ def image_stages(
     if args.pipeline == "pagoda":
         top = args.top or max(row.get("top", data.top), base)
         reached = doublings(base, top)
-        planned += [f"stage=grow,resolution={r}" for r in (reached[-1:] if args.jump else reached)]
+        grow = (("stage=regress",) if "regress_grown" in row and not args.smoke else ()) + (
+            "stage=grow",
+        )
+        for side in reached[-1:] if args.jump else reached:
+            planned += [f"{stage},resolution={side}" for stage in grow]
     if args.controls:
-        for one in planned[planned.index("stage=distill") :]:
+        for one in [words for words in planned if re.match("stage=(distill|grow)", words)]:
             planned = [*planned, f"{one},control=no_rec", f"{one},control=no_adv"]
         planned += ["stage=invert,control=dstl", "stage=distill,control=dstl"]
     return first + planned

@@ -247,12 +247,16 @@ SAMPLES = Field(
     "",
     "folder of the teacher's guided samples, which teach the generator omega; empty: no guidance",
 )
+BASE = Field("", "work directory of the smaller generator")
 START = Field(
-    "", "work directory of stage regress or distill to start from; empty: the teacher's weights"
+    "",
+    "work directory of stage regress to start from, or of distill to add guidance to it; empty: "
+    "the weights of the teacher, or in growth those of the base",
 )
 LATENTS = Field("", "folder of the data-latent pairs")
 RESCALE = Field(False, "divide all latents by their rms / sigma_max, so that theirs is the prior's")
 EXPERTS = Field("", "folder of the set of experts")
+GROWTH = {"widths": WIDTHS, "freeze": FREEZE}
 
 COMMON = RUN | {"mesh": MESH, "data": DATA, "ema": EMA}
 GENERATOR = {
@@ -267,13 +271,15 @@ STAGES: dict[str, dict[str, Any]] = {
         "teacher": TEACHER, "latents": LATENTS, "invert": INVERT,
         "compute": {"dtype": COMPUTE["dtype"]},
     },
-    "regress": {"teacher": TEACHER, "samples": SAMPLES, **GENERATOR, "regress": LOSS},
+    "regress": {
+        "teacher": TEACHER, "base": BASE, "samples": SAMPLES, **GENERATOR, "regress": LOSS,
+        "grow": GROWTH,
+    },
     "distill": {
         "teacher": TEACHER, "start": START, "samples": SAMPLES, **GENERATOR, "distill": LOSS,
     },
     "grow": {
-        "base": Field("", "work directory of the smaller generator"), **GENERATOR,
-        "grow": LOSS | {"widths": WIDTHS, "freeze": FREEZE},
+        "base": BASE, "start": START, **GENERATOR, "grow": LOSS | GROWTH,
     },
     "cascade": {"teacher": TEACHER, "optim": OPTIM, "cascade": CASCADE},
     "assess": {"teacher": TEACHER, "experts": EXPERTS, "prune": ASSESS},

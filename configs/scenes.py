@@ -17,15 +17,15 @@ from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 INVERT = {"batch_size": 200, "invert.nodes": 20, "invert.noise": 0.01}
 TEXT = {"data.flip": False}  # a mirrored picture would need another caption
 SIZES = {
-    # Of 15 minutes half go to the teacher, whose samples the first generator hardly betters.
     "quick": {
         "model": "tiny8",
-        "options": {"size": 1500, "single": True},
-        "pretrain": common.decayed(3000, 2e-3, 64),
-        "invert": INVERT | {"invert.per_shard": 600},
-        "regress": common.decayed(500, 1e-3, 64),
-        "distill": common.decayed(200, 1e-3, 16, common.SHORT_GAN),
-        "grow": common.decayed(250, 1e-3, 16, common.SHORT_GAN),
+        "options": {"size": 3000, "single": True},
+        "pretrain": common.decayed(2000, 2e-3, 64),
+        "invert": INVERT | {"invert.nodes": 12, "invert.per_shard": 600},
+        "regress": common.decayed(2000, 2e-3, 32),
+        "distill": common.decayed(150, 1e-3, 16, common.SHORT_GAN),
+        "regress_grown": common.decayed(800, 2e-3, 16),
+        "grow": common.decayed(150, 1e-3, 16, common.SHORT_GAN),
         "cascade": common.train(300, 1e-3, 16),
         "prune": common.train(200, 1e-3, 64),
     },

@@ -4,7 +4,8 @@
     python -m launch.pipeline --config=configs/scenes.py --arg=pipeline=experts,prune.k=0.4 \\
         --workdir=runs/experts
 
-pipeline=pagoda     pretrain, invert, regress, distill, grow; then report.md with its pictures:
+pipeline=pagoda     pretrain, invert, distill, grow, in small runs with regress before the last
+                    two; then report.md with its pictures:
                     growth and one_step (each column shows one z), reconstruction, round_trip, data,
                     teacher, nearest (the samples nearest to a training image, above that image)
 pipeline=one_step   the same without growth
@@ -85,7 +86,7 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
         if stage == "invert" and config.invert.omega:  # the guided samples, not the pairs
             folder, config.latents = str(root / "sample"), str(root / "samples")
             places["samples"] = root / "samples"
-        if stage in ("grow", "cascade"):
+        if common.parse(words)[0].resolution:
             folder += str(config.data.resolution)
         if stage == "assess":
             folder = str(places["experts"] / "assess")
@@ -94,7 +95,7 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
         if control:  # it begins as the stage itself does
             folder += f"-{control}"
             itself = next(c for _, c in planned if report.place(c) == report.place(config))
-            config.update({name: itself[name] for name in places if name in itself})
+            config.update({name: itself[name] for name in (*places, "start") if name in itself})
         if control == "dstl":  # the pairs of the teacher's samples
             config.latents = str(root / "latents-dstl")
         for name, place in places.items():
@@ -104,8 +105,11 @@ def stage_configs(path: str, arg: str, workdir: str) -> list[tuple[str, object]]
             config.start = ""
         if stage == "regress":
             places["start"] = folder
+            if config.base:  # the teacher's samples have the base resolution
+                config.samples = ""
         if stage in ("distill", "grow") and not control:
             places["base"] = folder  # the next growth starts from this generator
+            places.pop("start", None)
         if stage == "cascade":
             config.cascade.init_from = str(places.get("tuned", ""))
             places["tuned"] = folder

@@ -28,7 +28,7 @@ from launch.command import config_flag, execute, required, start
 STAGES = {
     "pretrain": pretrain.build,
     "invert": invert.build,
-    "regress": distill.build,
+    "regress": lambda config: (grow if config.base else distill).build(config),
     "distill": distill.build,
     "grow": grow.build,
     "cascade": tune.build,

@@ -11,6 +11,9 @@ arXiv 2405.14822, section 3.3).
 A guided generator grows likewise. Without samples at resolution R it has no L_dstl, and its
 estimator of omega stays that of the base (guided.py).
 
+Stage `regress` with a `base` comes before it in small runs: the same with the pixel term of L_rec
+alone, whose update costs a fifth. The growth that names it as its `start` continues its weights.
+
 No teacher is loaded; the latents must have been made by the teacher of the generator `base`.
 """
 
@@ -29,7 +32,8 @@ PyTree = Any
 
 
 def build(config) -> Stage:
-    """Stage 3 from its config. Raises ValueError where base, data and resolution do not fit."""
+    """Stage 3, or `regress` with a base, from its config. Raises ValueError where base, start, data
+    and resolution do not fit."""
     source = open_data(config.data)
     if not config.base:
         raise ValueError("base is empty: give --config.base=DIR, the smaller generator's run")
@@ -50,17 +54,27 @@ def build(config) -> Stage:
             f"px, but data.resolution is {source.resolution}: give --config.grow.widths "
             "one width for each doubling"
         )
-    if config.grow.pairs != "inverted":
+    start, upstream = config.get("start", ""), base
+    if start:
+        upstream = read_meta(start)[1]
+        grown = tuple(upstream["networks"].get("generator", {}).get("growth", ()))
+        if upstream.get("teacher") != base["teacher"] or grown != model["growth"]:
+            raise ValueError(
+                f"start is {start}, which is no growth of {config.base} to {source.resolution} px: "
+                "give --config.start=DIR, the work directory of its stage regress"
+            )
+    if config[config.stage].pairs != "inverted":
         raise ValueError(
-            "a teacher has no high-resolution samples: give --config.grow.pairs=inverted"
+            f"a teacher has no high-resolution samples: give --config.{config.stage}.pairs=inverted"
         )
 
     # The discriminator keeps its fresh weights: it sees another resolution.
     def grow(params: PyTree) -> PyTree:
-        smaller = load_network(config.base, "generator").params
-        grown, _ = growth.grow_params(params["generator"], smaller, plan)
+        grown = load_network(start or config.base, "generator").params
+        if not start:
+            grown, _ = growth.grow_params(params["generator"], grown, plan)
         if "estimator" in params:
-            phi = initial_estimator(params["estimator"], config.base, {})
+            phi = initial_estimator(params["estimator"], start or config.base, {})
             params = params | {"estimator": phi}
         return params | {"generator": grown}
 
@@ -68,7 +82,7 @@ def build(config) -> Stage:
         config,
         source,
         model=model,
-        upstream=base,
+        upstream=upstream,
         warm_start=grow,
         trainable=growth.trainable(plan) if config.grow.freeze else None,
         adaptive_layer=growth.last_layer(plan),

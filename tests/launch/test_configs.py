@@ -60,9 +60,10 @@ def test_a_pipeline_sets_a_field_in_every_stage_that_has_it():
     file = module("scenes")
     words = "invert.nodes=9,grow.widths=(16,),features.paths.x=FILE,optim.lr=1e-5,seed=3"
     configs = {arg: file.get_config(f"{words},{arg}") for arg in file.stages(words)}
-    assert [config.seed for config in configs.values()] == [3] * 6
+    assert [config.seed for config in configs.values()] == [3] * 8
     assert configs["stage=invert"].invert.nodes == 9
-    assert configs["stage=grow,resolution=32"].grow.widths == (16,)
+    for stage in ("regress", "grow"):
+        assert configs[f"stage={stage},resolution=32"].grow.widths == (16,)
     assert configs["stage=distill"].features.paths.x == "FILE"
     assert configs["stage=pretrain"].optim.lr == 1e-5
 
@@ -71,7 +72,7 @@ def test_a_field_of_one_stage_leaves_the_others_alone():
     words = "total_steps=7,pretrain.total_steps=5,grow32.batch_size=3,pretrain.augment=0.1,base=8"
     planned = stage_configs("configs/scenes.py", words, "runs")
     found = {pathlib.Path(place).name: config for place, config in planned}
-    assert [config.total_steps for config in found.values()] == [5, 7, 7, 7, 7, 7]
+    assert [config.total_steps for config in found.values()] == [5, *[7] * 7]
     assert found["grow32"].batch_size == 3 != found["grow16"].batch_size
     assert found["pretrain"].pretrain.augment == 0.1  # a field of its own section
     for wrong in ("grow64.batch_size=3", "distill.augment=0.1", "prune.k=0.3"):
@@ -107,7 +108,8 @@ def test_the_stages_of_a_pipeline_find_each_others_folders():
 
     assert paths("top=16", "latents") == [
         ("runs/pretrain", "-"), ("runs/invert", "runs/latents"), ("runs/regress", "runs/latents"),
-        ("runs/distill", "runs/latents"), ("runs/grow16", "runs/latents"),
+        ("runs/distill", "runs/latents"), ("runs/regress16", "runs/latents"),
+        ("runs/grow16", "runs/latents"),
     ]  # fmt: skip
     assert dict(paths("", "base"))["runs/grow32"] == "runs/grow16"
     assert paths("pipeline=experts,prune.groups=1,teacher=T", "teacher") == [
@@ -138,7 +140,7 @@ def test_images_are_enlarged_for_efficientnet_by_their_resolution():
 def test_controls_begin_as_their_stage_does_and_differ_in_one_part_of_the_loss():
     configs = dict(stage_configs("configs/scenes.py", "size=quick,controls", "runs"))
     stages = ("distill", "grow16", "grow32")
-    begin = ("pretrain", "invert", "regress")
+    begin = ("pretrain", "invert", "regress", "regress16", "regress32")
     assert set(configs) == {
         *(f"runs/{name}" for name in (*begin, *stages)),
         *(f"runs/{name}-{control}" for name in stages for control in ("no_rec", "no_adv")),
@@ -152,8 +154,8 @@ def test_controls_begin_as_their_stage_does_and_differ_in_one_part_of_the_loss()
         stage = itself["stage"]
         changed = {field for field in itself if no_rec[field] != itself[field]}
         terms = {f"{stage}.{term}_weight" for term in ("feature", "pixel", "lpips")}
-        start = {"start"} if stage == "distill" else set()  # the regression has seen the pairs
-        assert changed == {term for term in terms if itself[term]} | start
+        # the regression has seen the pairs
+        assert changed == {term for term in terms if itself[term]} | {"start"}
         assert not any(no_rec[term] for term in terms)
         changed = {field for field in itself if no_adv[field] != itself[field]}
         assert changed == {f"{stage}.adversarial_weight"}
@@ -161,7 +163,10 @@ def test_controls_begin_as_their_stage_does_and_differ_in_one_part_of_the_loss()
     assert (sampled.invert.direction, dstl.distill.pairs) == ("sample", "teacher")
     assert sampled.latents == dstl.latents == "runs/latents-dstl"
     assert dstl.teacher == sampled.teacher == configs["runs/distill"].teacher == "runs/pretrain"
-    assert list(configs)[:6] == [f"runs/{n}" for n in (*begin, *stages)]
+    assert list(configs)[:8] == [
+        f"runs/{name}"
+        for name in (*begin[:3], "distill", "regress16", "grow16", *begin[4:], "grow32")
+    ]
     with pytest.raises(ValueError, match="control 'x' is unknown: choose one of , no_rec"):
         module("scenes").get_config("control=x")
 
@@ -350,14 +355,18 @@ def test_a_folder_of_ones_own_says_its_splits(tmp_path):
 
 
 def test_distillation_starts_from_the_regression_but_controls_without_it_from_the_teacher(tmp_path):
-    planned = dict(
-        stage_configs(module("scenes").__file__, "size=gallery,top=32,controls", tmp_path)
-    )
+    planned = dict(stage_configs(module("scenes").__file__, "size=quick,top=16,controls", tmp_path))
     start = {pathlib.Path(folder).name: c.get("start") for folder, c in planned.items()}
     regress = str(tmp_path / "regress")
     assert start["distill"] == start["distill-no_adv"] == regress
     assert start["distill-no_rec"] == start["distill-dstl"] == ""
     assert planned[regress].regress.adversarial_weight == 0
+    grown = f"{regress}16"
+    assert (
+        planned[grown].base == str(tmp_path / "distill") == planned[str(tmp_path / "grow16")].base
+    )
+    assert start["grow16"] == start["grow16-no_adv"] == grown
+    assert start["grow16-no_rec"] == ""
 
 
 def test_base_is_a_resolution_or_the_smaller_generators_folder():

@@ -327,6 +327,27 @@ def test_growing_by_four_in_one_jump(runs):
     assert pair["image"].shape[1:] == (32, 32, 3) and pair["z"].shape[1:] == (8, 8, 3)
 
 
+def test_growth_continues_the_weights_of_its_regression(runs, tmp_path):
+    config, latents = get_config("stage=regress,resolution=16"), str(runs["store"].folder)
+    config.base, config.latents, config.total_steps = runs["distill"].workdir, latents, 1
+    run.run(config, tmp_path)
+    regressed = checkpoint.load_network(tmp_path, "generator").params
+    kept = weights(runs["distill"])["enc_8_conv"]["kernel"]  # frozen
+    np.testing.assert_array_equal(regressed["enc_8_conv"]["kernel"], kept)
+
+    config = get_config("stage=grow,resolution=16")
+    config.base, config.latents, config.start = runs["distill"].workdir, latents, str(tmp_path)
+    stage = run.build(config)
+    fresh = jax.tree.map(np.zeros_like, full_state(runs["grow16"]).params)
+    jax.tree.map(np.testing.assert_array_equal, stage.warm_start(fresh)["generator"], regressed)
+    cost = {name: checkpoint.read_meta(place)[1]["ledger"]["flops"]
+            for name, place in (("base", config.base), ("start", tmp_path))}  # fmt: skip
+    assert stage.meta["ledger"]["flops"] == cost["start"] > cost["base"]
+    config.start = runs["distill"].workdir
+    with pytest.raises(ValueError, match="is no growth of .* to 16 px: give --config.start=DIR"):
+        run.build(config)
+
+
 def test_the_baseline_regresses_the_teachers_samples(runs, tmp_path):
     """The same stage trains on L_dstl (PaGoDA, arXiv 2405.14822, Eq. 1)."""
     config = get_config("stage=invert")
