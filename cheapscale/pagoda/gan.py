@@ -1,8 +1,8 @@
-"""The loss of PaGoDA's one-step generator (Kim et al. 2024, arXiv 2405.14822, section 3.2, Eq. 4):
+"""The loss of PaGoDA's one-step generator (Kim et al. 2024, arXiv 2405.14822, section 3.2):
 
-    L      = L_rec + lambda L_adv
+    L      = L_rec + lambda L_adv                                                       (Eq. 4)
     L_rec  = E_(x, z) d(G(z, y), x)              on data-latent pairs z = ODE inversion of x
-    L_adv  = E_z' [-D(G(z', y), y)]              on fresh noise z' ~ N(0, sigma_max^2 I)
+    L_adv  = E_z' [-D(G(z', y), y)]              on fresh noise z' ~ N(0, sigma_max^2 I)  (Eq. 3)
     lambda = factor * clip(|grad L_rec| / |grad L_adv|, 0.01, 10) at the last layer (section 5.1),
              or the factor itself
 
@@ -12,7 +12,7 @@ train, in the resolution of the target and in lambda. A generator that takes the
 omega, its losses L_dstl and L_phi, and its triples of L_adv are explained in guided.py.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +22,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from cheapscale.features.mixing import View, apart, together
-from cheapscale.pagoda.guided import Guidance, conditions
+from cheapscale.pagoda.guided import Conditions, Guidance, conditions
 from cheapscale.training.state import Optimiser, TrainState, merge, update_ema
 
 PyTree = Any
@@ -41,184 +41,200 @@ GAN_LOSSES = {
 }
 
 
-def gan_step(
-    state: TrainState,
-    frozen: PyTree,
-    batch: PyTree,
-    key: jax.Array,
-    *,
-    generate: Callable,
-    see: Callable,
-    discriminate: Callable,
-    distance: Callable,
-    optimisers: dict[str, Optimiser],
-    sigma_max: float,
-    ema_decay: float,
-    adversarial_weight: float,
-    reconstruct: bool = True,
-    gan_loss: str = "hinge",
-    adaptive_layer: str | None = None,
-    squared_norms: bool = False,
-    guidance: Guidance | None = None,
-    describe: Callable = lambda theta, c: c,
-) -> tuple[TrainState, dict]:
-    """One discriminator and one generator update: (new state, {name: scalar}).
+@dataclasses.dataclass(frozen=True)
+class Game:
+    """The two players, their losses and their optimisers.
 
-    Args:
-        batch: {"pair": {image, z, label}, "real": {image, label}}, with guidance also "sampled"
-            {image, z, label, omega}. Only L_rec and L_dstl use their z; the fakes of L_adv always
-            come from fresh noise, so that G learns the whole prior.
-        generate: G(params, z [b, h, w, c], c) -> images [b, H, W, c], for the conditions c of the
-            rows: {"label": [b]}, with guidance also "omega": [b].
-        see: (frozen, {name: View}) -> {name: maps of the frozen networks}; it leaves out those of
-            L_rec where no term of d reads maps.
-        discriminate: (params, spectral, maps, c) -> (logits [b, n], spectral).
-        distance: (frozen, maps of x, maps of y, x, y) -> {term: [b]}, the weighted terms of d.
-        adversarial_weight: the factor of lambda; 0 leaves out L_adv.
-        reconstruct: False leaves out L_rec.
-        adaptive_layer: path of the kernel at which the gradients are compared; None makes lambda
-            the constant factor.
-        squared_norms: square the norms in lambda, as section 5.1 does; the published code does not.
-        guidance: of a generator that takes omega.
-        describe: (theta, c) -> c as D reads it, with captions as vectors of G's frozen encoder.
+    generate: G(params, z [b, h, w, c], c) -> images [b, H, W, c], for the conditions c of the rows:
+        {"label": [b]}, with guidance also "omega": [b].
+    see: (frozen, {name: View}) -> {name: maps of the frozen networks}; it leaves out those of L_rec
+        where no term of d reads maps.
+    discriminate: (params, spectral, maps, c) -> (logits [b, n], spectral).
+    distance: (frozen, maps of x, maps of y, x, y) -> {term: [b]}, the weighted terms of d.
+    adversarial_weight: the factor of lambda; 0 leaves out L_adv.
+    reconstruct: False leaves out L_rec.
+    adaptive_layer: path of the kernel at which the gradients are compared; None makes lambda the
+        constant factor.
+    squared_norms: square the norms in lambda, as section 5.1 does; the published code does not.
+    guidance: of a generator that takes omega.
+    describe: (theta, c) -> c as D reads it, with captions as vectors of G's frozen encoder.
     """
-    real, guided = batch["real"], guidance is not None
-    pairs = {"rec": batch["pair"]} if reconstruct else {}
+
+    generate: Callable
+    see: Callable
+    discriminate: Callable
+    distance: Callable
+    optimisers: dict[str, Optimiser]
+    sigma_max: float
+    ema_decay: float
+    adversarial_weight: float
+    reconstruct: bool = True
+    gan_loss: str = "hinge"
+    adaptive_layer: str | None = None
+    squared_norms: bool = False
+    guidance: Guidance | None = None
+    describe: Callable = lambda theta, c: c
+
+    def conditions(self, rows: PyTree) -> Conditions:
+        """c of the rows of a batch, with omega = 1 for rows without a scale."""
+        return conditions(rows, self.guidance is not None)
+
+    def fresh(self, key: jax.Array, rows: PyTree, z: jax.Array) -> tuple[jax.Array, Conditions]:
+        """z' ~ N(0, sigma_max^2 I) like z, with the conditions of `rows`, and omega ~ pi(omega)."""
+        c = self.conditions(rows)
+        if self.guidance:
+            c |= {"omega": self.guidance.draw(jax.random.fold_in(key, 1), len(z))}
+        return self.sigma_max * jax.random.normal(key, z.shape, z.dtype), c
+
+    def descend(self, state: TrainState, net: str, grads: PyTree) -> TrainState:
+        """The state after one step of the optimiser of `net`."""
+        weights, memory = self.optimisers[net].apply(grads, state.opt_state[net], state.params[net])
+        return state.replace(
+            params=state.params | {net: weights}, opt_state=state.opt_state | {net: memory}
+        )
+
+
+def gan_step(
+    state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array, *, game: Game
+) -> tuple[TrainState, dict]:
+    """One update of omega_phi (where G takes omega), of D and of G: (new state, {name: scalar}).
+
+    batch: {"pair": {image, z, label}, "real": {image, label}}, with guidance also "sampled" {image,
+        z, label, omega}. Only L_rec and L_dstl use their z; the fakes of L_adv always come from
+        fresh noise, so that G learns the whole prior.
+    """
+    pair, real, metrics = batch["pair"], batch["real"], {}
+    pairs = {"rec": pair} if game.reconstruct else {}
     k_prior_d, k_augment_d, k_prior_g, k_augment_g, k_rec = jax.random.split(key, 5)
-    loss_of_D, loss_of_G = GAN_LOSSES[gan_loss]
-    theta, psi = state.params["generator"], state.params["discriminator"]
-    spectral = state.extra["discriminator"]  # power-iteration vectors, advanced by every pass
-    opt_G, opt_D = state.opt_state["generator"], state.opt_state["discriminator"]
-    params, opt_state, metrics = state.params, state.opt_state, {}
-
-    def fresh(key, rows):
-        """z' ~ N(0, sigma_max^2 I) with the rows' conditions, and omega ~ pi(omega)."""
-        z, c = batch["pair"]["z"], conditions(rows, guided)
-        if guided:
-            c |= {"omega": guidance.draw(jax.random.fold_in(key, 1), len(z))}
-        return sigma_max * jax.random.normal(key, z.shape, z.dtype), c
-
-    # omega_phi: the known scales of the teacher's samples.
     if "sampled" in batch:
-        pairs["dstl"] = sampled = batch["sampled"]
-
-        def L_phi(phi):
-            omega = guidance.estimate(phi, sampled["image"], conditions(sampled, guided))
-            return ((sampled["omega"] - omega) ** 2).mean()
-
-        opt, phi, opt_phi = (d["estimator"] for d in (optimisers, params, opt_state))
-        metrics["loss_omega"], grads = jax.value_and_grad(L_phi)(phi)
-        phi, opt_phi = opt.apply(opt.split(grads)[0], opt_phi, phi)
-        params, opt_state = params | {"estimator": phi}, opt_state | {"estimator": opt_phi}
+        pairs["dstl"] = batch["sampled"]
+        state, metrics["loss_omega"] = update_estimator(game, state, batch["sampled"])
 
     # Features that no gradient passes through: of real images, of D's fakes, and of the targets of
     # L_rec and L_dstl. An image and its target have the same augmentation.
-    k_pairs = {name: jax.random.fold_in(k_rec, n) if n else k_rec for n, name in enumerate(pairs)}
+    keys = {name: jax.random.fold_in(k_rec, n) if n else k_rec for n, name in enumerate(pairs)}
     views = {
-        f"{name} target": View("distance", rows["image"], k_pairs[name])
+        f"{name} target": View("distance", rows["image"], keys[name])
         for name, rows in pairs.items()
     }
-    if adversarial_weight:
-        z, c = fresh(k_prior_d, real)
-        fake = generate(theta, z, c)
+    if game.adversarial_weight:
+        z, c = game.fresh(k_prior_d, real, pair["z"])
+        fake = game.generate(state.params["generator"], z, c)
         # Real and fake images of D have the same augmentation.
         views["real"] = View("discriminator", real["image"], k_augment_d)
         views["fake"] = View("discriminator", fake, k_augment_d)
-    seen = see(frozen, views)
+    seen = game.see(frozen, views)
+    if game.adversarial_weight:
+        state, own = update_discriminator(game, state, seen, real["image"], c)
+        metrics |= own
 
-    # D: real images against fakes from fresh noise with the same labels.
-    if adversarial_weight:
-        c_real = c
-        if guided:  # the triple (x, c, omega_phi(x, c))
-            c_real = c | {"omega": guidance.estimate(params["estimator"], real["image"], c)}
-            metrics["omega_real"] = c_real["omega"].mean()
-        loss = functools.partial(discriminator_loss, discriminate=discriminate, loss_of_D=loss_of_D)
-        (L_D, (spectral, means)), grads = jax.value_and_grad(loss, has_aux=True)(
-            psi, spectral, seen["real"], seen["fake"], describe(theta, c_real), describe(theta, c)
-        )
-        psi, opt_D = optimisers["discriminator"].apply(grads, opt_D, psi)
-        metrics |= {"loss_disc": L_D} | means
+    # The inputs of G: (z, c) of L_rec, at omega = 1 if its pairs are unguided, and of L_dstl; fresh
+    # noise for L_adv, with the updated discriminator.
+    inputs = {name: (rows["z"], game.conditions(rows)) for name, rows in pairs.items()}
+    if game.adversarial_weight:
+        inputs["fake"] = game.fresh(k_prior_g, pair, pair["z"])
+    targets = {name: (rows["image"], seen.get(f"{name} target")) for name, rows in pairs.items()}
+    keys["fake"] = k_augment_g
+    state, own = update_generator(game, state, frozen, inputs, targets, keys)
+    return state.replace(step=state.step + 1), metrics | own
 
-    # G: L_rec on data-latent pairs, at omega = 1 if they are unguided; L_dstl on the teacher's
-    # samples; L_adv on fresh noise, with the updated discriminator.
-    inputs = {name: (rows["z"], conditions(rows, guided)) for name, rows in pairs.items()}
-    if adversarial_weight:
-        inputs["fake"] = fresh(k_prior_g, batch["pair"])
 
-    def generated(moving):
+def update_estimator(
+    game: Game, state: TrainState, sampled: PyTree
+) -> tuple[TrainState, jax.Array]:
+    """(state after one step of omega_phi on L_phi, L_phi), section 4.1.
+
+    sampled: the teacher's samples x^ with their conditions c and their scales omega.
+    """
+
+    def L_phi(phi):
+        omega = game.guidance.estimate(phi, sampled["image"], game.conditions(sampled))
+        return ((sampled["omega"] - omega) ** 2).mean()
+
+    loss, grads = jax.value_and_grad(L_phi)(state.params["estimator"])
+    return game.descend(state, "estimator", grads), loss
+
+
+def update_discriminator(
+    game: Game, state: TrainState, seen: dict, x: jax.Array, c: Conditions
+) -> tuple[TrainState, dict]:
+    """(state after one step of D on its part of L_adv (Eq. 3), {name: scalar}).
+
+    seen: maps of the "real" images x and of the "fake" ones, which both have the conditions c.
+    """
+    theta, metrics, c_real = state.params["generator"], {}, c
+    if game.guidance:  # the triple (x, c, omega_phi(x, c))
+        c_real = c | {"omega": game.guidance.estimate(state.params["estimator"], x, c)}
+        metrics["omega_real"] = c_real["omega"].mean()
+    c_real, c_fake = game.describe(theta, c_real), game.describe(theta, c)
+
+    def L_D(psi, spectral):
+        # Two passes: batch norm must not mix real and fake images.
+        real, spectral = game.discriminate(psi, spectral, seen["real"], c_real)
+        fake, spectral = game.discriminate(psi, spectral, seen["fake"], c_fake)
+        means = {"logit_real": real.mean(), "logit_fake": fake.mean()}
+        return GAN_LOSSES[game.gan_loss][0](real, fake), (spectral, means)
+
+    psi, spectral = state.params["discriminator"], state.extra["discriminator"]
+    (loss, (spectral, means)), grads = jax.value_and_grad(L_D, has_aux=True)(psi, spectral)
+    state = state.replace(extra=state.extra | {"discriminator": spectral})
+    return game.descend(state, "discriminator", grads), metrics | means | {"loss_disc": loss}
+
+
+def update_generator(
+    game: Game, state: TrainState, frozen: PyTree, inputs: dict, targets: dict, keys: dict
+) -> tuple[TrainState, dict]:
+    """(state after one step of G on L_rec + L_dstl + lambda L_adv (Eq. 4), {name: scalar}).
+
+    inputs: {"rec", "dstl", "fake": (z, c)}. targets: {"rec", "dstl": (image, its maps)}. keys: of
+        their augmentations. Without "fake" there is no L_adv.
+    """
+    theta, psi = state.params["generator"], state.params["discriminator"]
+    spectral = state.extra["discriminator"]  # power-iteration vectors, advanced by every pass
+    # Gradients only of the parameters that train: nothing is stored for the frozen trunk.
+    moving, fixed = game.optimisers["generator"].split(theta)
+
+    def G(moving):
         z, c = jax.tree.map(lambda *rows: together(rows), *inputs.values())
-        return dict(zip(inputs, apart(generate(merge(moving, fixed), z, c), len(inputs))))
+        images = game.generate(merge(moving, fixed), z, c)
+        return dict(zip(inputs, apart(images, len(inputs))))
 
-    def losses(images):
+    def losses(x):
         L, aux = {}, {}
-        views = {name: View("distance", images[name], k_pairs[name]) for name in pairs}
-        if adversarial_weight:
-            views["fake"] = View("discriminator", images["fake"], k_augment_g)
-        own = see(frozen, views)
-        for name, rows in pairs.items():
-            target = seen.get(f"{name} target")
-            terms = distance(frozen, own.get(name), target, images[name], rows["image"])
-            terms = {f"loss_{name}_{term}": d.mean() for term, d in terms.items()}
-            aux |= terms
-            L[name] = sum(terms.values())
-        if adversarial_weight:
-            c = describe(theta, inputs["fake"][1])
-            logits, aux["spectral"] = discriminate(psi, spectral, own["fake"], c)
-            L["adv"] = loss_of_G(logits)
+        readers = dict.fromkeys(targets, "distance") | {"fake": "discriminator"}
+        seen = game.see(frozen, {n: View(readers[n], x[n], keys[n]) for n in inputs})
+        for name, (target, maps) in targets.items():  # d(G(z, c), x)
+            d = game.distance(frozen, seen.get(name), maps, x[name], target)
+            terms = {f"loss_{name}_{term}": value.mean() for term, value in d.items()}
+            L[name], aux = sum(terms.values()), aux | terms
+        if "fake" in inputs:
+            c = game.describe(theta, inputs["fake"][1])
+            logits, aux["spectral"] = game.discriminate(psi, spectral, seen["fake"], c)
+            L["adv"] = GAN_LOSSES[game.gan_loss][1](logits)
         return L, aux
 
-    optimiser = optimisers["generator"]
-    # Gradients only of the parameters that train: nothing is stored for the frozen trunk.
-    moving, fixed = optimiser.split(theta)
-    images, to_weights = jax.vjp(generated, moving)
-    L, to_images, aux = jax.vjp(losses, images, has_aux=True)
+    x, to_weights = jax.vjp(G, moving)
+    L, to_images, aux = jax.vjp(losses, x, has_aux=True)
     # The gradients of all terms with respect to the images in one pass: each term depends on the
     # images of its own noise alone.
     (slope,) = to_images(jax.tree.map(jnp.ones_like, L))
-    lam = jnp.asarray(adversarial_weight, jnp.float32)
-    if adaptive_layer and pairs and adversarial_weight:
-        lam = lam * balance(to_weights, slope, adaptive_layer, squared_norms)
-    if adversarial_weight:
+    metrics = {f"loss_{name}": term for name, term in L.items()}
+    lam = jnp.asarray(game.adversarial_weight, jnp.float32)
+    if "fake" in inputs:
+        if game.adaptive_layer and targets:
+            lam = lam * balance(to_weights, slope, game.adaptive_layer, game.squared_norms)
         slope = slope | {"fake": lam * slope["fake"]}
-        spectral = aux.pop("spectral")
+        state = state.replace(extra=state.extra | {"discriminator": aux.pop("spectral")})
         metrics["lambda"] = lam
-    metrics |= {f"loss_{name}": term for name, term in L.items()} | aux
-
     (grads,) = to_weights(slope)
-    total = lam * L.get("adv", 0.0)
-    for name in pairs:
-        total = L[name] + total
-    metrics |= {"loss": total, "grad_norm": optax.tree.norm(grads)}
-    theta, opt_G = optimiser.apply(grads, opt_G, theta)
-    ema = update_ema(state.ema_params["generator"], theta, state.step, ema_decay)
-
-    new = state.replace(
-        step=state.step + 1,
-        params=params | {"generator": theta, "discriminator": psi},
-        ema_params={"generator": ema},
-        opt_state=opt_state | {"generator": opt_G, "discriminator": opt_D},
-        extra=state.extra | {"discriminator": spectral},
-    )
-    return new, metrics
-
-
-def discriminator_loss(
-    psi: PyTree,
-    spectral: PyTree,
-    real: PyTree,
-    fake: PyTree,
-    c_real: PyTree,
-    c_fake: PyTree,
-    *,
-    discriminate: Callable,
-    loss_of_D: Callable,
-) -> tuple[jax.Array, tuple[PyTree, dict]]:
-    """(L_D, (spectral, mean logits)) of maps of real and fake images with their conditions."""
-    # Two passes: batch norm must not mix real and fake images.
-    on_real, spectral = discriminate(psi, spectral, real, c_real)
-    on_fake, spectral = discriminate(psi, spectral, fake, c_fake)
-    means = {"logit_real": on_real.mean(), "logit_fake": on_fake.mean()}
-    return loss_of_D(on_real, on_fake), (spectral, means)
+    loss = lam * L.get("adv", 0.0)
+    for name in targets:
+        loss = L[name] + loss
+    metrics |= aux | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    state = game.descend(state, "generator", grads)
+    theta, ema = state.params["generator"], state.ema_params["generator"]
+    ema = update_ema(ema, theta, state.step, game.ema_decay)
+    return state.replace(ema_params={"generator": ema}), metrics
 
 
 def balance(to_weights: Callable, slope: dict, layer: str, squared: bool) -> jax.Array:

@@ -11,8 +11,8 @@ from cheapscale.data.loader import pair_and_real_batches
 from cheapscale.data.pairs import InvertedPairs, PairStore, SampledPairs
 from cheapscale.models.unet import init_params
 from cheapscale.pagoda import guided
-from cheapscale.pagoda.gan import gan_step
-from cheapscale.pagoda.loss_networks import make_loss_networks
+from cheapscale.pagoda.gan import Game, gan_step
+from cheapscale.pagoda.loss_networks import LossNetworks, make_loss_networks
 from cheapscale.teacher.data import preview_labels
 from cheapscale.teacher.sampling import one_step, prior
 from cheapscale.teacher.teacher import Generator, make_generator, resolve_model
@@ -42,27 +42,14 @@ def generator_stage(
     upstream: meta of the run that the generator starts from; its noise process and ledger continue.
     teacher: fingerprint of the teacher; latents of another teacher are refused.
     """
-    name, loss = config.stage, config[config.stage].to_dict()
+    loss = config[config.stage].to_dict()
     compute = {field: value for field, value in config.compute.to_dict().items() if value}
     model = resolve_model(model | compute)
     takes_omega = bool(model["extra_conditions"])
+    check_upstream(config, upstream, takes_omega)
     store, pairs = open_pairs(config, source, teacher, takes_omega)
     sampled = open_samples(config, teacher) if config.get("samples") else None
-    rescaled = upstream.get("config", {}).get("rescale_latents", False)
-    begun = "generator" in upstream["networks"]
-    if begun and rescaled != config.rescale_latents:
-        place = config.get("base") or config.start
-        raise ValueError(
-            f"rescale_latents is {config.rescale_latents}, but {place} was trained with "
-            f"{rescaled}: give --config.rescale_latents={rescaled}"
-        )
-    if "omega" in upstream and not takes_omega:
-        raise ValueError(
-            f"start is {config.start}, which was trained with guidance: give --config.samples=DIR, "
-            "the teacher's guided samples"
-        )
     weights = {term: loss[f"{term}_weight"] for term in ("feature", "lpips", "pixel")}
-    reads_features = bool(loss["adversarial_weight"] or weights["feature"])
     networks = make_loss_networks(
         source,
         settings=config.features.to_dict(),
@@ -79,55 +66,30 @@ def generator_stage(
     if sampled:
         learns = lambda path: not path.startswith("text/")  # noqa: E731  as the generator's
         optimisers["estimator"] = Optimiser(make_optimiser(**config.optim), learns)
-    meta = {
-        "stage": name,
-        "networks": {"generator": model},
-        "diffusion": upstream["diffusion"],
-        "data": source.describe(),
-        "teacher": teacher,
-        "inversion": store.inversion(config.rescale_latents),
-        # the networks in the smaller generator's losses; the training loop adds this run's
-        "frozen_networks": upstream.get("frozen_networks", {}),
-        "ledger": starting_cost(
-            upstream,
-            [] if begun else [store],
-            [sampled.store] if sampled and "omega" not in upstream else [],
-        ),
-    }
-    if takes_omega:
-        estimator = upstream.get("helpers", {}).get("estimator") or guided.estimator_fields(model)
-        meta["helpers"] = {"estimator": resolve_model(estimator)}
-        meta["omega"] = sampled.store.manifest["omega"] if sampled else upstream["omega"]
+    meta = meta_of_run(config, source, store, sampled, model, upstream) | {"teacher": teacher}
     generator = make_generator(None, meta)
-
-    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
-        k_generator, k_discriminator = jax.random.split(key)
-        psi, spectral = networks.init(k_discriminator)
-        params = {"generator": init_params(model, k_generator), "discriminator": psi}
-        for n, (helper, fields) in enumerate(meta.get("helpers", {}).items(), start=1):
-            params[helper] = init_params(fields, jax.random.fold_in(k_generator, n))
-        return params, {"discriminator": spectral}
-
-    return Stage(
-        init_params=init,
+    game = Game(
+        generate=lambda params, z, c: generator.replace(params=params)(z, **c),
+        see=networks.see,
+        discriminate=networks.discriminate,
+        distance=networks.distance,
         optimisers=optimisers,
-        step=functools.partial(
-            gan_step,
-            generate=lambda params, z, c: generator.replace(params=params)(z, **c),
-            see=networks.see,
-            discriminate=networks.discriminate,
-            distance=networks.distance,
-            optimisers=optimisers,
-            sigma_max=generator.process.sigma_max,
-            ema_decay=config.ema.decay,
-            adversarial_weight=loss["adversarial_weight"],
-            reconstruct=any(weights.values()),
-            gan_loss=loss["gan_loss"],
-            adaptive_layer=adaptive_layer if loss["adaptive"] else None,
-            squared_norms=loss["squared_norms"],
-            guidance=guided.make_guidance(meta) if takes_omega else None,
-            describe=functools.partial(guided.described, generator.net),
-        ),
+        sigma_max=generator.process.sigma_max,
+        ema_decay=config.ema.decay,
+        adversarial_weight=loss["adversarial_weight"],
+        reconstruct=any(weights.values()),
+        gan_loss=loss["gan_loss"],
+        adaptive_layer=adaptive_layer if loss["adaptive"] else None,
+        squared_norms=loss["squared_norms"],
+        guidance=guided.make_guidance(meta) if takes_omega else None,
+        describe=functools.partial(guided.described, generator.net),
+    )
+    grid = functools.partial(preview, generator=generator, labels=preview_labels(source))
+    reads_features = bool(loss["adversarial_weight"] or weights["feature"])
+    return Stage(
+        init_params=functools.partial(init, meta, networks),
+        optimisers=optimisers,
+        step=functools.partial(gan_step, game=game),
         batches=functools.partial(
             pair_and_real_batches,
             source,
@@ -142,12 +104,7 @@ def generator_stage(
         load_frozen=lambda: networks.load(stream_key(config.seed, "projections", 0)),
         frozen_shapes=networks.shapes,
         warm_start=warm_start,
-        evals={
-            "one_step": (
-                config.eval_every,
-                functools.partial(preview, generator=generator, labels=preview_labels(source)),
-            )
-        },
+        evals={"one_step": (config.eval_every, grid)},
         meta=meta,
         batch_size=config.batch_size,
         fits=networks.fits,
@@ -156,15 +113,67 @@ def generator_stage(
     )
 
 
-def starting_cost(upstream: dict, *stores: list[PairStore]) -> dict:
-    """The ledger before the first step: the upstream run's, and the cost of making the stores.
+def init(meta: dict, networks: LossNetworks, key: jax.Array) -> tuple[PyTree, PyTree]:
+    """({network: fresh weights}, the vectors of spectral norm) of the run that meta describes."""
+    k_generator, k_discriminator = jax.random.split(key)
+    psi, spectral = networks.init(k_discriminator)
+    fresh = init_params(meta["networks"]["generator"], k_generator)
+    params = {"generator": fresh, "discriminator": psi}
+    for n, (helper, fields) in enumerate(meta.get("helpers", {}).items(), start=1):
+        params[helper] = init_params(fields, jax.random.fold_in(k_generator, n))
+    return params, {"discriminator": spectral}
 
-    stores: lists of stores that no earlier run has counted.
-    """
-    costs = [c for s in sum(stores, []) for c in (s.cost(), s.manifest.get("extra_cost", {}))]
+
+def check_upstream(config, upstream: dict, takes_omega: bool) -> None:
+    """Raises ValueError where the generator that this run continues was trained otherwise."""
+    rescaled = upstream.get("config", {}).get("rescale_latents", False)
+    if "generator" in upstream["networks"] and rescaled != config.rescale_latents:
+        place = config.get("base") or config.start
+        raise ValueError(
+            f"rescale_latents is {config.rescale_latents}, but {place} was trained with "
+            f"{rescaled}: give --config.rescale_latents={rescaled}"
+        )
+    if "omega" in upstream and not takes_omega:
+        raise ValueError(
+            f"start is {config.start}, which was trained with guidance: give --config.samples=DIR, "
+            "the teacher's guided samples"
+        )
+
+
+def meta_of_run(
+    config,
+    source,
+    store: PairStore,
+    sampled: SampledPairs | None,
+    model: dict,
+    upstream: dict,
+) -> dict:
+    """The meta of a generator's checkpoints, without the teacher's fingerprint."""
+    # What this run is the first to use: no earlier run has counted its cost.
+    stores = [] if "generator" in upstream["networks"] else [store]
+    stores += [sampled.store] if sampled and "omega" not in upstream else []
+    meta = {
+        "stage": config.stage,
+        "networks": {"generator": model},
+        "diffusion": upstream["diffusion"],
+        "data": source.describe(),
+        "inversion": store.inversion(config.rescale_latents),
+        # the networks in the smaller generator's losses; the training loop adds this run's
+        "frozen_networks": upstream.get("frozen_networks", {}),
+        "ledger": starting_cost(upstream["ledger"], stores),
+    }
+    if model["extra_conditions"]:
+        estimator = upstream.get("helpers", {}).get("estimator") or guided.estimator_fields(model)
+        meta["helpers"] = {"estimator": resolve_model(estimator)}
+        meta["omega"] = sampled.store.manifest["omega"] if sampled else upstream["omega"]
+    return meta
+
+
+def starting_cost(ledger: dict, stores: list[PairStore]) -> dict:
+    """The ledger before the first step: the upstream run's, and the cost of making the stores."""
+    costs = [cost for s in stores for cost in (s.cost(), s.manifest.get("extra_cost", {}))]
     return {
-        unit: total + sum(cost.get(unit, 0.0) for cost in costs)
-        for unit, total in upstream["ledger"].items()
+        unit: total + sum(cost.get(unit, 0.0) for cost in costs) for unit, total in ledger.items()
     }
 
 

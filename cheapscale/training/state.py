@@ -55,9 +55,9 @@ class Optimiser:
         return self.tx.init(self.split(params)[0])
 
     def apply(self, grads: PyTree, opt_state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-        """(all params, optimiser state) after one step with the `grads` of the trainable leaves."""
+        """(all params, optimiser state) after one step; `grads` of frozen leaves do nothing."""
         moving, fixed = self.split(params)
-        updates, opt_state = self.tx.update(grads, opt_state, moving)
+        updates, opt_state = self.tx.update(self.split(grads)[0], opt_state, moving)
         return merge(optax.apply_updates(moving, updates), fixed), opt_state
 
 

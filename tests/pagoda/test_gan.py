@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from cheapscale.pagoda.gan import adaptive_weight, gan_step
+from cheapscale.pagoda.gan import Game, adaptive_weight, gan_step
 from cheapscale.training.state import Optimiser, create_state
 
 
@@ -18,13 +18,12 @@ def as_they_are(frozen, views):
     return {name: view.images for name, view in views.items()}
 
 
-def dirac(eta, *, gan_loss="logistic", rate=0.1, **options):
+def dirac(eta, *, gan_loss="logistic", rate=0.1, adversarial_weight=1.0, **options):
     """The Dirac-GAN G = theta, D = psi x with data at 0, to which L_rec = eta theta^2 is added."""
     optimisers = {n: Optimiser(optax.sgd(rate)) for n in ("generator", "discriminator")}
     params = {"generator": {"theta": jnp.ones(())}, "discriminator": {"psi": jnp.full((), 0.5)}}
     state = create_state(params, {"discriminator": {}}, optimisers, ["generator"])
-    step = functools.partial(
-        gan_step,
+    game = Game(
         generate=lambda p, z, c: jnp.zeros_like(z) + p["theta"],
         see=as_they_are,
         discriminate=lambda p, s, x, c: (p["psi"] * x, s),
@@ -32,11 +31,12 @@ def dirac(eta, *, gan_loss="logistic", rate=0.1, **options):
         optimisers=optimisers,
         sigma_max=1.0,
         ema_decay=0.999,
-        adversarial_weight=1.0,
+        adversarial_weight=adversarial_weight,
         reconstruct=bool(eta),
         gan_loss=gan_loss,
         **options,
     )
+    step = functools.partial(gan_step, game=game)
     zeros = jnp.zeros((4, 1))
     labels = jnp.zeros(4, jnp.int32)
     batch = {
@@ -82,8 +82,7 @@ def test_the_discriminator_is_updated_before_the_generator_uses_it(key):
 
 
 def test_without_an_adversarial_weight_the_discriminator_stays_as_it_is(key):
-    state, step, batch = dirac(1.0)
-    step = functools.partial(step, adversarial_weight=0.0)
+    state, step, batch = dirac(1.0, adversarial_weight=0.0)
     new, metrics = step(state, {}, batch, key)
     assert new.params["discriminator"] is state.params["discriminator"]
     assert set(metrics) == {"loss", "loss_rec", "loss_rec_pixel", "grad_norm"}
@@ -99,8 +98,9 @@ def test_adaptive_lambda_is_the_clipped_ratio_of_unsquared_norms():
 
 
 def test_adaptive_lambda_multiplies_the_constant_factor(key):
-    state, step, batch = dirac(1.0, gan_loss="hinge", adaptive_layer="theta")
-    step = functools.partial(step, adversarial_weight=0.2)
+    state, step, batch = dirac(
+        1.0, gan_loss="hinge", adaptive_layer="theta", adversarial_weight=0.2
+    )
     new, metrics = step(state, {}, batch, key)
     # |grad L_rec| = 2 theta = 2, |grad L_adv| = psi = 0.4 after the discriminator's step
     expected = 0.2 * 2 / (0.4 + 1e-4)
@@ -143,12 +143,12 @@ def test_fakes_are_fresh_prior_noise_and_reconstruction_uses_only_inverted_laten
         "pair": {"image": z, "z": z, "label": labels},
         "real": {"image": real, "label": labels + 1},
     }
+    game = Game(
+        generate, see, discriminate, distance, optimisers, sigma_max=80.0, ema_decay=0.9,
+        adversarial_weight=1.0,
+    )  # fmt: skip
     with jax.disable_jit():
-        new, _ = gan_step(
-            state, {}, batch, key, generate=generate, see=see, discriminate=discriminate,
-            distance=distance, optimisers=optimisers, sigma_max=80.0, ema_decay=0.9,
-            adversarial_weight=1.0,
-        )  # fmt: skip
+        new, _ = gan_step(state, {}, batch, key, game=game)
     (on_real, fake_d, fake_g), given, passes = zip(*seen["D"])
     np.testing.assert_array_equal(on_real, real)
     for fake in (fake_d, fake_g):  # the prior's std is exactly 80, up to sampling error

@@ -13,7 +13,7 @@ from cheapscale.diffusion.guidance import draw_scale
 from cheapscale.models.unet import init_params
 from cheapscale.pagoda import invert
 from cheapscale.pagoda.discriminator import Head, TokenHead
-from cheapscale.pagoda.gan import GAN_LOSSES, gan_step
+from cheapscale.pagoda.gan import GAN_LOSSES, Game, gan_step
 from cheapscale.pagoda.guided import (
     Guidance,
     described,
@@ -196,15 +196,16 @@ def test_each_term_has_its_own_scale(key):
         "real": {"image": -ones, "label": label},
         "sampled": {"image": 3 * ones, "z": 7 * ones, "label": label, "omega": sampled},
     }
+    game = Game(
+        generate=generate,
+        see=lambda frozen, views: {name: view.images for name, view in views.items()},
+        discriminate=discriminate,
+        distance=lambda frozen, f, g, x, y: {"pixel": ((x - y) ** 2).mean(-1)},
+        optimisers=optimisers, sigma_max=80.0, ema_decay=0.9, adversarial_weight=1.0,
+        guidance=guidance,
+    )  # fmt: skip
     with jax.disable_jit():
-        new, metrics = gan_step(
-            state, {}, batch, key, generate=generate,
-            see=lambda frozen, views: {name: view.images for name, view in views.items()},
-            discriminate=discriminate,
-            distance=lambda frozen, f, g, x, y: {"pixel": ((x - y) ** 2).mean(-1)},
-            optimisers=optimisers, sigma_max=80.0, ema_decay=0.9, adversarial_weight=1.0,
-            guidance=guidance,
-        )  # fmt: skip
+        new, metrics = gan_step(state, {}, batch, key, game=game)
     of_fake_d, of_all = seen["G"]
     rec, dstl, of_fake_g = (of_all[i::3] for i in range(3))
     np.testing.assert_array_equal(rec, 1.0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cheapscale.pagoda.gan import gan_step
+from cheapscale.pagoda.gan import Game, gan_step
 from cheapscale.training import checkpoint, loop
 from cheapscale.training.optim import make_optimiser
 from cheapscale.training.stage import Stage, denoise_step, noise_bins
@@ -99,8 +99,7 @@ def gan_stage():
     return Stage(
         init_params=init_params,
         optimisers=optimisers,
-        step=functools.partial(
-            gan_step,
+        step=functools.partial(gan_step, game=Game(
             generate=lambda params, z, c: apply_mlp(params, z),
             see=lambda frozen, views: {name: view.images for name, view in views.items()},
             discriminate=lambda params, s, x, c: (
@@ -112,7 +111,7 @@ def gan_stage():
             ema_decay=0.99,
             adversarial_weight=0.2,
             adaptive_layer="dense1/kernel",
-        ),
+        )),
         batches=batches,
         load_frozen=lambda: ({}, {}),
         frozen_shapes=dict,
