@@ -16,17 +16,14 @@ import concurrent.futures
 import io
 import json
 import math
-import os
 import pathlib
 import threading
-import time
-import urllib.error
-import urllib.request
 from typing import Any
 
 from absl import flags
 from PIL import Image
 
+from cheapscale.data.chat import chat, check_address
 from cheapscale.data.folders import CAPTIONS, FolderSource
 from cheapscale.data.listing import below
 from cheapscale.data.resize import open_rgb
@@ -36,9 +33,6 @@ from launch.command import execute, required, start
 
 QUESTION = "Describe this image in one detailed sentence, without an introduction."
 KNOWN = " Somebody described it as: {caption}"
-KEY = "OPENAI_API_KEY"
-AGAIN = (408, 409, 429, 500, 502, 503, 504, 529)  # states that may pass
-PATIENCE = 300.0  # seconds that an answer may take
 
 
 def define() -> None:
@@ -60,8 +54,7 @@ def define() -> None:
 
 def build(given: Any) -> Job:
     """The job of the flags: shards of `parallel` pictures, in the order of the split."""
-    if not given.url.startswith(("http://", "https://")):
-        raise ValueError(f"--url={given.url} is no address: give --url=http://localhost:8000/v1")
+    check_address(given.url, "--url")
     source = FolderSource(
         given.split, 1, data_dir=given.data_dir, allow_upscale=True, probe=False, unlabelled=True
     )
@@ -134,46 +127,11 @@ def ask(given: Any, path: pathlib.Path, caption: str) -> str:
         "max_tokens": given.max_tokens,
         "messages": [{"role": "user", "content": message}],
     }
-    answer = post(f"{given.url.rstrip('/')}/chat/completions", body, given.retries)
-    try:
-        text = " ".join(answer["choices"][0]["message"]["content"].split())
-    except (KeyError, IndexError, TypeError, AttributeError):
-        text = ""
-    if not text:
-        raise ValueError(
-            f"{given.url} did not describe {path} ({json.dumps(answer)[:200]}): name a vision "
-            "model of this server as --vision_model"
-        )
-    return text
-
-
-def post(url: str, body: dict, retries: int) -> Any:
-    """The JSON answer to a JSON body; a passing failure is repeated after 1, 2, 4 ... seconds."""
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get(KEY):
-        headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    for tried in range(retries + 1):
-        try:
-            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            why, passing = f"{error.code} {error.read(300).decode(errors='replace')}", True
-            if error.code in (401, 403):
-                raise ValueError(
-                    f"{url} refuses the key ({why}): set the environment variable {KEY}"
-                ) from error
-            passing = error.code in AGAIN
-        except (OSError, ValueError) as error:  # no connection, a timeout, or no JSON
-            why, passing = str(error), True
-        if not passing:
-            break
-        if tried < retries:
-            time.sleep(min(2.0**tried, 60.0))
-    raise ValueError(
-        f"{url} did not answer ({why}): correct --url and --vision_model, and run the same command "
-        "again, which keeps what is written"
+    remedy = (
+        f"correct --url and --vision_model, and run the same command again for {path.name} and the "
+        "rest, which keeps what is written"
     )
+    return " ".join(chat(given.url, body, retries=given.retries, remedy=remedy).split())
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -7,37 +7,35 @@ JSON, unknown widths or a wrong budget, the model gets an error message and may 
 `attempts` replies the search ends with ValueError.
 """
 
-import http.client
 import json
-import os
-import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from cheapscale.data.chat import chat, check_address
 from cheapscale.experts.search import TOLERANCE, Entry, Task, Widths, move_to_target
 
-KEY_VARIABLE = "CHEAPSCALE_LLM_KEY"
+REMEDY = (
+    "check --config.prune.llm_url and --config.prune.llm_model, or give "
+    "--config.prune.proposer=greedy and another folder"
+)
 
 
 class LanguageModel:
     """A `search.Proposer` that asks a language model.
 
-    url: for example "http://localhost:8000/v1". attempts: replies per proposal, corrections
-        included. timeout: seconds to wait for a reply. The environment variable CHEAPSCALE_LLM_KEY
-        holds the service's key, if it needs one.
+    url: for example "http://localhost:8000/v1", as in `chat`. attempts: replies per proposal,
+        corrections included.
     """
 
-    def __init__(self, url: str, model: str, *, attempts: int = 4, timeout: float = 120.0):
-        if not url.startswith(("http://", "https://")) or not model:
+    def __init__(self, url: str, model: str, *, attempts: int = 4):
+        check_address(url, "--config.prune.llm_url")
+        if not model:
             raise ValueError(
-                f"prune.proposer is 'llm' with prune.llm_url={url!r} and prune.llm_model={model!r}:"
-                " name a service, such as http://localhost:8000/v1, and its model"
+                "prune.llm_model is empty: name a model of the service as --config.prune.llm_model"
             )
-        self.url = url.rstrip("/") + "/chat/completions"
-        self.model, self.attempts, self.timeout = model, attempts, timeout
-        self.key = os.environ.get(KEY_VARIABLE, "")
+        self.url, self.model, self.attempts = url, model, attempts
 
     def propose(
         self, task: Task, memory: Sequence[Entry], count: int, rng: np.random.Generator
@@ -52,7 +50,8 @@ class LanguageModel:
         messages = [{"role": "user", "content": prompt(task, memory, proposed)}]
         known = [*(entry.widths for entry in memory), *proposed]
         for _ in range(self.attempts):
-            reply = self._ask(messages)
+            body = {"model": self.model, "messages": messages, "temperature": 0}
+            reply = chat(self.url, body, remedy=REMEDY)
             try:
                 return checked(task, reply, known)
             except ValueError as wrong:
@@ -65,25 +64,6 @@ class LanguageModel:
             f"its last reply was {reply[:200]!r}: use another model, or "
             "--config.prune.proposer=greedy in another folder"
         )
-
-    def _ask(self, messages: list[dict[str, str]]) -> str:
-        body = json.dumps({"model": self.model, "messages": messages, "temperature": 0})
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(self.url, body.encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                reply = json.load(answer)["choices"][0]["message"]["content"]
-                if not isinstance(reply, str):
-                    raise TypeError(f"its content is {reply!r}")
-                return reply
-        except (OSError, http.client.HTTPException, LookupError, TypeError, ValueError) as e:
-            raise ValueError(
-                f"the language model at {self.url} did not answer as expected ({e}): check "
-                f"--config.prune.llm_url and {KEY_VARIABLE}, or give --config.prune.proposer=greedy"
-                " and another folder"
-            ) from e
 
 
 def prompt(task: Task, memory: Sequence[Entry], proposed: Sequence[Widths] = ()) -> str:

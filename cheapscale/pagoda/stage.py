@@ -59,13 +59,7 @@ def generator_stage(
         caption_dim=model["text"]["width"] if model["text"] else 0,
         guided=takes_omega,
     )
-    optimisers = {
-        "generator": Optimiser(make_optimiser(**config.optim), trainable),
-        "discriminator": Optimiser(make_optimiser(**config.optim_discriminator)),
-    }
-    if sampled:
-        learns = lambda path: not path.startswith("text/")  # noqa: E731  as the generator's
-        optimisers["estimator"] = Optimiser(make_optimiser(**config.optim), learns)
+    optimisers = make_optimisers(config, trainable, takes_samples=bool(sampled))
     meta = meta_of_run(config, source, store, sampled, model, upstream) | {"teacher": teacher}
     generator = make_generator(None, meta)
     game = Game(
@@ -111,6 +105,18 @@ def generator_stage(
         # A regression of pixels runs no feature network.
         compiler_options=for_depthwise() if reads_features else None,
     )
+
+
+def make_optimisers(config, trainable: Callable | None, takes_samples: bool) -> dict:
+    """{network: Optimiser}; the encoder of captions never trains, here as in the generator."""
+    optimisers = {
+        "generator": Optimiser(make_optimiser(**config.optim), trainable),
+        "discriminator": Optimiser(make_optimiser(**config.optim_discriminator)),
+    }
+    if takes_samples:
+        learns = lambda path: not path.startswith("text/")  # noqa: E731
+        optimisers["estimator"] = Optimiser(make_optimiser(**config.optim), learns)
+    return optimisers
 
 
 def init(meta: dict, networks: LossNetworks, key: jax.Array) -> tuple[PyTree, PyTree]:

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from cheapscale.data import chat
 from cheapscale.experts import search
 from cheapscale.experts.language_model import LanguageModel, checked, prompt
 from cheapscale.experts.structure import variables
@@ -212,7 +213,7 @@ def server():
 
 
 def test_a_language_model_proposes_sees_the_memory_and_is_corrected(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("CHEAPSCALE_LLM_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
     here = task()
     good = search.uniform(here)
     full = {name: v.width for name, v in here.variables.items()}
@@ -247,16 +248,19 @@ def test_a_language_model_sees_its_earlier_proposals_of_a_round(server):
     assert "have been proposed already" in third[-1]["content"]
 
 
-def test_a_language_model_that_never_fits_or_answers_stops_the_search(server):
+def test_a_language_model_that_never_fits_or_answers_stops_the_search(server, monkeypatch):
+    waits = []
+    monkeypatch.setattr(chat.time, "sleep", waits.append)
     Model.replies = [None]
-    with pytest.raises(ValueError, match="did not answer as expected .its content is None"):
+    with pytest.raises(ValueError, match="did not answer as expected .it holds no text"):
         LanguageModel(server, "m").propose(task(), [], 1, None)
     Model.replies = ["no"] * 2
     with pytest.raises(ValueError, match="gave no usable widths in 2 attempts"):
         LanguageModel(server, "m", attempts=2).propose(task(), [], 1, None)
     with pytest.raises(ValueError, match="did not answer as expected"):
-        LanguageModel("http://127.0.0.1:9/v1", "m", timeout=2).propose(task(), [], 1, None)
-    with pytest.raises(ValueError, match="prune.llm_url='localhost'"):
+        LanguageModel("http://127.0.0.1:9/v1", "m").propose(task(), [], 1, None)
+    assert waits == [1, 2, 4, 8, 16]
+    with pytest.raises(ValueError, match="prune.llm_url=localhost"):
         LanguageModel("localhost", "m")
 
 

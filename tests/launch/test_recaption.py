@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cheapscale.data import chat
 from cheapscale.data.sources import open_source
 from cheapscale.data.tokens import tokeniser, train_vocabulary
 from launch import recaption
@@ -54,7 +55,7 @@ def server(monkeypatch):
     found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=found.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
-    monkeypatch.setattr(recaption.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(chat.time, "sleep", lambda seconds: None)
     yield f"http://127.0.0.1:{found.server_port}/v1", asked, fails
     found.shutdown()
     found.server_close()
@@ -103,9 +104,7 @@ def test_every_picture_is_asked_about_once_and_training_mixes_both_captions(
     assert shares[0.0] == 0 and shares[1.0] == 1 and abs(shares[0.25] - 0.25) < 0.07
 
 
-@pytest.mark.parametrize(
-    "state, message", [(401, "refuses the key .401.*OPENAI_API_KEY"), (404, "404.*--url and")]
-)
+@pytest.mark.parametrize("state, message", [(401, "401.*OPENAI_API_KEY"), (404, "404.*--url and")])
 def test_refusals_name_their_remedy(pictures, server, tmp_path, state, message):
     address, _, fails = server
     fails |= dict.fromkeys((0, 60, 120, 180), state)
