@@ -27,6 +27,7 @@ from cheapscale.data import sources
 from cheapscale.data.digest import digest
 from cheapscale.data.numbers import LARGEST
 from cheapscale.data.pixels import from_uint8
+from cheapscale.data.tokens import tokeniser
 from cheapscale.diffusion.noise import SPACINGS
 from cheapscale.diffusion.samplers import METHODS
 from cheapscale.evaluation import image_sets
@@ -100,7 +101,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("patch", 0, "Side of the crops of the metric 'patch'.", 0, 2**14)
     flags.DEFINE_integer("base", 0, "Resolution of 'base' (default: the model's).", 0, 2**14)
     flags.DEFINE_string("clip", None, "NAME=FILE of a CLIP network, for the metric 'clip'.")
-    flags.DEFINE_list("vocabulary", [], "CLIP's bpe_simple_vocab file, or vocab.json,merges.txt.")
+    flags.DEFINE_list(
+        "vocabulary", [], "CLIP's bpe_simple_vocab or tokenizer.json, or vocab.json,merges.txt."
+    )
     flags.DEFINE_string("prompt", "a photo of a {}", "Text for 'clip'; {} is the class's name.")
     flags.DEFINE_string("latents", None, "Generator: its latent store, for 'reconstruction'.")
     flags.DEFINE_string("targets", None, "Targets of --images, in order, for 'reconstruction'.")
@@ -172,13 +175,14 @@ def open_networks(train, steps: int | None) -> tuple[list[features.FeatureNetwor
 def open_clip(model: Model | None, real) -> Clip:
     """CLIP with one prompt for each class, from the flags."""
     network, files = open_network(FLAGS.clip), FLAGS.vocabulary
-    words = tokenizer.load_tokenizer(files[0] if len(files) == 1 else tuple(files) or None)
+    vocabulary = tokenizer.read_vocabulary("+".join(files) or None)
+    words = tokeniser(vocabulary, tokenizer.LENGTH, null=False)
     names = model.meta["data"]["class_names"] if model else real.class_names if real else []
     prompts = [FLAGS.prompt.format(name) for name in names]
     tokens = words(prompts or [FLAGS.prompt])
     return Clip(
         network,
-        lambda texts: np.asarray(clip_network.text_features(network.params, words(list(texts)))),
+        lambda texts: np.asarray(clip_network.text_features(network.params, words(texts))),
         prompts,
         digest([prompts, np.asarray(tokens).tolist()]),
     )

@@ -32,9 +32,10 @@ def vocabulary_size(vocabulary: str) -> int:
     return tokenizers.Tokenizer.from_str(vocabulary).get_vocab_size()
 
 
-def tokeniser(vocabulary: str, length: int) -> Tokenise:
+def tokeniser(vocabulary: str, length: int, null: bool = True) -> Tokenise:
     """The function tokenise(captions) -> int32 [n, length], rows that end in -1 where captions are
-    shorter; the empty caption is -1 alone. Longer captions are cut, with a warning."""
+    shorter. Longer captions are cut, with a warning. null: the empty caption is -1 alone; otherwise
+    it has the marks that the vocabulary gives to every caption."""
     model = tokenizers.Tokenizer.from_str(vocabulary)
     model.no_padding()
     model.enable_truncation(length)
@@ -42,7 +43,7 @@ def tokeniser(vocabulary: str, length: int) -> Tokenise:
     def tokenise(captions: Sequence[str]) -> np.ndarray:
         rows = np.full((len(captions), length), NO_TOKEN, np.int32)
         for row, caption in zip(rows, captions):
-            if not caption.strip():
+            if null and not caption.strip():
                 continue
             found = model.encode(caption)
             row[: len(found.ids)] = found.ids
@@ -50,7 +51,7 @@ def tokeniser(vocabulary: str, length: int) -> Tokenise:
                 kept = max(end for _, end in found.offsets)
                 logging.log_first_n(
                     logging.WARNING,
-                    "a caption has more than %d tokens: the model sees %r of %r; for longer ones "
+                    "a caption has more than %d tokens: the model sees %r of %r; shorten it, or "
                     "train with a larger --config.text.tokens",
                     10, length, caption[:kept], caption[: kept + 40],
                 )  # fmt: skip

@@ -1,65 +1,40 @@
 """CLIP's image and text towers (Radford et al. 2021, arXiv 2103.00020), ViT-B/32 and ViT-L/14.
 
-Both towers are pre-norm transformers with the activation x * sigmoid(1.702 x) and LayerNorm eps
-1e-5. The image tower normalises its tokens once more before the blocks and projects the class
-token. The text tower has causal attention and projects the token of the end mark, which has the
-highest number in the vocabulary. The embeddings are not normalised here: a CLIP score takes their
-cosine.
+The image tower is a pre-norm transformer with the activation x * sigmoid(1.702 x) and LayerNorm eps
+1e-5. It normalises its tokens once more before the blocks and projects the class token. The text
+tower is the encoder "clip" of `models.text` with a projection. The embeddings are not normalised
+here: a CLIP score takes their cosine.
 
 The weights may have OpenAI's names (ViT-B-32.pt) or those of transformers' CLIPModel.
-`tokenizer.py` makes the tokens.
+`tokenizer.py` reads the vocabulary.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cheapscale.features import vit
+from cheapscale.features.clip_names import openai_names
 from cheapscale.features.network import FeatureNetwork, enlarge, full_precision, standardised
+from cheapscale.features.text_encoders import encoder_fields, read_clip_text
 from cheapscale.features.weights import Weights
+from cheapscale.models.text import ACTIVATIONS, TextConfig, TextEncoder
 
 PyTree = Any
 
-# Image tower: channels, blocks, pixels per patch, patches per side; text tower: channels, blocks.
+# Image tower: channels, blocks, pixels per patch, patches per side.
 SIZES = {
-    name: dict(zip(("width", "depth", "patch", "side", "text_width", "text_depth"), size))
+    name: dict(zip(("width", "depth", "patch", "side"), size))
     for name, size in {
-        "clip_vitb32": (768, 12, 32, 7, 512, 12),
-        "clip_vitl14": (1024, 24, 14, 16, 768, 12),
-        "clip_vitl14_336": (1024, 24, 14, 24, 768, 12),
+        "clip_vitb32": (768, 12, 32, 7),
+        "clip_vitl14": (1024, 24, 14, 16),
+        "clip_vitl14_336": (1024, 24, 14, 24),
     }.items()
 }
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 EPS = 1e-5
-TRANSFORMERS = {
-    "vision_model.embeddings.patch_embedding": "visual.conv1",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm": "visual.ln_pre",  # the published files spell it so
-    "vision_model.post_layernorm": "visual.ln_post",
-    "vision_model.encoder.layers": "visual.blocks",
-    "text_model.embeddings.token_embedding": "token_embedding",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm": "ln_final",
-    "text_model.encoder.layers": "blocks",
-    "self_attn.q_proj": "attn.q",
-    "self_attn.k_proj": "attn.k",
-    "self_attn.v_proj": "attn.v",
-    "self_attn.out_proj": "attn.proj",
-    "layer_norm": "norm",
-}
-OPENAI = {
-    "transformer.resblocks": "blocks",
-    "attn.in_proj_": "attn.qkv.",
-    "attn.out_proj": "attn.proj",
-    "ln_1": "norm1",
-    "ln_2": "norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
 
 
 def build(
@@ -69,8 +44,6 @@ def build(
     depth: int,
     patch: int,
     side: int,
-    text_width: int,
-    text_depth: int,
     input_size: int | None = None,
 ) -> FeatureNetwork:
     """CLIP with maps of patch tokens after each quarter of the image tower's blocks, and with
@@ -83,7 +56,8 @@ def build(
     size = patch * side
     if input_size not in (None, size):
         raise ValueError(f"input_size={input_size} of {name}: its positions are for {size} px only")
-    weights = _openai_names(weights)
+    weights = openai_names(weights)
+    fields, encoder = read_clip_text(weights)
     take, projection = weights.take, weights.take("visual.proj", width, -1)
     conv1 = take("visual.conv1.weight", width, 3, patch, patch)
     params = {
@@ -97,11 +71,8 @@ def build(
             "projection": projection,
         },
         "text": {
-            "embedding": take("token_embedding.weight", -1, text_width),
-            "position": take("positional_embedding", -1, text_width),
-            "segments": vit.read_blocks(weights, "blocks.", text_width, text_depth),
-            "norm": vit.read_norm(weights, "ln_final", text_width),
-            "projection": take("text_projection", text_width, projection.shape[1]),
+            "encoder": encoder,
+            "projection": take("text_projection", fields["width"], projection.shape[1]),
         },
     }
     params = jax.tree.map(jnp.asarray, params)
@@ -114,7 +85,7 @@ def build(
                 f"{size}x{size} only: measure with --resize=clean, or resize them first"
             )
         x = standardised(x, MEAN, DEVIATION)
-        return vit.encode_images(params["image"], x, activation=quick_gelu, eps=EPS)
+        return vit.encode_images(params["image"], x, activation=ACTIVATIONS["quick_gelu"], eps=EPS)
 
     def apply(params, x):
         return tuple(encode(params, x)[1])
@@ -126,32 +97,12 @@ def build(
     return FeatureNetwork(name, apply, params, weights.sha256, size, outputs=outputs)
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """CLIP's x * sigmoid(1.702 x)."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
 @full_precision
 def text_features(params: PyTree, tokens: jax.Array) -> jax.Array:
     """Text embeddings [b, d] of int32 tokens [b, n <= 77], each row with an end mark."""
-    text = params["text"]
-    limit = text["position"].shape[0]
+    encoder = params["text"]["encoder"]
+    limit = len(encoder["position"])
     if tokens.shape[1] > limit:
         raise ValueError(f"tokens of length {tokens.shape[1]}: CLIP has {limit} positions")
-    x = text["embedding"][tokens] + text["position"][None, : tokens.shape[1], :]
-    x = vit.encode(text["segments"], x, activation=quick_gelu, eps=EPS, causal=True)[-1]
-    end = jnp.argmax(tokens, axis=1)  # the end mark has the highest number
-    x = jnp.take_along_axis(x, end[:, None, None], axis=1)
-    return vit.layer_norm(text["norm"], x, EPS)[:, 0] @ text["projection"]
-
-
-def _openai_names(weights: Weights) -> Weights:
-    """The weights under OpenAI's names, except for the blocks, which get timm's names."""
-    if "visual_projection.weight" not in weights.arrays:
-        return vit.renamed(weights, OPENAI)
-    weights = vit.renamed(weights, TRANSFORMERS)
-    arrays = weights.arrays | {  # transformers stores the transposed matrices of linear layers
-        "visual.proj": weights.arrays["visual_projection.weight"].T,
-        "text_projection": weights.arrays.get("text_projection.weight", np.zeros(0)).T,
-    }
-    return weights._replace(arrays=arrays)
+    net = TextEncoder(TextConfig(**encoder_fields("clip", encoder)))
+    return net.apply({"params": encoder}, tokens).pooled @ params["text"]["projection"]

@@ -1,8 +1,9 @@
 """Frozen encoders of captions from published weights: MiniLM, CLIP's text tower, T5's encoder.
 
 MiniLM (Wang et al. 2020; sentence-transformers' all-MiniLM-L6-v2) comes with a package, the extra
-`text`. The others are files that the user names, as transformers saves them: the weights and
-tokenizer.json, joined by "+". Their parameters become those of `models.text.TextEncoder`.
+`text`. The others are files that the user names, the weights and the vocabulary (`tokenizer.py`),
+joined by "+", as transformers saves them; CLIP's also as OpenAI does. Their parameters become those
+of `models.text.TextEncoder`.
 """
 
 import hashlib
@@ -11,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
-import tokenizers
 
 from cheapscale.data.tokens import vocabulary_size
+from cheapscale.features.clip_names import openai_names
 from cheapscale.features.layers import read_linear
-from cheapscale.features.vit import renamed
+from cheapscale.features.tokenizer import read_vocabulary
 from cheapscale.features.weights import Weights, default_paths, named_files, read_weights
 
 PyTree = Any
@@ -40,12 +41,11 @@ def load_text_encoder(name: str, files: str, length: int) -> Encoder:
     weights, vocabulary = (
         _from_package() if name == "minilm" and not files else _from_files(name, files)
     )
-    fields, params = {"minilm": _bert, "clip": _clip, "t5": _t5}[name](weights)
-    size = len(params["embedding"]["embedding"])
-    if vocabulary_size(vocabulary) > size:
+    fields, params = {"minilm": _bert, "clip": read_clip_text, "t5": _t5}[name](weights)
+    if vocabulary_size(vocabulary) > fields["vocab"]:
         raise ValueError(
             f"the vocabulary has {vocabulary_size(vocabulary)} tokens, but {weights.path} embeds "
-            f"{size}: give the tokenizer.json that belongs to these weights"
+            f"{fields['vocab']}: give the vocabulary that belongs to these weights"
         )
     most = len(params["position"]) if "position" in params else length
     if length > most:
@@ -55,7 +55,7 @@ def load_text_encoder(name: str, files: str, length: int) -> Encoder:
         )
     if "position" in params:
         params["position"] = params["position"][:length]
-    return Encoder(fields | {"vocab": size, "length": length, "tokenizer": vocabulary}, params)
+    return Encoder(fields | {"length": length, "tokenizer": vocabulary}, params)
 
 
 def _from_package() -> tuple[Weights, str]:
@@ -74,17 +74,14 @@ def _from_package() -> tuple[Weights, str]:
 
 def _from_files(name: str, files: str) -> tuple[Weights, str]:
     paths = named_files(files) if files else default_paths(f"{name}_text")[0]
-    texts = [path for path in paths if path.suffix == ".json"]
-    if len(texts) != 1 or len(paths) < 2:
+    texts = [path for path in paths if path.suffix in (".json", ".txt", ".gz")]
+    if not 0 < len(texts) < len(paths):
         raise ValueError(
             f"text.files is {files!r}: name the weights and the vocabulary of {name}, as "
             "--config.text.files=model.safetensors+tokenizer.json"
         )
-    try:
-        vocabulary = tokenizers.Tokenizer.from_file(str(texts[0])).to_str()
-    except Exception as error:  # tokenizers raises the bare Exception
-        raise ValueError(f"{texts[0]} is no tokenizer.json of tokenizers ({error})") from error
-    return read_weights([path for path in paths if path not in texts]), vocabulary
+    weights = read_weights([path for path in paths if path not in texts])
+    return weights, read_vocabulary(texts)
 
 
 def _bert(weights: Weights) -> tuple[dict, PyTree]:
@@ -100,38 +97,35 @@ def _bert(weights: Weights) -> tuple[dict, PyTree]:
         "fc1": ["output.dense"], "norm0": ["attention.output.LayerNorm"],
         "norm1": ["output.LayerNorm"],
     }  # fmt: skip
-    blocks, depth = _blocks(weights, layers, names)
-    params = blocks | {
+    params = _blocks(weights, layers, names) | {
         "embedding": {"embedding": table},
         "position": position,
         "norm": _norm(weights, embeddings + "LayerNorm"),
     }
-    head = 32 if width == 384 else 64  # of MiniLM, and of BERT
-    return _fields("bert", params, width, depth, width // head), params
+    heads = 12 if width == 384 else 0  # MiniLM's have 32 channels
+    return encoder_fields("bert", params, heads), params
 
 
-def _clip(weights: Weights) -> tuple[dict, PyTree]:
-    weights = renamed(weights, {"text_model.": ""})
-    table = weights.take("embeddings.token_embedding.weight", -1, -1)
-    width = table.shape[1]
+def read_clip_text(weights: Weights) -> tuple[dict, PyTree]:
+    """(fields of TextConfig, params) of CLIP's text tower, without its projection."""
+    weights = openai_names(weights)
+    table = weights.take("token_embedding.weight", -1, -1)
     names = {
-        "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "proj": ["self_attn.out_proj"], "fc0": ["mlp.fc1"], "fc1": ["mlp.fc2"],
-        "norm0": ["layer_norm1"], "norm1": ["layer_norm2"],
+        "qkv": ["attn.qkv"], "proj": ["attn.proj"], "fc0": ["mlp.fc1"], "fc1": ["mlp.fc2"],
+        "norm0": ["norm1"], "norm1": ["norm2"],
     }  # fmt: skip
-    blocks, depth = _blocks(weights, "encoder.layers.{}.", names)
-    params = blocks | {
+    params = _blocks(weights, "blocks.{}.", names) | {
         "embedding": {"embedding": table},
-        "position": weights.take("embeddings.position_embedding.weight", -1, width),
-        "norm": _norm(weights, "final_layer_norm"),
+        "position": weights.take("positional_embedding", -1, table.shape[1]),
+        "norm": _norm(weights, "ln_final"),
     }
-    return _fields("clip", params, width, depth, width // 64), params
+    return encoder_fields("clip", params), params
 
 
 def _t5(weights: Weights) -> tuple[dict, PyTree]:
     name = "shared.weight" if "shared.weight" in weights.arrays else "encoder.embed_tokens.weight"
     table = weights.take(name, -1, -1)
-    width, first = table.shape[1], "encoder.block.0.layer.{}."
+    first = "encoder.block.0.layer.{}."
     distance = weights.take(
         first.format(0) + "SelfAttention.relative_attention_bias.weight", 32, -1
     )
@@ -145,20 +139,22 @@ def _t5(weights: Weights) -> tuple[dict, PyTree]:
     }  # fmt: skip
     if gated:  # gelu(wi_0 x) * wi_1 x
         names |= {"fc0": ["layer.1.DenseReluDense.wi_0"], "gate": ["layer.1.DenseReluDense.wi_1"]}
-    blocks, depth = _blocks(weights, "encoder.block.{}.", names, bias=False)
-    params = blocks | {
+    params = _blocks(weights, "encoder.block.{}.", names, bias=False) | {
         "embedding": {"embedding": table},
         "distance": distance,
         "norm": _norm(weights, "encoder.final_layer_norm", bias=False),
     }
-    heads = distance.shape[1]
-    return _fields("t5_gated" if gated else "t5", params, width, depth, heads), params
+    return encoder_fields("t5_gated" if gated else "t5", params, distance.shape[1]), params
 
 
-def _fields(kind: str, params: PyTree, width: int, depth: int, heads: int) -> dict[str, Any]:
-    block = params["block0"]
+def encoder_fields(kind: str, params: PyTree, heads: int = 0) -> dict[str, Any]:
+    """The fields of TextConfig of an encoder's weights, except its vocabulary. heads: by default
+    of 64 channels each."""
+    block, (vocab, width) = params["block0"], params["embedding"]["embedding"].shape
+    heads = heads or width // 64
     return {
-        "kind": kind, "width": width, "depth": depth, "heads": heads,
+        "kind": kind, "vocab": vocab, "length": len(params.get("position", ())), "width": width,
+        "depth": sum(name.startswith("block") for name in params), "heads": heads,
         "mlp": block["fc0"]["kernel"].shape[1],
         "head_dim": block["proj"]["kernel"].shape[0] // heads,
     }  # fmt: skip
@@ -166,8 +162,8 @@ def _fields(kind: str, params: PyTree, width: int, depth: int, heads: int) -> di
 
 def _blocks(
     weights: Weights, prefix: str, names: dict[str, list[str]], bias: bool = True
-) -> tuple[dict[str, PyTree], int]:
-    """({"block0": ...}, number of blocks). names: {name here: names of the layers side by side}."""
+) -> dict[str, PyTree]:
+    """{"block0": ...}. names: {name here: names of the layers side by side}."""
     first = names["fc1"][0] + ".weight"
     depth = 0
     while prefix.format(depth) + first in weights.arrays:
@@ -185,7 +181,7 @@ def _blocks(
 
     return {
         f"block{i}": {name: read(prefix.format(i), name) for name in names} for i in range(depth)
-    }, depth
+    }
 
 
 def _linear(weights: Weights, name: str, bias: bool) -> PyTree:

@@ -178,13 +178,12 @@ def transform(
     *,
     activation: Callable[[jax.Array], jax.Array] = EXACT_GELU,
     eps: float = 1e-6,
-    causal: bool = False,
 ) -> jax.Array:
     """One block on tokens x [b, t, c]; qkv channels are ordered (three, head, dim)."""
     b, t, c = x.shape
     qkv = linear(layer_norm(block["norm1"], x, eps), block["qkv"])
     q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, c // HEAD_DIM, HEAD_DIM), 2, 0)
-    attended = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    attended = jax.nn.dot_product_attention(q, k, v)
     x = x + linear(attended.reshape(b, t, c), block["proj"])
     h = activation(linear(layer_norm(block["norm2"], x, eps), block["fc1"]))
     return x + linear(h, block["fc2"])

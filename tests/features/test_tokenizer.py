@@ -1,4 +1,4 @@
-"""Byte-pair encoding on a small vocabulary: both file formats, and transformers' tokenizer."""
+"""CLIP's vocabulary, a small one: its file formats, and transformers' tokenizer."""
 
 import gzip
 import json
@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from cheapscale.features.tokenizer import BYTES, END, START, load_tokenizer
+from cheapscale.data.tokens import tokeniser
+from cheapscale.features.tokenizer import BYTES, END, START, read_vocabulary
 
 CORPUS = "a photo of a red cube and the photo of three blue cubes in the there theory don't they're"
 TEXTS = (
@@ -19,6 +20,10 @@ TEXTS = (
     "<|startoftext|> the <|endoftext|>",
     "",
 )
+
+
+def load(path, size, length=77):
+    return tokeniser(read_vocabulary(path, size=size), length, null=False)
 
 
 def learned_merges(count):
@@ -53,52 +58,51 @@ def files(tmp_path_factory):
 
 def test_both_formats_are_one_tokenizer(files):
     folder, size = files
-    one = load_tokenizer(folder / "bpe.txt.gz", size=size)
-    other = load_tokenizer((folder / "vocab.json", folder / "merges.txt"), size=size)
-    np.testing.assert_array_equal(one(TEXTS), other(TEXTS))
-    assert one([""], length=3)[0].tolist() == [size - 2, size - 1, size - 1]
+    one = read_vocabulary(folder / "bpe.txt.gz", size=size)
+    (folder / "tokenizer.json").write_text(one)
+    for path in ((folder / "vocab.json", folder / "merges.txt"), folder / "tokenizer.json"):
+        other = read_vocabulary(path, size=size)
+        np.testing.assert_array_equal(tokeniser(one, 77)(TEXTS), tokeniser(other, 77)(TEXTS))
+    assert tokeniser(one, 3, null=False)([""])[0].tolist() == [size - 2, size - 1, -1]
+    assert tokeniser(one, 3)([""])[0].tolist() == [-1, -1, -1]
 
 
 def test_agrees_with_transformers(files, torchvision):
     transformers = pytest.importorskip("transformers", reason="install transformers (extra: test)")
     folder, size = files
-    ours = load_tokenizer(folder / "bpe.txt.gz", size=size)
     theirs = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    expected = theirs(list(TEXTS), padding="max_length", truncation=True, max_length=77)
-    np.testing.assert_array_equal(ours(TEXTS, truncate=True), expected["input_ids"])
-    short = theirs(list(TEXTS), padding="max_length", truncation=True, max_length=6)
-    np.testing.assert_array_equal(ours(TEXTS, length=6, truncate=True), short["input_ids"])
+    for length in (77, 6):  # theirs fills up with end marks, which are not read
+        ours = load(folder / "bpe.txt.gz", size, length)(TEXTS)
+        expected = theirs(list(TEXTS), padding="max_length", truncation=True, max_length=length)
+        np.testing.assert_array_equal(np.where(ours < 0, size - 1, ours), expected["input_ids"])
 
 
 def test_merges_are_applied_in_their_order(files):
-    tokenize = load_tokenizer(files[0] / "bpe.txt.gz", size=files[1])
+    tokenise = load(files[0] / "bpe.txt.gz", files[1])
     names = {n: token for token, n in json.loads((files[0] / "vocab.json").read_text()).items()}
 
     def tokens(text):
-        return [names[n] for n in tokenize([text], length=5)[0]]
+        return [names[n] for n in tokenise([text])[0] if n >= 0]
 
-    assert tokens("THE photo") == [START, "the</w>", "photo</w>", END, END]
-    assert tokens("é") == [START, "Ã", "©</w>", END, END]
+    assert tokens("THE photo") == [START, "the</w>", "photo</w>", END]
+    assert tokens("é") == [START, "Ã", "©</w>", END]
     assert tokens("e\u0301") == tokens("É") == tokens("é")
 
 
-def test_long_texts_and_other_vocabularies_are_refused(files, tmp_path, monkeypatch):
+def test_other_vocabularies_are_refused(files, tmp_path, monkeypatch):
     folder, size = files
-    tokenize = load_tokenizer(folder / "bpe.txt.gz", size=size)
-    with pytest.raises(ValueError, match="'the the the' has 3 tokens, more than 2"):
-        tokenize(["the the the"], length=4)
-    with pytest.raises(ValueError, match="list of texts"):
-        tokenize("the")
     with pytest.raises(ValueError, match=f"has {size} tokens and lacks 0 .* 49408 are expected"):
-        load_tokenizer((folder / "vocab.json", folder / "merges.txt"))
+        read_vocabulary((folder / "vocab.json", folder / "merges.txt"))
     (tmp_path / "merges.txt").write_text("#\nzz yy\n")
     with pytest.raises(ValueError, match="lacks 1 of those"):
-        load_tokenizer((folder / "vocab.json", tmp_path / "merges.txt"), size=size)
+        read_vocabulary((folder / "vocab.json", tmp_path / "merges.txt"), size=size)
     with pytest.raises(ValueError, match="no vocabulary file at"):
-        load_tokenizer(tmp_path / "gone.txt.gz")
+        read_vocabulary(tmp_path / "gone.txt.gz")
+    with pytest.raises(ValueError, match="is no tokenizer.json"):
+        read_vocabulary(folder / "vocab.json")
     monkeypatch.delenv("CHEAPSCALE_WEIGHTS_CLIP_TOKENIZER", raising=False)
     with pytest.raises(ValueError, match="set CHEAPSCALE_WEIGHTS_CLIP_TOKENIZER"):
-        load_tokenizer()
+        read_vocabulary()
     pair = f"{folder / 'vocab.json'}+{folder / 'merges.txt'}"
     monkeypatch.setenv("CHEAPSCALE_WEIGHTS_CLIP_TOKENIZER", pair)
-    np.testing.assert_array_equal(load_tokenizer(size=size)(TEXTS), tokenize(TEXTS))
+    assert read_vocabulary(size=size) == read_vocabulary(folder / "bpe.txt.gz", size=size)
