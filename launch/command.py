@@ -91,6 +91,16 @@ def required(name: str, example: str) -> None:
     flags.register_validator(name, lambda value: value is not None, message)
 
 
+def condition_flag(given: Any, captioned: bool, classes: str) -> str:
+    """The flag that names what a model draws: "prompt" of a model of captions, else `classes`.
+    Raises ValueError where the other one is given."""
+    flag, other = ("prompt", classes) if captioned else (classes, "prompt")
+    if given[other].value:
+        kind = "was trained on captions" if captioned else "knows no captions"
+        raise ValueError(f"{given.model} {kind}: give --{flag} instead of --{other}")
+    return flag
+
+
 def help_text(module: str, names: set[str]) -> str:
     """The docstring of the command's module, and its flags with defaults and meanings."""
     rows = [sys.modules[module].__doc__ or "", "Flags:"]

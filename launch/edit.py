@@ -41,7 +41,7 @@ from cheapscale.teacher.sampling import check_labels, prior
 from cheapscale.teacher.teacher import Generator
 from cheapscale.training.exported import files_of, model_file
 from cheapscale.training.log import captioned, tile
-from launch.command import execute, required, start
+from launch.command import condition_flag, execute, required, start
 
 PICTURES = {"inpaint": 1, "superres": 1, "transfer": 1, "interpolate": 2}  # that a task takes
 ONLY = {
@@ -146,13 +146,7 @@ def conditions(
     model: Model, given, flag: str, counts: Sequence[int]
 ) -> tuple[list[str], np.ndarray]:
     """(names [n], rows int32 [n] or, of captions, [n, l]) that a flag gives, n one of `counts`."""
-    if flag == "label" and bool(given.label if model.captioned else given.prompt):
-        raise ValueError(
-            f"{given.model} was trained on captions: give --prompt instead of --label"
-            if model.captioned
-            else f"{given.model} knows no captions: give --label instead of --prompt"
-        )
-    flag = "prompt" if flag == "label" and model.captioned else flag
+    flag = condition_flag(given, model.captioned, flag) if flag == "label" else flag
     texts, known = given[flag].value, model.network.num_classes
     texts = [texts] if isinstance(texts, str) else texts
     if known and not texts:

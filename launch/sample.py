@@ -40,7 +40,7 @@ from cheapscale.teacher.sampling import MOST_STEPS, ODE_OPTIONS, check_labels
 from cheapscale.teacher.teacher import Generator
 from cheapscale.training.exported import files_of, model_file
 from cheapscale.training.log import image_grid, save_png
-from launch.command import execute, required, start
+from launch.command import condition_flag, execute, required, start
 
 CASCADE_FLAGS = (
     "cascade_k", "coupled", "resize_kernel", "pivot", "pivot_resolution", "expert_rule", "tuned",
@@ -123,13 +123,8 @@ def sample(given) -> dict:
         )
     out = pathlib.Path(given.out)
     ids = consecutive(given.start, given.num, (model.resolution, model.resolution, 3))
-    if bool(given.labels if model.captioned else given.prompt):
-        raise ValueError(
-            f"{given.model} was trained on captions: give --prompt instead of --labels"
-            if model.captioned
-            else f"{given.model} knows no captions: give --labels, or leave --prompt out"
-        )
-    labels = model.labels(given.prompt or given.labels, given.num)
+    flag = condition_flag(given, model.captioned, "labels")
+    labels = model.labels(given[flag].value, given.num)
     if labels is not None:
         check_labels(labels, model.network.num_classes)
     if (out / "samples.npz").is_file():

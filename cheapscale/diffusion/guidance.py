@@ -35,6 +35,12 @@ def draw_scale(key: jax.Array, shape: tuple[int, ...], distribution: str) -> jax
     return centre + deviation * jax.random.truncated_normal(key, low, high, shape, jnp.float32)
 
 
+def omega_feature(omega: jax.Array) -> jax.Array:
+    """What a network embeds of omega, as it embeds the noise level: 100 omega (section 4.2), from
+    which that of no guidance is subtracted, so that 0 means none."""
+    return 100.0 * (omega - UNGUIDED)
+
+
 def guided(D: Denoiser, cfg_scale: Any, null: dict[str, Any]) -> Denoiser:
     """D_w(x, sigma, **cond), the guided denoiser; a condition is a tree of arrays [b, ...].
 

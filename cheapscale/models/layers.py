@@ -6,6 +6,7 @@ Arrays are NHWC. Norm statistics and softmax are float32 whatever the dtype of t
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -150,6 +151,22 @@ def sinusoids(value: jax.Array, width: int, *, endpoint: bool = False) -> jax.Ar
     frequencies = jnp.asarray(10000.0**-exponent, jnp.float32)
     angle = value.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def change_from_zero(
+    first: nn.Dense, scalars: jax.Array, width: int, dtype: Any = jnp.float32
+) -> jax.Array:
+    """silu(first(sinusoids)) of scalars [b, n], minus that of scalars 0: [b, features].
+
+    Embedded by a linear map without bias that starts at zero, it leaves a trained network as it is
+    where the scalars are 0, whatever the map learns. width: of the sinusoids of each scalar.
+    """
+
+    def hidden(scalars):
+        features = sinusoids(scalars.reshape(-1), width)
+        return nn.silu(first(features.reshape(len(scalars), -1).astype(dtype)))
+
+    return hidden(scalars) - hidden(jnp.zeros((1, scalars.shape[1])))
 
 
 class Fourier(nn.Module):

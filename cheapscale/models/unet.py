@@ -284,14 +284,8 @@ class UNet(nn.Module):
             emb += dense("map_label", weights, unit, use_bias=False)
         if config.extra_conditions:
             first = layers.Dense(widths["map_extra0"], kernel_init=init, name="map_extra0")
-
-            def hidden(scalars):
-                features = layers.sinusoids(scalars.reshape(-1), config.channels)
-                return nn.silu(first(features.reshape(len(scalars), -1).astype(dtype)))
-
-            # Relative to the scalar 0, so that it leaves the network without scalars as it is.
-            none = absent(config.extra_conditions)
-            change = hidden(none if extra is None else extra) - hidden(none)
+            scalars = absent(config.extra_conditions) if extra is None else extra
+            change = layers.change_from_zero(first, scalars, config.channels, dtype)
             emb += dense("map_extra1", change, zeros, use_bias=False)
         if config.caption_dim:
             given = absent(config.caption_dim) if caption is None else caption

@@ -40,9 +40,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cheapscale.diffusion.guidance import omega_feature
 from cheapscale.features.mixing import map_shapes, mixed_shapes, token_shapes
 from cheapscale.features.network import FeatureNetwork
-from cheapscale.models.layers import sinusoids
+from cheapscale.models.layers import change_from_zero
 
 PyTree = Any
 
@@ -247,11 +248,7 @@ class Omega(nn.Module):
     @nn.compact
     def __call__(self, omega: jax.Array) -> jax.Array:
         first = nn.Dense(OMEGA_WIDTH, name="map0")
-
-        def hidden(scalar):
-            return nn.silu(first(sinusoids(scalar, OMEGA_WIDTH)))
-
-        change = hidden(100.0 * (omega - 1.0)) - hidden(jnp.zeros(1))
+        change = change_from_zero(first, omega_feature(omega)[:, None], OMEGA_WIDTH)
         zeros = nn.initializers.zeros
         return nn.Dense(self.width, use_bias=False, kernel_init=zeros, name="map1")(change)
 

@@ -227,7 +227,7 @@ class Generator(_Model):
         Here it is 100 (omega - 1), the same up to a rotation of each pair of sinusoids, which the
         next layer can undo: then omega = 1 is the network without the embedding, in training too.
         """
-        scalars = None if omega is None else 100.0 * (omega[:, None] - guidance.UNGUIDED)
+        scalars = None if omega is None else guidance.omega_feature(omega[:, None])
         F = functools.partial(self.network, label=label, extra=scalars)
         return self.process.one_step(F, z, feature=self.net.config.noise_feature)
 
