@@ -252,7 +252,7 @@ def gallery(pretrain: int, grow: int, more: dict[str, Any] | None = None) -> dic
         "model": "tiny16",
         "top": 64,
         "pretrain": decayed(pretrain, 1e-3, 64, teacher),
-        "invert": invert | {"invert.nodes": 18, "invert.noise": 0.0055} | more,
+        "invert": invert | {"invert.nodes": 12, "invert.noise": 0.05} | more,
         "regress": decayed(3000, 1e-3, 64, more),
         "distill": decayed(3000, 5e-4, 24, SHORT_GAN | more),
         "grow": decayed(grow, 5e-4, 16, SHORT_GAN | {"features.input_size": 64} | more),

@@ -131,7 +131,10 @@ INVERT = {
     ),
     "nodes": Field(40, "number of noise levels of Heun's method", low=2, high=10_000),
     "clip": Field(False, "clamp the denoiser's output to [-1, 1]"),
-    "noise": Field(0.0, "deviation of the noise added to an image first; 0: none (paper)", low=0),
+    "noise": Field(
+        0.0, "noise level at which the inversion starts, with such noise added to the image; "
+        "0: no noise, from sigma_min (paper)", low=0,
+    ),
     "cfg_scale": Field(1.0, "guidance scale; 1: no guidance", low=0),
     "omega": Field(
         "", "distribution of each record's guidance scale: uniform on [2, 10], or normal (2, 3) "

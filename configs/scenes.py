@@ -13,16 +13,18 @@ from configs import common
 from configs.data_sets import DATA_SETS
 from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
-# Of a teacher trained for minutes: with this noise its latents have the size of the prior's.
-INVERT = {"batch_size": 200, "invert.nodes": 20, "invert.noise": 0.01}
+# A teacher trained for minutes knows its images no better than this noise.
+INVERT = {"batch_size": 200, "invert.nodes": 12, "invert.noise": 0.05}
+# The layout of a picture of few pixels is decided at higher noise levels than EDM's detail.
+LEVELS = {"diffusion.P_mean": -0.6, "diffusion.P_std": 1.6}
 # A mirrored picture would need another caption. The first images suffice for pairs, half an hour.
 TEXT = {"data.flip": False, "data.options.size": 4000}
 SIZES = {
     "quick": {
         "model": "tiny8",
         "options": {"size": 3000, "single": True},
-        "pretrain": common.decayed(2000, 2e-3, 64),
-        "invert": INVERT | {"invert.nodes": 12, "invert.per_shard": 600},
+        "pretrain": common.decayed(2000, 2e-3, 64, LEVELS),
+        "invert": INVERT | {"invert.per_shard": 600},
         "regress": common.decayed(2000, 2e-3, 32),
         "distill": common.decayed(150, 1e-3, 16, common.SHORT_GAN),
         "regress_grown": common.decayed(800, 2e-3, 16),
@@ -75,8 +77,9 @@ SIZES = {
         "top": 32,
         "options": {"size": 20000},
         "pretrain": common.decayed(7000, 2e-3, 32, {"data.flip": False, "ema.decay": 0.9995})
-        | {"pretrain.label_dropout": 0.1, "text.encoder": "transformer"},
-        "invert": {"batch_size": 250, "invert.nodes": 18, "invert.noise": 0.0055} | TEXT,
+        | {"pretrain.label_dropout": 0.1, "text.encoder": "transformer"}
+        | LEVELS,
+        "invert": {"batch_size": 250, "invert.nodes": 18, "invert.noise": 0.05} | TEXT,
         "regress": common.decayed(2000, 2e-3, 32, TEXT),
         "distill": common.decayed(1000, 1e-3, 16, common.SHORT_GAN | TEXT),
         "regress_grown": common.decayed(800, 2e-3, 16, TEXT),

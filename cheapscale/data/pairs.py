@@ -215,9 +215,9 @@ class PairStore:
         return self.record(id, flip)["z"]
 
     def inversion(self, rescale: bool = False) -> dict[str, Any]:
-        """How a generator's latents are made from images, for its checkpoint: nodes, noise and clip
-        of the store, and the factor `scale` of z. rescale: as in `InvertedPairs`."""
-        made = ("nodes", "noise", "clip")
+        """How a generator's latents are made from images, for its checkpoint: nodes, noise, level
+        and clip of the store, and the factor `scale` of z. rescale: as in `InvertedPairs`."""
+        made = ("nodes", "noise", "level", "clip")
         how = {name: self.manifest[name] for name in made if name in self.manifest}
         return how | {"scale": 1 / self.rms() if rescale else 1.0}
 

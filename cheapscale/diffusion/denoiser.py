@@ -64,9 +64,11 @@ class _OneStepAndGrids:
         """
         return F(*self.inputs(z, self.sigma_max, feature), **cond)
 
-    def inversion_grid(self, nodes: int) -> np.ndarray:
-        """float64 [nodes]: Karras levels, ascending from sigma_min, where inversion starts."""
-        return karras_grid(nodes, self.sigma_min, self.sigma_max, self.rho)[::-1].copy()
+    def inversion_grid(self, nodes: int, level: float = 0.0) -> np.ndarray:
+        """float64 [nodes]: Karras levels, ascending from where inversion starts: the higher one of
+        sigma_min and `level`."""
+        first = max(level, self.sigma_min)
+        return karras_grid(nodes, first, self.sigma_max, self.rho)[::-1].copy()
 
 
 @dataclasses.dataclass(frozen=True)

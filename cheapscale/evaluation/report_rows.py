@@ -155,8 +155,9 @@ def make_noise(teacher: Teacher | Experts, invert: Run, num: int, rescale: bool)
         split = config.data.split
     images, labels = first_images(matched(teacher, open_data(config.data, split=split)))
     n_x = np.random.default_rng(config.seed).standard_normal(images.shape, np.float32)
-    trip = round_trip(teacher, nodes=config.invert.nodes, clip=config.invert.clip)
-    z, again = trip(images + np.float32(config.invert.noise) * n_x, labels)
+    how = config.invert
+    trip = round_trip(teacher, nodes=how.nodes, level=how.noise, clip=how.clip)
+    z, again = trip(images + np.float32(how.noise) * n_x, labels)
     parts["held_out"] = size * z, labels
     rms = float(np.sqrt(np.mean(z**2)) / teacher.process.sigma_max)
     return Noise(parts, split, config.invert.nodes, (images, again), rms)

@@ -40,11 +40,12 @@ LINES = 10  # of the log, in one optimisation
 
 class Inversion(NamedTuple):
     """How E made the latents from which a generator learnt: `invert.nodes`, the deviation of the
-    noise that is added first (`invert.noise`), `invert.clip`, and a factor of z
-    (`rescale_latents`)."""
+    noise that is added first and the level at which the ODE starts (both `invert.noise`),
+    `invert.clip`, and a factor of z (`rescale_latents`)."""
 
     nodes: int = 40
     noise: float = 0.0
+    level: float = 0.0
     clip: bool = False
     scale: float = 1.0
 
@@ -102,7 +103,7 @@ def encode(
 ) -> np.ndarray:
     """z = E(x_lo, c) [n, h, w, c] at scale sigma_max, for x_lo [n, h, w, c] in [-1, 1]."""
     n_x = np.random.default_rng(seed).standard_normal(x.shape, np.float32)
-    solve = inverter(teacher, nodes=how.nodes, clip=how.clip)
+    solve = inverter(teacher, nodes=how.nodes, level=how.level, clip=how.clip)
     return np.float32(how.scale) * solve(x + np.float32(how.noise) * n_x, label)
 
 

@@ -99,20 +99,32 @@ def check_guidance(model: Model, cfg_scale: float) -> None:
 
 
 def levels(
-    process: Process, steps: int, direction: str = "sample", spacing: str = "karras"
+    process: Process,
+    steps: int,
+    direction: str = "sample",
+    spacing: str = "karras",
+    level: float = 0.0,
 ) -> np.ndarray:
     """float64: the sigmas of `ode_map`, in the order of its steps.
 
     "sample": `steps` levels of a spacing, descending, and a last step to 0. "invert": `steps`
-    Karras nodes, ascending. "round_trip": the same nodes back down, with no step to 0.
+    Karras nodes, ascending from `level`, at least sigma_min. "round_trip": the same nodes back
+    down, with a step to 0 only from a level above sigma_min.
     """
     whole(steps, "steps", 1, MOST_STEPS)
     if direction == "sample":
         return process.grid(steps, spacing)
     if spacing != "karras":
         raise ValueError(f"spacing {spacing!r} is for sampling, not to {direction}: use karras")
-    up = process.inversion_grid(steps)
-    return up if direction == "invert" else up[::-1]
+    if not 0 <= level < process.sigma_max:
+        raise ValueError(
+            f"the inversion starts at noise level {level}: give one from 0 to sigma_max, "
+            f"{process.sigma_max:g}"
+        )
+    up = process.inversion_grid(steps, level)
+    if direction == "invert":
+        return up
+    return np.append(up[::-1], 0.0) if up[0] > process.sigma_min else up[::-1]
 
 
 def ode_map(
@@ -126,21 +138,22 @@ def ode_map(
     method: str = "heun",
     cfg_scale: float = 1.0,
     spacing: str = "karras",
+    level: float = 0.0,
     clip: bool = False,
     seed: int = 0,
 ) -> jax.Array:
     """The probability-flow ODE as a pure function of the model (a pytree) and arrays.
 
     direction "sample": z at the highest level -> image. "invert": image, taken to lie at sigma_min,
-    -> z at sigma_max (PaGoDA, Kim et al. 2024, arXiv 2405.14822, section 3.2). "round_trip": z ->
-    image on exactly the inversion's nodes.
+    or with the noise of a `level` at that, -> z at sigma_max (PaGoDA, Kim et al. 2024, arXiv
+    2405.14822, section 3.2). "round_trip": z -> image on exactly the inversion's nodes.
 
     Args:
         x: [b, h, w, c] float32. label: [b]. ids: [b], only for method "ancestral": its
             noise for image i is a function of (seed, ids[i]).
         clip: clamp each estimate of x0 to [-1, 1].
     """
-    grid = levels(model.process, steps, direction, spacing)
+    grid = levels(model.process, steps, direction, spacing, level)
     if isinstance(model, Experts):
         model.check_levels(grid, method)
     noise = functools.partial(_image_noise, seed, ids, x) if method == "ancestral" else None
@@ -240,6 +253,7 @@ def inverter(
     *,
     direction: str = "invert",
     nodes: int = 40,
+    level: float = 0.0,
     clip: bool = False,
     batch_size: int = 64,
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
@@ -248,8 +262,10 @@ def inverter(
     Matrix products are full float32: an accelerator rounds their factors to fewer bits by default,
     and inversion amplifies rounding errors made near sigma_min.
     """
-    levels(teacher.process, nodes, direction)  # refuses a wrong number before anything compiles
-    run = full_precision(functools.partial(ode_map, direction=direction, steps=nodes, clip=clip))
+    # This refuses a wrong number before anything compiles.
+    levels(teacher.process, nodes, direction, level=level)
+    options = {"direction": direction, "steps": nodes, "level": level, "clip": clip}
+    run = full_precision(functools.partial(ode_map, **options))
 
     def solve_rows(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
         found = in_batches(run, teacher, x, labels, batch_size=batch_size)
@@ -259,10 +275,15 @@ def inverter(
 
 
 def round_trip(
-    teacher: Teacher | Experts, *, nodes: int = 40, clip: bool = False, batch_size: int = 64
+    teacher: Teacher | Experts,
+    *,
+    nodes: int = 40,
+    level: float = 0.0,
+    clip: bool = False,
+    batch_size: int = 64,
 ) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """A function trip(images, labels) -> (z, images solved back from z on the same nodes)."""
-    options = {"nodes": nodes, "clip": clip, "batch_size": batch_size}
+    options = {"nodes": nodes, "level": level, "clip": clip, "batch_size": batch_size}
     there = inverter(teacher, direction="invert", **options)
     back = inverter(teacher, direction="round_trip", **options)
 

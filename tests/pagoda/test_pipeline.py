@@ -2,6 +2,7 @@
 must not get wrong. The pipeline runs once for the whole suite; the tests read what it left.
 """
 
+import itertools
 import json
 import pathlib
 import types
@@ -107,7 +108,7 @@ def test_2_the_clamp_the_noise_and_the_precision_of_inversion_reach_the_solver(
 ):
     monkeypatch.setattr(invert, "load_teacher", lambda *args, **options: wilful_teacher)
     found = {}
-    for words in ({"clip": True}, {}, {"noise": 0.01}, {"noise": 0.01, "seed": 1}):
+    for words in ({"clip": True}, {}, *({"noise": 0.01, "seed": seed} for seed in range(3))):
         config = runs["invert"].config.copy_and_resolve_references()
         config.invert.noise = 0.0
         config.latents, config.seed = str(tmp_path / f"latents{len(found)}"), words.pop("seed", 0)
@@ -115,11 +116,11 @@ def test_2_the_clamp_the_noise_and_the_precision_of_inversion_reach_the_solver(
         jobs.run(invert.build(config), f"{config.latents}-run", config.to_dict(), name="i")
         store = PairStore.open(config.latents)
         found[len(found)] = np.stack([store.latent(i, f) for i in range(8) for f in (0, 1)])
-    clipped, plain, noisy, other = found.values()
+    clipped, plain, *noisy = found.values()
     assert np.abs(clipped - plain).max() > 0.1
-    # independent noise: the difference of two seeds has twice the variance of one's effect
-    effects = [np.mean((a - b) ** 2) for a, b in ((noisy, plain), (other, plain), (noisy, other))]
-    assert effects[2] == pytest.approx(effects[0] + effects[1], rel=0.2) and effects[0] > 1
+    # independent noise: every pair of seeds differs about as much
+    effects = [np.mean((a - b) ** 2) for a, b in itertools.combinations(noisy, 2)]
+    assert min(effects) > max(1, 0.3 * max(effects))
     half = load_teacher(runs["pretrain"].workdir, dtype="float16")
     assert half.net.config.dtype == half.meta["networks"]["net"]["dtype"] == "float16"
 

@@ -15,7 +15,14 @@ from cheapscale.diffusion.denoiser import EDM, VP
 from cheapscale.diffusion.guidance import drop_labels
 from cheapscale.models.plan import UNetConfig
 from cheapscale.teacher import pretrain
-from cheapscale.teacher.sampling import levels, network_calls, ode_map, sampler
+from cheapscale.teacher.sampling import (
+    inverter,
+    levels,
+    network_calls,
+    ode_map,
+    round_trip,
+    sampler,
+)
 from cheapscale.teacher.teacher import Origin, Teacher
 
 TABLE = VP().schedule.sigmas
@@ -46,6 +53,18 @@ def test_levels_follow_the_direction():
     assert network_calls(EDM(), 40, "invert", cfg_scale=2.0) == 2 * 78
     with pytest.raises(ValueError, match="is for sampling, not to invert"):
         levels(VP(), 50, "invert", "leading")
+
+
+def test_noisy_images_are_inverted_from_their_own_level_and_return_denoised(teacher):
+    """The exact ODE keeps the quantile of Gaussian data: x / sqrt(0.2^2 + sigma^2) is constant."""
+    level, top = 0.1, VP().sigma_max
+    x = np.linspace(-0.5, 0.5, 12, dtype=np.float32).reshape(4, 1, 1, 3)
+    z, back = round_trip(teacher, nodes=96, level=level)(x, np.zeros(4, int))
+    exact = np.sqrt((0.04 + top**2) / (0.04 + level**2)) * x
+    np.testing.assert_allclose(z, exact, rtol=0.01)
+    np.testing.assert_allclose(back, x * 0.04 / (0.04 + level**2), rtol=0.03)
+    with pytest.raises(ValueError, match="starts at noise level"):
+        inverter(teacher, level=99.0 * top)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
