@@ -192,7 +192,8 @@ def update_generator(
     theta, psi = state.params["generator"], state.params["discriminator"]
     spectral = state.extra["discriminator"]  # power-iteration vectors, advanced by every pass
     # Gradients only of the parameters that train: nothing is stored for the frozen trunk.
-    moving, fixed = game.optimisers["generator"].split(theta)
+    split = game.optimisers["generator"].split
+    moving, fixed = split(theta)
 
     def G(moving):
         z, c = jax.tree.map(lambda *rows: together(rows), *inputs.values())
@@ -232,8 +233,8 @@ def update_generator(
         loss = L[name] + loss
     metrics |= aux | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     state = game.descend(state, "generator", grads)
-    theta, ema = state.params["generator"], state.ema_params["generator"]
-    ema = update_ema(ema, theta, state.step, game.ema_decay)
+    ema, (moving, _) = state.ema_params["generator"], split(state.params["generator"])
+    ema = update_ema(ema, moving, state.step, game.ema_decay)
     return state.replace(ema_params={"generator": ema}), metrics
 
 

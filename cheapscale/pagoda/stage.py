@@ -21,7 +21,7 @@ from cheapscale.training.log import image_grid
 from cheapscale.training.mesh import in_batches
 from cheapscale.training.optim import make_optimiser
 from cheapscale.training.stage import Stage
-from cheapscale.training.state import Optimiser, TrainState, stream_key
+from cheapscale.training.state import Optimiser, TrainState, averaged, stream_key
 
 PyTree = Any
 
@@ -242,10 +242,10 @@ def preview(state: TrainState, frozen: PyTree, *, generator: Generator, labels: 
     for each of PREVIEW_SCALES."""
     count = len(labels)
     z = np.asarray(prior(0, np.arange(count), generator.shape, generator.process.sigma_max))
-    averaged = generator.replace(params=state.ema_params["generator"])
+    smooth = generator.replace(params=averaged(state, "generator"))
     if not generator.guided:
-        return {"grid": image_grid(in_batches(one_step, averaged, z, labels, batch_size=count))}
+        return {"grid": image_grid(in_batches(one_step, smooth, z, labels, batch_size=count))}
     omega = np.repeat(np.asarray(PREVIEW_SCALES, np.float32), count)
     z, labels = (np.concatenate([a] * len(PREVIEW_SCALES)) for a in (z, labels))
-    images = in_batches(at_scale, averaged, z, labels, omega, batch_size=count)
+    images = in_batches(at_scale, smooth, z, labels, omega, batch_size=count)
     return {"grid": image_grid(images, columns=count)}

@@ -29,7 +29,7 @@ from cheapscale.training.log import image_grid
 from cheapscale.training.mesh import in_batches
 from cheapscale.training.optim import make_optimiser
 from cheapscale.training.stage import Stage, denoise_step, noise_bins
-from cheapscale.training.state import Optimiser, TrainState
+from cheapscale.training.state import Optimiser, TrainState, averaged
 
 PyTree = Any
 PREVIEW_STEPS = 20
@@ -149,8 +149,8 @@ def preview(
     """{"grid": EMA samples from fixed noise; "loss/<sigma>": loss of each bin}."""
     count = len(labels)
     z = np.asarray(prior(0, np.arange(count), teacher.shape, teacher.process.sigma_max))
-    averaged = teacher.replace(params=state.ema_params["net"])
-    images = in_batches(_sampler(steps), averaged, z, labels, batch_size=count)
+    smooth = teacher.replace(params=averaged(state, "net"))
+    images = in_batches(_sampler(steps), smooth, z, labels, batch_size=count)
     bins = jax.device_get(state.extra["net"])
     # Bins have edges in ln sigma; a bin without a draw so far has no loss to show.
     centres = np.exp((bins["edges"][1:] + bins["edges"][:-1]) / 2)

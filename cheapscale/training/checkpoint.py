@@ -17,11 +17,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cheapscale.data.files import atomic_write, local_folder, read_json
 from cheapscale.training.exported import PLACES, model_file, read_header, read_model, sha256_of
-from cheapscale.training.state import TrainState
+from cheapscale.training.state import TrainState, overlaid
 
 PyTree = Any
 
@@ -155,17 +155,23 @@ def load_network(
         raise ValueError(f"{workdir} has averaged weights only: leave out --ema=False")
     if file:
         return Loaded(read_model(file), meta, step, str(workdir))
-    field, path = "ema_params" if ema else "params", LiteralPath(state_path(workdir, step))
+    path = LiteralPath(state_path(workdir, step))
     with named_damage(workdir, step), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-        stored = array_metadata(path)[field][net]
-        wanted = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored)
+        stored = array_metadata(path)
+        smooth = flatten_dict(stored["ema_params"][net]) if ema else {}
+        # weights that never train, as those of a published encoder of captions
+        raw = {k: m for k, m in flatten_dict(stored["params"][net]).items() if k not in smooth}
+        wanted = {
+            field: {net: unflatten_dict(leaves)}
+            for field, leaves in (("ema_params", smooth), ("params", raw))
+            if leaves
+        }
+        wanted = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        args = ocp.args.PyTreeRestore(
-            item={field: {net: wanted}},
-            restore_args={field: {net: as_numpy}},
-            partial_restore=True,  # optimiser state and other networks are not read
-        )
-        params = reader.restore(path, args=args)[field][net]
+        # optimiser state and other networks are not read
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+        found = reader.restore(path, args=args)
+        params = overlaid(*(found.get(field, {net: {}})[net] for field in ("params", "ema_params")))
     return Loaded(params, meta, step, str(workdir))
 
 

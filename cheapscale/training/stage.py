@@ -120,11 +120,12 @@ def denoise_step(
 
     (mean, (loss, sigma)), grads = jax.value_and_grad(objective, has_aux=True)(moving)
     params, opt_state = optimiser.apply(grads, state.opt_state[net], state.params[net])
+    ema = update_ema(state.ema_params[net], optimiser.split(params)[0], state.step, ema_decay)
     bins = update_noise_bins(state.extra[net], jax.lax.stop_gradient(loss), sigma)
     new = state.replace(
         step=state.step + 1,
         params=state.params | {net: params},
-        ema_params={net: update_ema(state.ema_params[net], params, state.step, ema_decay)},
+        ema_params={net: ema},
         opt_state=state.opt_state | {net: opt_state},
         extra=state.extra | {net: bins},
     )

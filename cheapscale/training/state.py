@@ -23,9 +23,10 @@ PyTree = Any
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 scalar, number of finished optimiser steps. params, ema_params: {net: nested dict
-    of weights}. opt_state: {net: optax state of the trainable leaves}. extra: {net: pytree} that is
-    saved but not optimised (spectral-norm vectors, loss by noise)."""
+    """step: int32 scalar, number of finished optimiser steps. params: {net: nested dict of
+    weights}. ema_params: the same of the leaves that train (see `averaged`). opt_state: {net: optax
+    state of the trainable leaves}. extra: {net: pytree} that is saved but not optimised
+    (spectral-norm vectors, loss by noise)."""
 
     step: jax.Array
     params: PyTree
@@ -78,17 +79,29 @@ def merge(a: PyTree, b: PyTree) -> PyTree:
 
 
 def create_state(
-    params: PyTree, extra: PyTree, optimisers: dict[str, Optimiser], averaged: Iterable[str]
+    params: PyTree, extra: PyTree, optimisers: dict[str, Optimiser], nets: Iterable[str]
 ) -> TrainState:
-    """The state at step 0; the EMA of the `averaged` networks starts at their parameters."""
+    """The state at step 0; the EMA of the networks `nets` starts at their parameters."""
+    every = Optimiser(optax.identity())
+    moving = {net: optimisers.get(net, every).split(params[net])[0] for net in nets}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         # Copies, because the step donates its state and a buffer may be donated only once.
-        ema_params={net: jax.tree.map(jnp.copy, params[net]) for net in averaged},
+        ema_params=jax.tree.map(jnp.copy, moving),
         opt_state={net: tx.init(params[net]) for net, tx in optimisers.items()},
         extra=extra,
     )
+
+
+def averaged(state: TrainState, net: str) -> PyTree:
+    """The EMA weights of a network. Those that never train are stored once, in `params`."""
+    return overlaid(state.params[net], state.ema_params[net])
+
+
+def overlaid(tree: PyTree, over: PyTree) -> PyTree:
+    """A nested dict with the leaves of `over` where it has them, and those of `tree` elsewhere."""
+    return unflatten_dict(flatten_dict(tree) | flatten_dict(over))
 
 
 def update_ema(ema: PyTree, params: PyTree, step: jax.Array, decay: float) -> PyTree:
@@ -98,7 +111,7 @@ def update_ema(ema: PyTree, params: PyTree, step: jax.Array, decay: float) -> Py
     """
     n = step.astype(jnp.float32)
     d = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
-    # In this form the average of a frozen leaf stays equal to it bit for bit; d e + (1 - d) p is
+    # In this form the average of equal weights stays equal to them bit for bit; d e + (1 - d) p is
     # rounded.
     return jax.tree.map(lambda e, p: e + (1.0 - d).astype(e.dtype) * (p - e), ema, params)
 

@@ -7,7 +7,15 @@ import optax
 import pytest
 
 from cheapscale.training.optim import make_optimiser
-from cheapscale.training.state import Optimiser, create_state, merge, split, stream_key, update_ema
+from cheapscale.training.state import (
+    Optimiser,
+    averaged,
+    create_state,
+    merge,
+    split,
+    stream_key,
+    update_ema,
+)
 
 TREE = {"a": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}, "b": {"kernel": jnp.ones(3)}}
 
@@ -24,7 +32,7 @@ def test_merge_refuses_overlapping_trees():
 
 
 def test_frozen_leaves_have_no_optimiser_state_and_do_not_move():
-    """The EMA contains the frozen leaves."""
+    """The EMA has the leaves that train; with it, all are there."""
     optimiser = Optimiser(optax.adam(0.1), lambda path: path.startswith("b/"))
     moving, _ = optimiser.split(TREE)
     state = create_state({"net": TREE}, {}, {"net": optimiser}, ["net"])
@@ -32,7 +40,10 @@ def test_frozen_leaves_have_no_optimiser_state_and_do_not_move():
     params, _ = optimiser.apply(jax.tree.map(jnp.ones_like, moving), state.opt_state["net"], TREE)
     assert params["a"]["kernel"] is TREE["a"]["kernel"]
     np.testing.assert_allclose(params["b"]["kernel"], 0.9, rtol=1e-5)
-    assert jax.tree.structure(state.ema_params["net"]) == jax.tree.structure(TREE)
+    assert jax.tree.structure(state.ema_params["net"]) == jax.tree.structure(moving)
+    moved = state.replace(params={"net": params})
+    np.testing.assert_array_equal(averaged(moved, "net")["b"]["kernel"], TREE["b"]["kernel"])
+    assert averaged(moved, "net")["a"]["kernel"] is TREE["a"]["kernel"]
 
 
 def test_ema_decay_is_capped_by_the_age_of_the_run():
