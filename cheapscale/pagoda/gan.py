@@ -22,7 +22,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from cheapscale.features.mixing import View, apart, together
-from cheapscale.pagoda.guided import Conditions, Guidance, conditions
+from cheapscale.pagoda.guided import Conditions, Guidance, conditions, in_order_of
 from cheapscale.training.state import Optimiser, TrainState, merge, update_ema
 
 PyTree = Any
@@ -80,7 +80,7 @@ class Game:
         return conditions(rows, self.guidance is not None)
 
     def fresh(self, key: jax.Array, rows: PyTree, z: jax.Array) -> tuple[jax.Array, Conditions]:
-        """z' ~ N(0, sigma_max^2 I) like z, with the conditions of `rows`, and omega ~ pi(omega)."""
+        """z' ~ N(0, sigma_max^2 I) like z, with the conditions of `rows`, and omega of L_adv."""
         c = self.conditions(rows)
         if self.guidance:
             c |= {"omega": self.guidance.draw(jax.random.fold_in(key, 1), len(z))}
@@ -164,8 +164,9 @@ def update_discriminator(
     """
     theta, metrics, c_real = state.params["generator"], {}, c
     if game.guidance:  # the triple (x, c, omega_phi(x, c))
-        c_real = c | {"omega": game.guidance.estimate(state.params["estimator"], x, c)}
-        metrics["omega_real"] = c_real["omega"].mean()
+        estimate = game.guidance.estimate(state.params["estimator"], x, c)
+        c_real = c | {"omega": in_order_of(c["omega"], estimate)}
+        metrics["omega_real"] = estimate.mean()
     c_real, c_fake = game.describe(theta, c_real), game.describe(theta, c)
 
     def L_D(psi, spectral):

@@ -3,7 +3,7 @@ section 4.2 and appendix C), so that guided images take one network call, too.
 
     L_rec   on unguided pairs, at omega = 1; guided inversion is the option, at its own scales
     L_dstl  = E d(G(z, c, omega), x^)        on the teacher's guided samples (z, c, omega, x^)
-    L_adv   fake (G(z', c, omega), c, omega) with omega ~ pi(omega)
+    L_adv   fake (G(z', c, omega), c, omega) with omega ~ pi(omega), or omega = 1
             real (x, c, omega_phi(x, c)), since p(c) pi(omega) p(x|c, omega) = p(x, c) p(omega|x, c)
     L_phi   = E (omega - omega_phi(x^, c))^2                   on the teacher's samples
 
@@ -11,8 +11,12 @@ omega_phi is the encoder of a U-Net with one output; it starts as the teacher's 
 is the mean of p(omega | x, c), which lies in the range of pi, so the output does as well. Larger
 generators keep the estimator of their base, which sees their images at the base resolution.
 
-Data are unguided, so omega_phi gives them smaller scales than pi draws (means near 4 on scenes, and
-6): D may tell real from fake by omega alone, which G cannot change. The paper does not discuss it.
+That identity holds if guided images are distributed as data, which they are not: omega_phi gives
+real images smaller scales in a narrower range (3.6 to 4.5 on scenes) than pi (2 to 10), so that D
+could tell real from fake by omega alone, which G cannot change. Here omega_phi decides the order
+only: the k-th smallest scale of the fakes in a batch belongs to the real image with the k-th
+smallest omega_phi. Real and fake scales thus have one distribution, pi. At omega = 1 a real image
+needs no estimate, since p(x|c, 1) is the data's: a part UNGUIDED_SHARE of the rows has that scale.
 
 The paper feeds its estimator the outer product of CLIP's embeddings of image and text; here it
 sees the image, and the conditions as the generator does.
@@ -34,8 +38,11 @@ PyTree = Any
 Conditions = dict[str, jax.Array]
 
 
+UNGUIDED_SHARE = 0.25  # of the rows of L_adv
+
+
 class Guidance(NamedTuple):
-    """draw: (key, n) -> omega [n] ~ pi(omega). estimate: (phi, x, c) -> omega_phi(x, c) [b]."""
+    """draw: (key, n) -> omega [n] of L_adv. estimate: (phi, x, c) -> omega_phi(x, c) [b]."""
 
     draw: Callable[[jax.Array, int], jax.Array]
     estimate: Callable[[PyTree, jax.Array, Conditions], jax.Array]
@@ -53,9 +60,17 @@ def make_guidance(meta: dict) -> Guidance:
         return low + (high - low) * jax.nn.sigmoid(out)
 
     def draw(key, n):
-        return draw_scale(key, (n,), meta["omega"])
+        unguided = jax.random.bernoulli(jax.random.fold_in(key, 1), UNGUIDED_SHARE, (n,))
+        return jnp.where(unguided, UNGUIDED, draw_scale(key, (n,), meta["omega"]))
 
     return Guidance(draw, estimate)
+
+
+def in_order_of(omega: jax.Array, estimate: jax.Array) -> jax.Array:
+    """The scales omega [n] as those of real images with omega_phi = `estimate` [n]: the same
+    values, the larger the estimate the larger. Rows with scale 1 keep it."""
+    rank = jnp.argsort(jnp.argsort(jnp.where(omega == UNGUIDED, 0.0, estimate)))
+    return jnp.sort(omega)[rank]
 
 
 def block_mean(x: jax.Array, side: int) -> jax.Array:

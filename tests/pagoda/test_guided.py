@@ -15,9 +15,11 @@ from cheapscale.pagoda import invert
 from cheapscale.pagoda.discriminator import Head, TokenHead
 from cheapscale.pagoda.gan import GAN_LOSSES, Game, gan_step
 from cheapscale.pagoda.guided import (
+    UNGUIDED_SHARE,
     Guidance,
     described,
     estimator_fields,
+    in_order_of,
     make_guidance,
     with_omega,
 )
@@ -161,9 +163,23 @@ def test_the_estimator_stays_in_pis_range_and_sees_larger_images_at_the_base_siz
     np.testing.assert_allclose(estimate(phi, larger, c), found, rtol=1e-5)
 
 
+def test_scales_of_the_adversarial_loss_are_one_or_pis_for_real_and_fake_alike(key):
+    model = resolve_model(estimator_fields(resolve_model(MODEL)))
+    meta = {"omega": "uniform", "diffusion": DIFFUSION, "helpers": {"estimator": model}}
+    fake = np.asarray(make_guidance(meta).draw(key, 20_000))
+    assert abs(np.mean(fake == 1) - UNGUIDED_SHARE) < 0.01
+    assert stats.kstest(fake[fake != 1][:5000], stats.uniform(2, 8).cdf).pvalue > 1e-3
+    narrow = np.random.default_rng(0).uniform(3.6, 4.5, len(fake)).astype("f")
+    real = np.asarray(in_order_of(jnp.asarray(fake), jnp.asarray(narrow)))
+    np.testing.assert_array_equal(np.sort(real), np.sort(fake))
+    np.testing.assert_array_equal(real == 1, fake == 1)
+    guided = np.argsort(narrow[fake != 1], kind="stable")
+    assert np.all(np.diff(real[fake != 1][guided]) >= 0)
+
+
 def test_each_term_has_its_own_scale(key):
     """L_rec is at 1, L_dstl and L_phi at the samples' scales, fakes at new draws of pi, and real
-    images at what the estimator says, after its own update."""
+    images at the same scales in the estimator's order, after its own update."""
     seen, n = {}, 4096
     ones = np.ones((n, 1), "f")
     sampled = np.linspace(2, 10, n, dtype="f")
@@ -178,7 +194,7 @@ def test_each_term_has_its_own_scale(key):
 
     guidance = Guidance(
         draw=lambda key, n: draw_scale(key, (n,), "uniform"),
-        estimate=lambda phi, x, c: phi["mean"] + 0 * x[:, 0],
+        estimate=lambda phi, x, c: phi["mean"] + 0.1 * x[:, 0],
     )
     rates = {"generator": 0.0, "discriminator": 0.0, "estimator": 0.25}
     optimisers = {
@@ -191,10 +207,11 @@ def test_each_term_has_its_own_scale(key):
     }  # fmt: skip
     state = create_state(params, {"discriminator": {}}, optimisers, ["generator"])
     label = np.ones(n, "i")
+    real = np.random.default_rng(0).permutation(n)[:, None].astype("f") / n
     batch = {
         "pair": {"image": 2 * ones, "z": 5 * ones, "label": label},
-        "real": {"image": -ones, "label": label},
-        "sampled": {"image": 3 * ones, "z": 7 * ones, "label": label, "omega": sampled},
+        "real": {"image": real, "label": label},
+        "sampled": {"image": 0 * ones, "z": 7 * ones, "label": label, "omega": sampled},
     }
     game = Game(
         generate=generate,
@@ -217,10 +234,13 @@ def test_each_term_has_its_own_scale(key):
     np.testing.assert_allclose(metrics["loss_omega"], np.mean((sampled - 4) ** 2), rtol=1e-4)
     np.testing.assert_allclose(new.params["estimator"]["mean"], 4 + 0.25 * 4, rtol=1e-4)
     assert new.params["estimator"]["text"] == params["estimator"]["text"]
-    for found, expected in zip(seen["D"], (5.0, of_fake_d, of_fake_g), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
+    of_real, *of_fakes = seen["D"]
+    np.testing.assert_array_equal(of_fakes, [of_fake_d, of_fake_g])
+    np.testing.assert_array_equal(np.sort(of_real), np.sort(of_fake_d))  # omega tells D nothing
+    assert np.all(np.diff(of_real[np.argsort(real[:, 0])]) >= 0)
+    np.testing.assert_allclose(metrics["omega_real"], 5 + 0.1 * real.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["loss_rec"], (5 - 2) ** 2)
-    np.testing.assert_allclose(metrics["loss_dstl"], (7 - 3) ** 2)
+    np.testing.assert_allclose(metrics["loss_dstl"], 7**2)
     total = metrics["loss_rec"] + metrics["loss_dstl"] + metrics["loss_adv"]
     np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
 
