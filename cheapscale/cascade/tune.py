@@ -29,7 +29,6 @@ from cheapscale.cascade.plan import restart_sigma
 from cheapscale.cascade.sample import make_cascade
 from cheapscale.cascade.tuned import RATIO, Beside, Tuned, denoise, lift, load_tuned
 from cheapscale.data.augment import random_flip
-from cheapscale.data.loader import stream
 from cheapscale.data.sources import open_data
 from cheapscale.diffusion.denoiser import Denoiser, denoising_loss
 from cheapscale.diffusion.guidance import drop_labels
@@ -38,9 +37,8 @@ from cheapscale.teacher.data import match_classes
 from cheapscale.teacher.load import load_network_teacher
 from cheapscale.teacher.teacher import Origin, Teacher
 from cheapscale.training.log import enlarge, image_grid
-from cheapscale.training.optim import make_optimiser
-from cheapscale.training.stage import Stage, denoise_step, noise_bins
-from cheapscale.training.state import Optimiser, TrainState
+from cheapscale.training.stage import Stage, denoise_stage
+from cheapscale.training.state import TrainState
 
 PyTree = Any
 NETS = dict.fromkeys(upsampler.DESIGNS, "upsampler") | {"lora": "lora", "ft": "net"}
@@ -65,7 +63,7 @@ def build(config: Any) -> Stage:
     }
     before = run_before(meta, teacher)
     meta["ledger"] = (before.origin if before else teacher).meta["ledger"]
-    tuned, optimiser = Tuned(None, Origin(meta)), Optimiser(make_optimiser(**config.optim))
+    tuned = Tuned(None, Origin(meta))
 
     def warm_start(params: PyTree) -> PyTree:
         if before:
@@ -76,25 +74,17 @@ def build(config: Any) -> Stage:
         tuning_loss, teacher=teacher, tuned=tuned,
         label_dropout=teacher.meta["config"]["pretrain"]["label_dropout"],
     )  # fmt: skip
-    return Stage(
-        init_params=lambda key: ({net: init_tuned(meta, teacher, key)}, {net: noise_bins()}),
-        optimisers={net: optimiser},
-        step=functools.partial(
-            denoise_step, loss_fn=loss, optimiser=optimiser, ema_decay=config.ema.decay, net=net
-        ),
-        batches=stream(
-            config,
-            source,
-            random_flip if config.data.flip else None,
-            process=(jax.process_index(), jax.process_count()),
-        ),
-        load_frozen=lambda: ({"teacher": teacher.params}, {}),
-        frozen_shapes=lambda: {"teacher": jax.eval_shape(lambda p: p, teacher.params)},
-        warm_start=warm_start,
-        evals={"cascade": (config.eval_every, preview(teacher, tuned, source.resolution))},
+    return denoise_stage(
+        config,
+        source,
+        init=functools.partial(init_tuned, meta, teacher),
+        loss_fn=loss,
         meta=meta,
-        batch_size=config.batch_size,
-        fits={},
+        warm_start=warm_start,
+        transform=random_flip if config.data.flip else None,
+        frozen={"teacher": teacher.params},
+        evals={"cascade": (config.eval_every, preview(teacher, tuned, source.resolution))},
+        net=net,
     )
 
 

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cheapscale.data.loader import stream
 from cheapscale.data.sources import open_data
 from cheapscale.diffusion.guidance import drop_labels
 from cheapscale.diffusion.noise import over_pixels
@@ -37,9 +36,7 @@ from cheapscale.teacher.load import load_network_teacher
 from cheapscale.teacher.pretrain import augmented
 from cheapscale.teacher.sampling import levels
 from cheapscale.teacher.teacher import Teacher
-from cheapscale.training.optim import make_optimiser
-from cheapscale.training.stage import Stage, denoise_step, noise_bins
-from cheapscale.training.state import Optimiser
+from cheapscale.training.stage import Stage, denoise_stage
 
 PyTree = Any
 
@@ -70,38 +67,28 @@ def build(config) -> Stage:
     groups = Groups(base.process.levels(), np.asarray(manifest["edges"]))
     interval = groups.interval(group, settings.overlap, grid)
     trained_as = base.meta["config"]["pretrain"]
-    optimiser = Optimiser(make_optimiser(**config.optim), trainable(expert.net.config))
-    frozen = {"base": base.params} if settings.base_target else {}
     kept = expert.params
     if settings.start == "scratch":
         kept = {name: leaf for name, leaf in kept.items() if name == "text"}
-    return Stage(
-        init_params=lambda key: ({"net": init_params(expert.fields, key)}, {"net": noise_bins()}),
-        optimisers={"net": optimiser},
-        step=functools.partial(
-            denoise_step,
-            loss_fn=functools.partial(
-                group_loss,
-                expert=expert.replace(params=None),
-                base=base.replace(params=None),
-                interval=interval,
-                base_target=settings.base_target,
-                label_dropout=trained_as["label_dropout"],
-            ),
-            optimiser=optimiser,
-            ema_decay=config.ema.decay,
+    return denoise_stage(
+        config,
+        source,
+        init=functools.partial(init_params, expert.fields),
+        loss_fn=functools.partial(
+            group_loss,
+            expert=expert.replace(params=None),
+            base=base.replace(params=None),
+            interval=interval,
+            base_target=settings.base_target,
+            label_dropout=trained_as["label_dropout"],
         ),
-        batches=stream(
-            config,
-            source,
-            functools.partial(augmented, flips=config.data.flip, probability=trained_as["augment"]),
-            process=(jax.process_index(), jax.process_count()),
-        ),
-        load_frozen=lambda: (frozen, {}),
-        frozen_shapes=lambda: jax.eval_shape(lambda weights: weights, frozen),
         # "scratch" keeps the U-Net's random weights: single-stage training, the paper's control.
         warm_start=lambda drawn: {"net": drawn["net"] | kept},
-        evals={},
+        trainable=trainable(expert.net.config),
+        transform=functools.partial(
+            augmented, flips=config.data.flip, probability=trained_as["augment"]
+        ),
+        frozen={"base": base.params} if settings.base_target else {},
         meta={
             "stage": "prune",
             "networks": {"net": expert.fields},
@@ -120,8 +107,6 @@ def build(config) -> Stage:
             "ledger": base.meta["ledger"],
             "frozen_networks": base.meta.get("frozen_networks", {}),
         },
-        batch_size=config.batch_size,
-        fits={},
     )
 
 

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from cheapscale.data.augment import AUGMENT_DIM, random_augment, random_flip
-from cheapscale.data.loader import stream
 from cheapscale.data.sources import open_data
 from cheapscale.diffusion.denoiser import denoising_loss
 from cheapscale.diffusion.guidance import drop_labels
@@ -27,9 +26,8 @@ from cheapscale.teacher.teacher import Teacher, make_teacher, resolve_model
 from cheapscale.teacher.text import text_fields
 from cheapscale.training.log import image_grid
 from cheapscale.training.mesh import in_batches
-from cheapscale.training.optim import make_optimiser
-from cheapscale.training.stage import Stage, denoise_step, noise_bins
-from cheapscale.training.state import Optimiser, TrainState, averaged
+from cheapscale.training.stage import Stage, denoise_stage
+from cheapscale.training.state import TrainState, averaged
 
 PyTree = Any
 PREVIEW_STEPS = 20
@@ -56,43 +54,26 @@ def build(config) -> Stage:
         "data": source.describe() | {"std": deviation(source)},
     }
     teacher = make_teacher(None, meta)
-    optimiser = Optimiser(make_optimiser(**config.optim), trainable(teacher.net.config))
-    return Stage(
-        init_params=lambda key: ({"net": init_params(model, key)}, {"net": noise_bins()}),
-        optimisers={"net": optimiser},
-        step=functools.partial(
-            denoise_step,
-            loss_fn=functools.partial(
-                loss,
-                teacher=teacher,
-                label_dropout=config.pretrain.label_dropout,
-                antithetic=config.pretrain.antithetic,
-            ),
-            optimiser=optimiser,
-            ema_decay=config.ema.decay,
+    grid = functools.partial(
+        preview, teacher=teacher, steps=PREVIEW_STEPS, labels=preview_labels(source)
+    )
+    return denoise_stage(
+        config,
+        source,
+        init=functools.partial(init_params, model),
+        loss_fn=functools.partial(
+            loss,
+            teacher=teacher,
+            label_dropout=config.pretrain.label_dropout,
+            antithetic=config.pretrain.antithetic,
         ),
-        batches=stream(
-            config,
-            source,
-            functools.partial(
-                augmented, flips=config.data.flip, probability=config.pretrain.augment
-            ),
-            process=(jax.process_index(), jax.process_count()),
-        ),
-        load_frozen=lambda: ({}, {}),
-        frozen_shapes=dict,
-        warm_start=lambda params: {"net": params["net"] | published},
-        evals={
-            "samples": (
-                config.eval_every,
-                functools.partial(
-                    preview, teacher=teacher, steps=PREVIEW_STEPS, labels=preview_labels(source)
-                ),
-            )
-        },
         meta=meta,
-        batch_size=config.batch_size,
-        fits={},
+        warm_start=lambda params: {"net": params["net"] | published},
+        trainable=trainable(teacher.net.config),
+        transform=functools.partial(
+            augmented, flips=config.data.flip, probability=config.pretrain.augment
+        ),
+        evals={"samples": (config.eval_every, grid)},
     )
 
 

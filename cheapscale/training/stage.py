@@ -5,6 +5,7 @@ A `Stage` trains networks; a `Job` maps a function over data. `launch/train.py` 
 (state, frozen, batch, key); a stage binds other arguments with functools.partial.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cheapscale.data.loader import Transform, stream
+from cheapscale.data.source import Source
+from cheapscale.training.optim import make_optimiser
 from cheapscale.training.state import Optimiser, TrainState, merge, update_ema
 
 PyTree = Any
@@ -130,3 +134,40 @@ def denoise_step(
         extra=state.extra | {net: bins},
     )
     return new, {"loss": mean, "grad_norm": optax.tree.norm(grads)}  # the norm before clipping
+
+
+def denoise_stage(
+    config,
+    source: Source,
+    *,
+    init: Callable[[jax.Array], PyTree],
+    loss_fn: Callable,
+    meta: dict,
+    warm_start: Callable[[PyTree], PyTree],
+    trainable: Callable[[str], bool] | None = None,
+    transform: Transform | None = None,
+    frozen: PyTree = None,
+    evals: dict | None = None,
+    net: str = "net",
+) -> Stage:
+    """The Stage that trains the network `net` on images of `source` by `denoise_step`.
+
+    init: key -> its params. transform: of each image. frozen: weights that loss_fn reads.
+    """
+    optimiser, frozen = Optimiser(make_optimiser(**config.optim), trainable), frozen or {}
+    place = jax.process_index(), jax.process_count()
+    return Stage(
+        init_params=lambda key: ({net: init(key)}, {net: noise_bins()}),
+        optimisers={net: optimiser},
+        step=functools.partial(
+            denoise_step, loss_fn=loss_fn, optimiser=optimiser, ema_decay=config.ema.decay, net=net
+        ),
+        batches=stream(config, source, transform, process=place),
+        load_frozen=lambda: (frozen, {}),
+        frozen_shapes=lambda: jax.eval_shape(lambda weights: weights, frozen),
+        warm_start=warm_start,
+        evals=evals or {},
+        meta=meta,
+        batch_size=config.batch_size,
+        fits={},
+    )
