@@ -31,6 +31,7 @@ iteration v <- W'u, u <- W v (each normalised, eps 1e-12) and returns the new u;
 constants to the gradient.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -97,7 +98,6 @@ def projected_discriminator(
       bn_groups: ghost batches per batch.
       tokens: read the tokens of networks that have them. guided: take omega.
     """
-    names = [network.name for network in networks]
     if embedding is not None and embedding.shape[:1] != (num_classes,):
         raise ValueError(
             f"class embedding has shape {embedding.shape} but the discriminator has "
@@ -106,11 +106,12 @@ def projected_discriminator(
     embedding_init = nn.initializers.normal(1.0)
     if embedding is not None:
         embedding_dim = embedding.shape[1]
-
-        def embedding_init(key, shape):
-            return jnp.asarray(embedding, jnp.float32)
-
-    options = dict(
+        embedding_init = nn.initializers.constant(embedding, jnp.float32)
+    make = functools.partial(
+        network_heads,
+        resolution=resolution,
+        width=width,
+        tokens=tokens,
         condition_dim=condition_dim,
         num_classes=num_classes,
         caption_dim=caption_dim,
@@ -118,38 +119,27 @@ def projected_discriminator(
         embedding_init=embedding_init,
         bn_groups=bn_groups,
     )
-    heads, inputs = {}, {}
-    for n in networks:
-        if tokens and n.tokens:
-            inputs[n.name] = token_shapes(n, resolution)
-            heads[n.name] = [TokenHead(channels=TOKEN_WIDTH * width, **options)] * len(
-                inputs[n.name]
-            )
-        else:
-            shapes = mixed_shapes(map_shapes(n, resolution), width)
-            inputs[n.name] = [(side, side, channels) for side, channels in shapes]
-            heads[n.name] = [Head(channels=head_channels(s, width), **options) for s, _ in shapes]
+    heads = {network.name: make(network) for network in networks}
+    c = {"label": jnp.zeros((bn_groups,), jnp.int32)}
+    c |= {"omega": jnp.ones((bn_groups,))} if guided else {}
+    c |= {"caption": jnp.zeros((bn_groups, caption_dim))} if caption_dim else {}
 
     def init(key):
         params, spectral = {}, {}
-        for name in names:
+        for name, own in heads.items():
             params[name], spectral[name] = {}, {}
-            for i, shape in enumerate(inputs[name]):
+            for i, (head, shape) in enumerate(own):
                 key, use = jax.random.split(key)
-                x = jnp.zeros((bn_groups, *shape))
-                c = {"label": jnp.zeros((bn_groups,), jnp.int32)}
-                c |= {"omega": jnp.ones((bn_groups,))} if guided else {}
-                c |= {"caption": jnp.zeros((bn_groups, caption_dim))} if caption_dim else {}
-                made = heads[name][i].init(use, x, c)
+                made = head.init(use, jnp.zeros((bn_groups, *shape)), c)
                 params[name][f"head{i}"] = made["params"]
                 spectral[name][f"head{i}"] = made["spectral"]
         return params, spectral
 
     def apply(params, spectral, maps, c):
         logits, advanced = [], {}
-        for name in names:
+        for name, own in heads.items():
             advanced[name] = {}
-            for i, (head, feature) in enumerate(zip(heads[name], maps[name], strict=True)):
+            for i, ((head, _), feature) in enumerate(zip(own, maps[name], strict=True)):
                 slot = f"head{i}"
                 variables = {"params": params[name][slot], "spectral": spectral[name][slot]}
                 out, state = head.apply(variables, feature, c, mutable=["spectral"])
@@ -158,6 +148,19 @@ def projected_discriminator(
         return jnp.concatenate(logits, axis=1), advanced
 
     return ProjectedDiscriminator(init, apply)
+
+
+def network_heads(
+    network: FeatureNetwork, *, resolution: int, width: int, tokens: bool, **options: Any
+) -> list[tuple[nn.Module, tuple[int, ...]]]:
+    """The heads of one network, each with the shape [..., c] of what it reads."""
+    if tokens and network.tokens:
+        head = TokenHead(channels=TOKEN_WIDTH * width, **options)
+        return [(head, shape) for shape in token_shapes(network, resolution)]
+    return [
+        (Head(channels=head_channels(side, width), **options), (side, side, channels))
+        for side, channels in mixed_shapes(map_shapes(network, resolution), width)
+    ]
 
 
 def head_channels(side: int, width: int) -> tuple[int, ...]:

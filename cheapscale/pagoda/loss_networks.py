@@ -4,6 +4,7 @@ Both use frozen feature networks. The run's summary records the networks' names 
 their weights, because evaluation refuses to measure a model with a network that trained it.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -93,6 +94,22 @@ def read_table(path: str) -> np.ndarray:
     return np.asarray(table, np.float32)
 
 
+def check_discriminator(
+    backbones: list[features.FeatureNetwork], tokens: bool, table: str, conditional: bool
+) -> None:
+    """Raises ValueError where the discriminator's settings do not fit its networks or the data."""
+    if tokens and not any(network.tokens for network in backbones):
+        names = [network.name for network in backbones]
+        raise ValueError(
+            f"discriminator.tokens is True, but no network in {names} has tokens: give "
+            "--config.features.names=dino_vits16 and its file, or leave it out"
+        )
+    if table and not conditional:
+        raise ValueError(
+            f"discriminator.class_table is {table}, but the data have no classes: leave it empty"
+        )
+
+
 def make_loss_networks(
     source,
     *,
@@ -113,16 +130,8 @@ def make_loss_networks(
     networks = list(backbones)
     discriminator = dict(discriminator)
     tokens = discriminator.get("tokens", False)
-    if tokens and not any(network.tokens for network in backbones):
-        raise ValueError(
-            f"discriminator.tokens is True, but no network in {settings['names']} has tokens: give "
-            "--config.features.names=dino_vits16 and its file, or leave it out"
-        )
     table = discriminator.pop("class_table", "")
-    if table and not conditional:
-        raise ValueError(
-            f"discriminator.class_table is {table}, but the data have no classes: leave it empty"
-        )
+    check_discriminator(backbones, tokens, table, conditional)
     embedding = read_table(table) if table else None
     if weights["lpips"]:
         networks += load_features(settings | {"names": ("vgg16_lpips",)}, source)[0]
@@ -167,22 +176,32 @@ def make_loss_networks(
         read = {name: view for name, view in views.items() if view.reader in readers}
         return P.apply(frozen["projections"], read) if read else {}
 
-    def distance(frozen, f, g, x, y):
-        terms = {}
-        if weights["feature"]:
-            terms["feature"] = weights["feature"] * feature_distance(f, g)
-        if lpips:
-            terms["lpips"] = weights["lpips"] * lpips(frozen["lpips"], x, y)
-        if weights["pixel"]:
-            terms["pixel"] = weights["pixel"] * pixel_distance(x, y)
-        return terms
-
     return LossNetworks(
         init=D.init,
         load=load,
         shapes=shapes,
         see=see,
         discriminate=D.apply,
-        distance=distance,
+        distance=functools.partial(weighted_distance, weights, lpips),
         fits={name: planned.recipe for name, planned in unfitted.items()},
     )
+
+
+def weighted_distance(
+    weights: dict[str, float],
+    lpips: Callable | None,
+    frozen: PyTree,
+    f: PyTree,
+    g: PyTree,
+    x: jax.Array,
+    y: jax.Array,
+) -> dict[str, jax.Array]:
+    """{term: [b]}: the terms of d(x, y) whose weights are not zero; f, g: the maps of x and y."""
+    terms = {}
+    if weights["feature"]:
+        terms["feature"] = weights["feature"] * feature_distance(f, g)
+    if lpips:
+        terms["lpips"] = weights["lpips"] * lpips(frozen["lpips"], x, y)
+    if weights["pixel"]:
+        terms["pixel"] = weights["pixel"] * pixel_distance(x, y)
+    return terms
