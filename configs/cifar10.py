@@ -7,6 +7,8 @@ size=gpu about 5 minutes on one H100 or H200.
     python -m launch.pipeline --config=configs/cifar10.py --arg=data_dir=DIR --workdir=runs/cifar10
 """
 
+import functools
+
 from configs import common
 from configs.data_sets import DATA_SETS
 from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
@@ -29,12 +31,5 @@ SIZES = {
     },
 }
 
-
-def get_config(arg: str = ""):
-    """The config of one stage; words of `arg`: configs/common.py, ARGUMENTS, and any field."""
-    return common.image_config(arg, SIZES, DATA_SETS["cifar10"])
-
-
-def stages(arg: str = "") -> list[str]:
-    """The pipeline's stages in order, as argument strings."""
-    return common.image_stages(arg, SIZES, DATA_SETS["cifar10"], get_config)
+get_config = functools.partial(common.image_config, sizes=SIZES, data=DATA_SETS["cifar10"])
+stages = functools.partial(common.image_stages, sizes=SIZES, data=DATA_SETS["cifar10"])

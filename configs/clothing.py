@@ -8,6 +8,8 @@ Hardware: size=cpu (1,227 images) about 40 minutes on 2 cores; size=gallery (all
     python -m launch.pipeline --config=configs/clothing.py --arg=data_dir=DIR --workdir=runs/photos
 """
 
+import functools
+
 from configs import common
 from configs.data_sets import DATA_SETS
 from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
@@ -18,12 +20,5 @@ SIZES = {
     "gpu": common.GPU | {"model": "wide16"},
 }
 
-
-def get_config(arg: str = ""):
-    """The config of one stage; words of `arg`: configs/common.py, ARGUMENTS, and any field."""
-    return common.image_config(arg, SIZES, DATA_SETS["clothing"])
-
-
-def stages(arg: str = "") -> list[str]:
-    """The pipeline's stages in order, as argument strings."""
-    return common.image_stages(arg, SIZES, DATA_SETS["clothing"], get_config)
+get_config = functools.partial(common.image_config, sizes=SIZES, data=DATA_SETS["clothing"])
+stages = functools.partial(common.image_stages, sizes=SIZES, data=DATA_SETS["clothing"])

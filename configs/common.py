@@ -13,7 +13,6 @@ take a field as --config.NAME=VALUE.
 import ast
 import difflib
 import re
-from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -259,8 +258,8 @@ def gallery(pretrain: int, grow: int, more: dict[str, Any] | None = None) -> dic
     }
 
 
-def image_config(arg: str | None, sizes: dict[str, dict], data: DataSet) -> ConfigDict:
-    """The config of one stage on a data set.
+def image_config(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet) -> ConfigDict:
+    """The config of one stage on a data set; words of `arg`: ARGUMENTS, and any field.
 
     sizes: {size: row}, see configs/scenes.py. A row has `model`, the name of a preset, or of
     several by their resolution; for each stage {field: value} that differ from the defaults; and
@@ -385,9 +384,7 @@ SMOKE = {
 }  # fmt: skip
 
 
-def image_stages(
-    arg: str | None, sizes: dict[str, dict], data: DataSet, get_config: Callable
-) -> list[str]:
+def image_stages(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet) -> list[str]:
     """The argument strings of a pipeline's stages, in order.
 
     pagoda: pretrain, invert (with `guided` also for the teacher's samples), distill, and one growth
@@ -401,8 +398,9 @@ def image_stages(
     base = preset(model_name(row, args))["resolution"]
     first = [] if changes.get("teacher") else ["stage=pretrain"]
     if args.pipeline == "experts":
-        groups = get_config(f"{arg or ''},stage=assess").prune.groups
-        return [*first, "stage=assess", *(f"stage=prune,prune.group={g}" for g in range(groups))]
+        assess = image_config(f"{arg or ''},stage=assess", sizes=sizes, data=data)
+        groups = range(assess.prune.groups)
+        return [*first, "stage=assess", *(f"stage=prune,prune.group={g}" for g in groups)]
     if args.pipeline == "cascade":
         top = args.top or 2 * base
         return [*first, *(f"stage=cascade,resolution={r}" for r in doublings(base, top))]

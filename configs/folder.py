@@ -11,6 +11,8 @@ base: the teacher's resolution: 8, 16 or 32 px (size=cpu), 16, 32 or 64 px (size
 Hardware: size=cpu with 1,500 images from 16 to 64 px takes about an hour on 2 cores.
 """
 
+from typing import Any
+
 from configs import common, data_sets
 from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
@@ -21,8 +23,8 @@ MODELS = {
 RUNS = {"cpu": common.CPU, "gpu": common.GPU}
 
 
-def tables(arg: str) -> tuple[dict[str, dict], data_sets.DataSet]:
-    """({size: row}, data set) for the folder and the base resolution in `arg`."""
+def tables(arg: str) -> dict[str, Any]:
+    """{"sizes": {size: row}, "data": data set} for the folder and the base resolution in `arg`."""
     args, changes = common.parse(arg)
     data_dir = common.typed("data.data_dir", changes.get("data.data_dir", args.data_dir), "")
     split, eval_split = data_sets.folder(data_dir)
@@ -35,14 +37,14 @@ def tables(arg: str) -> tuple[dict[str, dict], data_sets.DataSet]:
     if not rows:
         raise ValueError(f"base={base} has no preset: choose 8, 16, 32 or 64")
     data = data_sets.DataSet("folder", -1, base, top=4 * base, eval_split=eval_split)
-    return rows, data
+    return {"sizes": rows, "data": data}
 
 
 def get_config(arg: str = ""):
     """The config of one stage; words of `arg`: configs/common.py, ARGUMENTS, and any field."""
-    return common.image_config(arg, *tables(arg))
+    return common.image_config(arg, **tables(arg))
 
 
 def stages(arg: str = "") -> list[str]:
     """The pipeline's stages in order, as argument strings."""
-    return common.image_stages(arg, *tables(arg), get_config)
+    return common.image_stages(arg, **tables(arg))

@@ -65,7 +65,7 @@ SIZES = {
 
 def get_config(arg: str = ""):
     """The config of one stage; words of `arg`: configs/common.py, ARGUMENTS, and any field."""
-    config = common.image_config(arg, SIZES, DATA_SETS["imagenet"])
+    config = common.image_config(arg, sizes=SIZES, data=DATA_SETS["imagenet"])
     args, changes = common.parse(arg)
     if config.stage == "grow" and args.resolution == 512 and not args.smoke:
         config.total_steps = int(changes.get("total_steps", 35_000))
@@ -74,4 +74,4 @@ def get_config(arg: str = ""):
 
 def stages(arg: str = "") -> list[str]:
     """The pipeline's stages in order, as argument strings."""
-    return common.image_stages(arg, SIZES, DATA_SETS["imagenet"], get_config)
+    return common.image_stages(arg, sizes=SIZES, data=DATA_SETS["imagenet"])

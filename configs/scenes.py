@@ -9,6 +9,8 @@ Hardware: 2 CPU cores, about 12 minutes (quick).
     python -m launch.train --config=configs/scenes.py:stage=pretrain --workdir=runs/teacher
 """
 
+import functools
+
 from configs import common
 from configs.data_sets import DATA_SETS
 from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
@@ -100,12 +102,5 @@ SIZES = {
     },
 }
 
-
-def get_config(arg: str = ""):
-    """The config of one stage; words of `arg`: configs/common.py, ARGUMENTS, and any field."""
-    return common.image_config(arg, SIZES, DATA_SETS["scenes"])
-
-
-def stages(arg: str = "") -> list[str]:
-    """The pipeline's stages in order, as argument strings."""
-    return common.image_stages(arg, SIZES, DATA_SETS["scenes"], get_config)
+get_config = functools.partial(common.image_config, sizes=SIZES, data=DATA_SETS["scenes"])
+stages = functools.partial(common.image_stages, sizes=SIZES, data=DATA_SETS["scenes"])
