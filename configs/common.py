@@ -252,8 +252,9 @@ def gallery(pretrain: int, grow: int, more: dict[str, Any] | None = None) -> dic
         "top": 64,
         "pretrain": decayed(pretrain, 1e-3, 64, teacher),
         "invert": invert | {"invert.nodes": 12, "invert.noise": 0.05} | more,
-        "regress": decayed(3000, 1e-3, 64, more),
-        "distill": decayed(3000, 5e-4, 24, SHORT_GAN | more),
+        "regress": decayed(3000, 2e-3, 32, more),
+        "distill": decayed(1000, 5e-4, 24, SHORT_GAN | more),
+        "regress_grown": decayed(1500, 2e-3, 16, more),
         "grow": decayed(grow, 5e-4, 16, SHORT_GAN | {"features.input_size": 64} | more),
     }
 
@@ -410,11 +411,9 @@ def image_stages(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet)
     if args.pipeline == "pagoda":
         top = args.top or max(row.get("top", data.top), base)
         reached = doublings(base, top)
-        grow = (("stage=regress",) if "regress_grown" in row and not args.smoke else ()) + (
-            "stage=grow",
-        )
+        regress = ["stage=regress"] * ("regress_grown" in row and not args.smoke)
         for side in reached[-1:] if args.jump else reached:
-            planned += [f"{stage},resolution={side}" for stage in grow]
+            planned += [f"{stage},resolution={side}" for stage in (*regress, "stage=grow")]
     if args.controls:
         for one in [words for words in planned if re.match("stage=(distill|grow)", words)]:
             planned = [*planned, f"{one},control=no_rec", f"{one},control=no_adv"]

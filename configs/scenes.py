@@ -40,8 +40,9 @@ SIZES = {
         "options": {"size": 600, "single": True},
         "pretrain": common.decayed(800, 2e-3, 64),
         "invert": INVERT | {"invert.per_shard": 200},
-        "regress": common.decayed(200, 1e-3, 64),
+        "regress": common.decayed(400, 2e-3, 32),
         "distill": common.decayed(250, 1e-3, 16, common.SHORT_GAN),
+        "regress_grown": common.decayed(300, 2e-3, 16),
         "grow": common.decayed(150, 1e-3, 16, common.SHORT_GAN),
     },
     # One object in each picture, 16 to 64 px, with features of a real network: hours.

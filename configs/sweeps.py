@@ -14,6 +14,13 @@ SEEDS = (0, 1, 2)
 ONE = "pipeline=one_step"
 RATIONS = "data.options.size=200,data.flip=False,invert.nodes=10"  # else inversion takes all
 STEADY = "optim.decay_steps=0"  # the rate, where FLOPs decide how many updates there are
+
+
+def both(word: str) -> str:
+    """A word of stage distill, and of the regression from which it starts."""
+    return f"regress.{word},distill.{word}"
+
+
 SWEEPS: dict[str, tuple[str, ...]] = {
     # PaGoDA (arXiv 2405.14822), section 3.1: nodes of the inversion (the paper has 40); latents
     # of the prior's size by the images' noise, as size=ablation has it, by a factor, or not at all,
@@ -23,7 +30,7 @@ SWEEPS: dict[str, tuple[str, ...]] = {
         f"{ONE},invert.noise=0.0,rescale_latents=True",
     ),
     # Section 3.3: L_rec on a small share of the pairs. The paper: 1 % loses nothing.
-    "pairs": (ONE, *(f"{ONE},distill.data_proportion={p}" for p in (0.1, 0.01))),
+    "pairs": (ONE, *(f"{ONE},{both(f'data_proportion={p}')}" for p in (0.1, 0.01))),
     # Section 3.3: x4 in one jump, for the FLOPs of x2 twice. The paper: as good.
     "jump": tuple(
         f"top=32{jump},grow32.total_flops=1.8e13,grow32.{STEADY}" for jump in ("", ",jump=True")
@@ -35,13 +42,13 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     "teachers": tuple(
         f"{ONE},pretrain.total_steps={steps}{pairs}"
         for steps in (800, 200, 50)
-        for pairs in ("", ",invert.direction=sample,distill.pairs=teacher")
+        for pairs in ("", f",invert.direction=sample,{both('pairs=teacher')}")
     ),
     # The same with and without the discriminator.
     "losses": tuple(
         f"{ONE},distill.adversarial_weight={weight}{pairs}"
         for weight in (0.2, 0.0)
-        for pairs in ("", ",invert.direction=sample,distill.pairs=teacher")
+        for pairs in ("", f",invert.direction=sample,{both('pairs=teacher')}")
     ),
     # Table 2: base resolutions, here for equal FLOPs in all (teacher, inversion, generators). The
     # paper: 32 and 64 px are equally good, below 32 px is too hard.
@@ -58,8 +65,11 @@ SWEEPS: dict[str, tuple[str, ...]] = {
         f"{ONE},distill.feature_weight={feature},distill.pixel_weight={pixel}"
         for feature, pixel in ((1.0, 10.0), (1.0, 0.0), (0.0, 10.0))
     ),
-    # Growth with and without L_rec.
-    "growth": ("top=16", "top=16,grow.feature_weight=0.0,grow.pixel_weight=0.0"),
+    # Growth: also without a regression of pixels before it, and without any L_rec.
+    "growth": (
+        "top=16", "top=16,regress16.total_steps=1",
+        "top=16,regress16.total_steps=1,grow.feature_weight=0.0,grow.pixel_weight=0.0",
+    ),
     # self-cascade (arXiv 2402.10491): trained weights, and restart levels
     "tunings": tuple(
         f"stage=cascade,tune={tune}" for tune in ("neck", "full", "gain", "2k", "lora", "ft")
