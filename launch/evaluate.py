@@ -6,7 +6,14 @@
     python -m launch.evaluate --images=samples.npz --data=cifar10 --data_dir=DIR --resolution=32 \\
         --network=resnet56=resnet56.th --metrics=fd,kid,prdc,memorisation --workdir=runs/eval_files
 
-With --model the data set comes from the checkpoint, and labels have its class frequencies. Without
+With --model the data set comes from the checkpoint, labels have its class frequencies, and a model
+of captions draws those of the held-out images. A generator that takes the guidance scale beside its
+teacher, each at several scales, in one record with a row for each:
+
+    python -m launch.evaluate --model=runs/text/grow32 --model=runs/text/pretrain --num=1000 \\
+        --num_reference=200 --cfg_scale=1 --cfg_scale=4 --metrics=composition --workdir=runs/scales
+
+Without
 --network the features are those of a small classifier of the data set, and metric names contain
 "classifier" (fd_classifier). Metrics are called fid, kid and is only with the published Inception
 weights.
@@ -43,6 +50,7 @@ from cheapscale.evaluation.request import (
 )
 from cheapscale.features import clip as clip_network
 from cheapscale.features import tokenizer
+from cheapscale.features.contrastive import fit_contrastive
 from cheapscale.features.fitted import fit_classifier
 from cheapscale.teacher.cost import sampler_cost
 from cheapscale.teacher.data import match_classes
@@ -66,7 +74,9 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """The command's flags."""
-    flags.DEFINE_string("model", None, "Work directory of a pretrain, distill or grow run.")
+    flags.DEFINE_multi_string(
+        "model", [], "Work directory of a pretrain, distill or grow run; may be repeated."
+    )
     flags.DEFINE_string("images", None, "Folder of images, or .npz with uint8 images or arr_0.")
     flags.DEFINE_string("workdir", None, "Folder for shards and results.")
     flags.DEFINE_string("data", None, "Data set to compare with (default: the model's).")
@@ -95,12 +105,14 @@ def define_flags() -> None:
     flags.DEFINE_enum("method", "heun", METHODS, text)
     text = "Teacher: spacing of levels; all but karras need VP."
     flags.DEFINE_enum("spacing", "karras", SPACINGS, text)
-    flags.DEFINE_float("cfg_scale", 1.0, "Guidance scale of a model trained for it; 1: none.", 0)
+    text = "Guidance scale of a model trained for it; 1: none. May be repeated."
+    flags.DEFINE_multi_float("cfg_scale", [1.0], text, 0)
     flags.DEFINE_bool("ema", True, "Use the EMA weights.")
     flags.DEFINE_integer("step", None, "Checkpoint step (default: the newest).", 0, LARGEST)
     flags.DEFINE_integer("patch", 0, "Side of the crops of the metric 'patch'.", 0, 2**14)
     flags.DEFINE_integer("base", 0, "Resolution of 'base' (default: the model's).", 0, 2**14)
-    flags.DEFINE_string("clip", None, "NAME=FILE of a CLIP network, for the metric 'clip'.")
+    text = "NAME=FILE of a CLIP network, for the metric 'clip'; or contrastive: fitted on captions."
+    flags.DEFINE_string("clip", None, text)
     flags.DEFINE_list(
         "vocabulary", [], "CLIP's bpe_simple_vocab or tokenizer.json, or vocab.json,merges.txt."
     )
@@ -114,11 +126,11 @@ def define_flags() -> None:
     required("workdir", "runs/eval")
 
 
-def solver_flags(model: Model) -> dict:
+def solver_flags(model: Model, scale: float) -> dict:
     """The options of a teacher's sampler; for a generator at most the guidance scale."""
     if isinstance(model, Generator):
-        return {"cfg_scale": FLAGS.cfg_scale} if model.guided or FLAGS.cfg_scale != 1 else {}
-    return {name: FLAGS[name].value for name in ("steps", "method", "cfg_scale", "spacing")}
+        return {"cfg_scale": scale} if model.guided or scale != 1 else {}
+    return {name: FLAGS[name].value for name in ODE_OPTIONS} | {"cfg_scale": scale}
 
 
 def open_pairs(model: Model | None, real, train) -> image_sets.Pairs:
@@ -172,8 +184,14 @@ def open_networks(train, steps: int | None) -> tuple[list[features.FeatureNetwor
     ], warnings
 
 
-def open_clip(model: Model | None, real) -> Clip:
-    """CLIP with one prompt for each class, from the flags."""
+def open_clip(model: Model | None, real, train) -> Clip:
+    """CLIP with one prompt for each class, from the flags; or the network that is fitted on the
+    captions of the training images."""
+    if FLAGS.clip == "contrastive":
+        if train is None:
+            raise ValueError("--clip=contrastive is fitted on training images: give --data")
+        fitted = fit_contrastive(train, purpose="metric")
+        return Clip(fitted.network, fitted.texts, (), "captions", "alignment")
     network, files = open_network(FLAGS.clip), FLAGS.vocabulary
     vocabulary = tokenizer.read_vocabulary("+".join(files) or None)
     words = tokeniser(vocabulary, tokenizer.LENGTH, null=False)
@@ -192,7 +210,7 @@ def open_clip(model: Model | None, real) -> Clip:
 NO_METRICS = ("device_seconds", "items_per_second", "cfg_scale")
 # Flags that only apply to one kind of evaluation; ignoring them silently would hide a mistake.
 ONLY_FOR = {
-    "a teacher": ODE_OPTIONS,
+    "a teacher": ("steps", "method", "spacing"),
     "a generator": ("latents",),
     "--model": ("ema", "step", "seed"),
     "--images": ("resolution", "targets"),
@@ -202,13 +220,14 @@ ONLY_FOR = {
 }
 
 
-def check_flags(model: Model | None, metrics: tuple[str, ...]) -> None:
-    """Raise ValueError for a flag that this evaluation would ignore."""
+def check_flags(models: list[Model | None]) -> None:
+    """Raise ValueError for a flag that these evaluations would ignore."""
+    metrics = FLAGS.metrics
     applies = {
-        "a teacher": model is not None and not isinstance(model, Generator),
-        "a generator": isinstance(model, Generator),
-        "--model": model is not None,
-        "--images": model is None,
+        "a teacher": any(model and not isinstance(model, Generator) for model in models),
+        "a generator": any(isinstance(model, Generator) for model in models),
+        "--model": bool(FLAGS.model),
+        "--images": not FLAGS.model,
         "the metric 'clip'": "clip" in metrics,
         "the metric 'reconstruction'": "reconstruction" in metrics,
         "the metric 'patch'": "patch" in metrics,
@@ -247,11 +266,11 @@ def open_splits(model: Model | None) -> tuple[Any, Any]:
     )
     for source in opened if model else ():
         if source and source.num_classes and model.num_classes:
-            match_classes(model.meta, model.num_classes, source, FLAGS.model)
+            match_classes(model.meta, model.num_classes, source, model.workdir)
     return opened
 
 
-def images_to_measure(model: Model | None, real, train) -> image_sets.Images:
+def images_to_measure(model: Model | None, scale: float, real, train) -> image_sets.Images:
     """The model's samples, with the class frequencies of its training images or the captions of
     the held-out ones; or --images."""
     if model is None:
@@ -265,32 +284,46 @@ def images_to_measure(model: Model | None, real, train) -> image_sets.Images:
         mix = next((source for source in (train, real) if source and source.num_classes), None)
         if mix is None:
             raise ValueError(
-                f"{FLAGS.model} has {model.num_classes} classes, but no images are given whose "
+                f"{model.workdir} has {model.num_classes} classes, but no images are given whose "
                 "labels say how many samples each gets: give labelled images in --train_split, "
                 "or sample it first and give --images"
             )
         labels = mix.class_mix(FLAGS.num)
         check_labels(labels, model.num_classes)
     options = {"seed": FLAGS.seed, "batch_size": FLAGS.batch_size, "captions": captions}
-    options |= solver_flags(model)
+    options |= solver_flags(model, scale)
     resolution = model.net.config.output_resolution
     return image_sets.sampled_images(model, resolution, labels, FLAGS.num, **options)
 
 
 def run() -> dict:
-    """The summary of the evaluation that the flags describe."""
-    if (FLAGS.model is None) == (FLAGS.images is None):
+    """The summary of the evaluation that the flags describe; of several models or guidance scales
+    {"rows": their summaries}, each in its own folder of the work directory."""
+    if bool(FLAGS.model) == (FLAGS.images is not None):
         raise ValueError("give either --model=WORKDIR or --images=FOLDER_OR_NPZ")
-    model = load(FLAGS.model, ema=FLAGS.ema, step=FLAGS.step) if FLAGS.model else None
+    models = [load(path, ema=FLAGS.ema, step=FLAGS.step) for path in FLAGS.model] or [None]
+    runs = [(model, scale) for model in models for scale in FLAGS.cfg_scale]
+    check_flags(models)
+    workdir = pathlib.Path(FLAGS.workdir)
+    if len(runs) == 1:
+        return measured(*runs[0], workdir)
+    places = [
+        workdir / f"{pathlib.Path(model.workdir).name if model else 'images'}-{scale:g}"
+        for model, scale in runs
+    ]
+    return {"rows": [measured(*one, place) for one, place in zip(runs, places)]}
+
+
+def measured(model: Model | None, scale: float, workdir: pathlib.Path) -> dict:
+    """The summary of one model at one guidance scale, or of --images."""
     real, train = open_splits(model)
-    generated = images_to_measure(model, real, train)
+    generated = images_to_measure(model, scale, real, train)
     metrics = tuple(FLAGS.metrics)
     if not metrics:
         metrics = DEFAULT_METRICS + (TRAIN_METRICS if train is not None else ())
         known = generated.labelled or generated.captions is not None
         if real is not None and real.name == "scenes" and known:
             metrics += ("composition",)
-    check_flags(model, metrics)
     networks, warnings = [], []
     if set(metrics) & {*FEATURE_METRICS, *VIEW_METRICS}:
         own = model.meta["config"].get("features", {}) if model else {}
@@ -303,25 +336,29 @@ def run() -> dict:
         train,
         references=FLAGS.reference,
         used_in_loss=model.meta.get("frozen_networks", {}) if model else {},
-        clip=open_clip(model, real) if FLAGS.clip else None,
+        clip=open_clip(model, real, train) if FLAGS.clip else None,
         pairs=open_pairs(model, real, train) if "reconstruction" in metrics else None,
         # The published LPIPS does not resize images; input_size=0 keeps their size.
         lpips=open_network(FLAGS.lpips, input_size=0) if FLAGS.lpips else None,
         base=FLAGS.base or (model.resolution if model else 0),
         **{name: FLAGS[name].value for name in SAME_NAME},
     )
-    job = evaluation_job(evaluation, FLAGS.workdir)
-    summary = jobs.run(job, FLAGS.workdir, identity(evaluation), name="evaluate")
+    job = evaluation_job(evaluation, workdir)
+    summary = jobs.run(job, str(workdir), identity(evaluation), name="evaluate")
     with barrier("the report"):  # process 0 writes it, and the others wait
-        return report(summary, warnings, model, evaluation) if "num" in summary else summary
+        if "num" not in summary:
+            return summary
+        summary["warnings"] = warnings + summary["warnings"]
+        return report(summary, model, scale, evaluation, workdir)
 
 
-def report(summary: dict, warnings: list[str], model: Model | None, evaluation: Evaluation) -> dict:
+def report(
+    summary: dict, model: Model | None, scale: float, evaluation: Evaluation, workdir: pathlib.Path
+) -> dict:
     """The job's summary with model, settings and cost; also writes pictures and a Markdown row."""
-    summary["warnings"] = warnings + summary["warnings"]
     if model:
-        made = {"ema": FLAGS.ema, "seed": FLAGS.seed} | solver_flags(model)
-        summary |= {"model": FLAGS.model, "checkpoint_step": model.step} | made
+        made = {"ema": FLAGS.ema, "seed": FLAGS.seed} | solver_flags(model, scale)
+        summary |= {"model": model.workdir, "checkpoint_step": model.step} | made
     else:
         summary["images"] = FLAGS.images
     summary |= {
@@ -330,12 +367,12 @@ def report(summary: dict, warnings: list[str], model: Model | None, evaluation: 
         "resolution": evaluation.generated.resolution,
         "references": list(FLAGS.reference),
         "resize": FLAGS.resize,
-        "provenance": provenance({"model": FLAGS.model}),
+        "provenance": provenance({"model": model.workdir if model else ""}),
     }
     if model and FLAGS.cost:
         batch_size = min(FLAGS.batch_size, FLAGS.num)
-        summary["cost"] = sampler_cost(model, batch_size=batch_size, **solver_flags(model))
-    show(pathlib.Path(FLAGS.workdir), summary)
+        summary["cost"] = sampler_cost(model, batch_size=batch_size, **solver_flags(model, scale))
+    show(workdir, summary)
     return summary
 
 

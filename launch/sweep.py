@@ -40,6 +40,7 @@ from cheapscale.evaluation.measure import checked_name
 from cheapscale.evaluation.paired import compare, table
 from cheapscale.evaluation.report_rows import Row, read_some
 from cheapscale.teacher import load
+from cheapscale.teacher.data import match_classes
 from cheapscale.teacher.sampling import sample
 from cheapscale.training.checkpoint import PLACES
 from cheapscale.training.lock import Busy
@@ -157,7 +158,9 @@ def measured(place: str, config, judges: Sequence, num: int) -> dict[str, float]
     generator = load(place)
     for judge in judges:
         checked_name(judge, generator.meta["frozen_networks"])
-    labels = open_data(config.data).class_mix(num)
+    asked = open_data(config.data, split=config.data.eval_split)  # its classes or captions
+    match_classes(generator.meta, generator.num_classes, asked, place)
+    labels = asked.class_mix(num)
     images = sample(generator, np.arange(num), labels=labels, batch_size=250)[0]
     row = Row(to_uint8(images), {})
     real = read_some(config.data, num, config.data.eval_split)

@@ -186,7 +186,7 @@ def summarise(e: Evaluation, parts: list[Part]) -> dict:
             warnings.append("no LPIPS of the reconstructions: give --lpips=vgg16_lpips=FILE")
     if "clip" in e.metrics:
         score = read(parts, GENERATED, "clip")["clip"]
-        result[f"clip_score_{e.names[e.clip.network.name]}"] = float(score.mean())
+        result[f"{e.clip.metric}_{e.names[e.clip.network.name]}"] = float(score.mean())
     return result | {"warnings": warnings}
 
 

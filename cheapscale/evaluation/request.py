@@ -29,13 +29,14 @@ class Clip(NamedTuple):
     """A CLIP network with its text tower.
 
     texts: function from a sequence of strings to text features [n, d]. prompts: one text for each
-    class. fingerprint: hash of vocabulary and prompts.
+    class. fingerprint: hash of vocabulary and prompts. metric: what its number is called.
     """
 
     network: FeatureNetwork
     texts: Callable[[Sequence[str]], np.ndarray]
     prompts: Sequence[str]
     fingerprint: str
+    metric: str = "clip_score"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +195,7 @@ def mistakes(e: Evaluation) -> Iterator[str]:
     if "reconstruction" in asked and e.pairs is None:
         yield "reconstruction needs images with their targets: give pairs"
     if "clip" in asked and e.clip is None:
-        yield "clip needs a CLIP network: give --clip and --vocabulary"
+        yield "clip needs a CLIP network: give --clip and --vocabulary, or --clip=contrastive"
     for metric in sorted(asked & {"clip", "composition"}) if not e.condition else ():
         yield (
             f"{metric} compares images with their labels or captions, and these images have "

@@ -14,6 +14,7 @@ data.scenes are fitted by Gauss-Newton; the best fit is an object, which is subt
     count             the number of objects is right; for a label: one of main size, at most two
                       small ones
     shape, colour     those of every requested object are right (for a label: the main one's shape)
+    main              for a caption: shape and colour of the main object are right
     position          every object is within 0.05 sides of its place; for a caption: its relations
     all               all of the above
     extra, missing    there are more or fewer objects than requested; a duplicate is extra
@@ -257,6 +258,8 @@ def compare(found: Sequence[Found], asked: scenes.Scene | str | int) -> dict[str
         ]
         best = max(hits, key=lambda hit: sum(map(sum, hit.values())))
         right = {"count": len(found) == len(wanted)} | {name: all(v) for name, v in best.items()}
+        if named:
+            right["main"] = bool(found) and found[0][:2] == wanted[0][:2]
         counts = {"extra": len(found) > len(wanted), "missing": len(found) < len(wanted)}
     return right | counts | {"all": all(right.values())}
 

@@ -117,14 +117,17 @@ def lazy_classifier(
         feature_network(param_shapes(spec), spec),
         f"{spec['steps']} updates of {spec['batch_size']} images of {source.resolution} px, "
         f"kept in {path}",
-        lambda: feature_network(*_from_process_0(lambda: _read_or_fit(path, source, spec))),
+        lambda: feature_network(*from_process_0(lambda: read_or_fit(path, source, spec, _fit))),
     )
 
 
-def _read_or_fit(path: pathlib.Path, source: Any, spec: dict) -> tuple[PyTree, dict]:
+def read_or_fit(
+    path: pathlib.Path, source: Any, spec: dict, fit: Callable[[Any, dict], tuple[PyTree, dict]]
+) -> tuple[PyTree, dict]:
+    """(weights, report) of a cached file, or of fit(source, spec), which is then kept there."""
     if path.is_file():
         return read_classifier(path)
-    params, found = _fit(source, spec)
+    params, found = fit(source, spec)
     report = spec | found | {"sha256": weights_hash(params)}
     # The weights are written last: if they exist, the report is complete.
     with atomic_write(path.with_suffix(".json")) as temporary:
@@ -132,13 +135,13 @@ def _read_or_fit(path: pathlib.Path, source: Any, spec: dict) -> tuple[PyTree, d
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **flatten_dict(params, sep="/"))
     logging.info(
-        "fitted a classifier on %d images of %d px: %.0f%% of held-out %ss are right",
+        "fitted a network on %d images of %d px: %.0f%% of held-out %ss are right",
         found["images"], spec["resolution"], 100 * found["accuracy"], spec["task"],
     )  # fmt: skip
     return params, report
 
 
-def _from_process_0(make: Callable[[], tuple[PyTree, dict]]) -> tuple[PyTree, dict]:
+def from_process_0(make: Callable[[], tuple[PyTree, dict]]) -> tuple[PyTree, dict]:
     """Process 0's make() -> (params, report), on every process: what two processes fit may differ
     in the last bits, but a run records one hash for each network."""
     if jax.process_count() == 1:

@@ -166,6 +166,14 @@ def test_captions_are_parsed_and_their_relations_checked(readings):
     checked = 0
     for found, truth in zip(readings, TRUTHS):
         text = data.caption(truth)
+        main, *others = scenes.parse_caption(text)
+        assert scenes.compare(found, text)["main"]
+        repainted = text.replace(main.colour, "red" if main.colour != "red" else "blue", 1)
+        assert not scenes.compare(found, repainted)["main"]
+        if others:  # a wrong small object leaves the main one right
+            words, last = text.rsplit(" ", 1)
+            verdict = scenes.compare(found, f"{words} {'disc' if last != 'disc' else 'star'}")
+            assert verdict["main"] and not verdict["shape"]
         first = next((r for r in opposite if f" {r} " in text), None)
         if len(truth.objects) == 2 and first:
             verdict = scenes.compare(found, text.replace(first, opposite[first]))

@@ -29,8 +29,8 @@ from cheapscale.teacher.teacher import make_generator, resolve_model
 from cheapscale.training import checkpoint, loop
 from cheapscale.training.state import Optimiser, create_state
 from configs import fields, scenes
+from launch import evaluate, train
 from launch import sample as sample_command
-from launch import train
 
 MODEL = dict(
     resolution=8, channels=8, channel_mult=(1,), num_classes=3, group_size=4, extra_conditions=1
@@ -271,6 +271,13 @@ def test_samples_then_a_guided_generator_then_its_growth(pipeline, tmp_path, mon
     assert load(G).guided and load(G).meta["omega"] == "normal"
     drawn = sample_command.main([f"--model={G}", "--num=4", "--cfg_scale=4"])
     assert drawn["num"] == 4
+    scored = evaluate.main([
+        f"--model={G}", "--cfg_scale=1", "--cfg_scale=4", "--num=4", "--num_reference=8",
+        "--metrics=composition", "--nocost", f"--workdir={tmp_path / 'scales'}",
+    ])["rows"]  # fmt: skip
+    assert [row["cfg_scale"] for row in scored] == [1, 4]
+    assert all(0 <= row["composition_shape"] <= row["composition_shape_real"] for row in scored)
+    assert (tmp_path / "scales/distill-4/samples.png").is_file()
     with pytest.raises(ValueError, match="without guidance"):
         sampler(load(root / "distill"), cfg_scale=4.0)
     wrong = config("stage=distill", **places | {"latents": tmp_path / "samples"})
