@@ -188,14 +188,7 @@ class UNet(nn.Module):
                 )
             return h + inject[place].astype(h.dtype)
 
-        text = None
-        if config.text:
-            encoder = TextEncoder(config.text, name="text")
-            if not isinstance(label, TextFeatures):
-                given = label is not None and label.ndim == 2
-                label = encoder(label if given else jnp.full((len(x), 1), NO_TOKEN))
-            text, label = label, None
-            caption = text.pooled if caption is None else caption
+        text, label, caption = self._read(label, caption, len(x))
         emb = self._embedding(noise, label, augment, extra, caption)
         h = aux = x.astype(dtype)
         skips, tapped = {}, {"emb": emb}
@@ -231,6 +224,19 @@ class UNet(nn.Module):
         if isinstance(label, TextFeatures) or label.ndim != 2:
             return label
         return TextEncoder(self.config.text, parent=None).apply({"params": params["text"]}, label)
+
+    def _read(
+        self, label: Any, caption: jax.Array | None, rows: int
+    ) -> tuple[TextFeatures | None, Any, jax.Array | None]:
+        """(what the blocks read of captions, label, pooled vector); without captions label and
+        vector are as they are given."""
+        if not self.config.text:
+            return None, label, caption
+        encoder, text = TextEncoder(self.config.text, name="text"), label
+        if not isinstance(text, TextFeatures):
+            given = text is not None and text.ndim == 2
+            text = encoder(text if given else jnp.full((rows, 1), NO_TOKEN))
+        return text, None, text.pooled if caption is None else caption
 
     def _res(self, block: Block) -> nn.Module:
         config = self.config

@@ -54,32 +54,10 @@ def build(config) -> Job:
     source = open_data(config.data)
     check_teacher(teacher, source)
     settings = config.invert
-    scale = 2.0 if settings.omega else settings.cfg_scale  # all above 1 cost the same
-    check_guidance(teacher, scale)
-    if settings.omega and settings.cfg_scale != 1.0:
-        raise ValueError(
-            f"invert.cfg_scale is {settings.cfg_scale}, but invert.omega draws the scales: leave "
-            "out one of them"
-        )
+    scale = checked_scale(teacher, settings)
     if not config.latents:
         raise ValueError("latents is empty: give --config.latents=DIR, a folder for the pairs")
-    inverting = settings.direction == "invert"
-    manifest = make_manifest(
-        teacher,
-        source,
-        direction=settings.direction,
-        orientations=2 if config.data.flip else 1,
-        seed=config.seed,
-        nodes=settings.nodes,
-        clip=settings.clip,
-        noise=settings.noise,
-        level=settings.noise,  # where the ODE starts; generators without it started at sigma_min
-        cfg_scale=settings.cfg_scale,
-        dtype=settings.dtype,
-        per_shard=settings.per_shard,
-        **({"omega": settings.omega} if settings.omega else {}),
-    )
-    store = PairStore.create(config.latents, manifest)
+    store = PairStore.create(config.latents, make_manifest(teacher, source, config))
     # Full float32 products: an accelerator's default would cause a larger error than Heun's method.
     solve = functools.partial(
         ode_map,
@@ -94,16 +72,6 @@ def build(config) -> Job:
     def run(teacher, x, label, omega=settings.cfg_scale):
         return solve(teacher, x, label, cfg_scale=omega)
 
-    def start(n: int) -> tuple[np.ndarray, int | np.ndarray]:
-        """(where the ODE of record n starts, its label)."""
-        if inverting:
-            x, label = oriented(source, *store.key(n))
-            n_x = np.random.default_rng((config.seed, n)).standard_normal(x.shape, np.float32)
-            return x + np.float32(settings.noise) * n_x, label
-        if source.captioned:  # samples have the captions of the images
-            return drawn_latent(manifest, n), source[store.key(n)[0]]["label"]
-        return drawn_latent(manifest, n), n % max(source.num_classes, 1)
-
     flops = functools.partial(flops_of_path, teacher, settings.nodes, settings.direction, scale)
 
     def prepare() -> float:
@@ -113,14 +81,16 @@ def build(config) -> Job:
     def run_shard(flops_per_latent: float, shard: int, mesh) -> dict:
         began = time.monotonic()
         records = store.records(shard)
-        x, labels = (np.stack(rows) for rows in zip(*(start(n) for n in records)))
+        x, labels = (
+            np.stack(rows) for rows in zip(*(path_start(source, store, n) for n in records))
+        )
         labels, omega = labels.astype(np.int32), None
         rows = (x, labels)
         if settings.omega:
             omega = scales(config.seed, records, settings.omega)
             rows += (omega,)
         z = in_batches(run, teacher, *rows, batch_size=config.batch_size)
-        if not inverting:  # quantise samples to eight bits, as the data are
+        if settings.direction == "sample":  # quantise samples to eight bits, as the data are
             z = from_uint8(to_uint8(check_finite(z, "samples", records)))
         cost = {
             "flops": flops_per_latent * len(records),
@@ -146,6 +116,30 @@ def build(config) -> Job:
             batch_size=min(config.batch_size, settings.per_shard),
         ),
     )
+
+
+def checked_scale(teacher: Teacher | Experts, settings) -> float:
+    """The guidance scale by which the cost is counted; ValueError where the teacher has none."""
+    scale = 2.0 if settings.omega else settings.cfg_scale  # all above 1 cost the same
+    check_guidance(teacher, scale)
+    if settings.omega and settings.cfg_scale != 1.0:
+        raise ValueError(
+            f"invert.cfg_scale is {settings.cfg_scale}, but invert.omega draws the scales: leave "
+            "out one of them"
+        )
+    return scale
+
+
+def path_start(source, store: PairStore, n: int) -> tuple[np.ndarray, int | np.ndarray]:
+    """(where the ODE of record n starts, its label)."""
+    made = store.manifest
+    if made["direction"] == "invert":
+        x, label = oriented(source, *store.key(n))
+        n_x = np.random.default_rng((made["seed"], n)).standard_normal(x.shape, np.float32)
+        return x + np.float32(made["noise"]) * n_x, label
+    if source.captioned:  # samples have the captions of the images
+        return drawn_latent(made, n), source[store.key(n)[0]]["label"]
+    return drawn_latent(made, n), n % max(source.num_classes, 1)
 
 
 def describe(
@@ -217,8 +211,9 @@ def oriented(source, index: int, flipped: int) -> tuple[np.ndarray, int | np.nda
     return (flip(item["image"]) if flipped else item["image"]), item["label"]
 
 
-def make_manifest(teacher: Teacher | Experts, source, **settings) -> dict:
+def make_manifest(teacher: Teacher | Experts, source, config) -> dict:
     """The manifest of a latent store, by which latents of another teacher or data are refused."""
+    settings = config.invert
     made_by = {"teacher": teacher.fingerprint}
     if isinstance(teacher, Experts):  # the student will be a copy of their base
         made_by = {
@@ -241,5 +236,15 @@ def make_manifest(teacher: Teacher | Experts, source, **settings) -> dict:
         "source": source.describe(),
         "num_images": len(source),
         "shape": [source.resolution, source.resolution, 3],
-        **settings,
+        "direction": settings.direction,
+        "orientations": 2 if config.data.flip else 1,
+        "seed": config.seed,
+        "nodes": settings.nodes,
+        "clip": settings.clip,
+        "noise": settings.noise,
+        "level": settings.noise,  # where the ODE starts; stores without it started at sigma_min
+        "cfg_scale": settings.cfg_scale,
+        "dtype": settings.dtype,
+        "per_shard": settings.per_shard,
+        **({"omega": settings.omega} if settings.omega else {}),
     }
