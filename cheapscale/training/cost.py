@@ -125,6 +125,11 @@ class Ledger:
         self.flops_per_step, self.start = flops_per_step, start
         self.began = self.clock = time.monotonic()  # the clock measures the speed
 
+    def time_from(self, running: PyTree) -> None:
+        """Start the clock once `running`, results of the first step, are computed."""
+        jax.block_until_ready(running)
+        self.clock = time.monotonic()
+
     @contextlib.contextmanager
     def paused(self, running: PyTree) -> Iterator[None]:
         """A block, such as an eval, that counts as device-seconds but not in steps per second.

@@ -36,6 +36,8 @@ from cheapscale.training.state import TrainState, create_state, stream_key
 
 PyTree = Any
 
+NOTHING_LEFT = "%s: nothing is left to train at step %d: raise --config.total_steps to go on"
+
 
 class Preempted(Exception):
     """A signal stopped the run after its state was saved; running it again resumes."""
@@ -173,8 +175,7 @@ def train(
         last_step = sys.maxsize if total_flops else total_steps
         source, start, meta = starting_point(stage, saved, workdir, config, resume, last_step)
         if start >= last_step or not steps_within(total_flops, meta, 1.0):
-            text = "%s: nothing is left to train at step %d: raise --config.total_steps to go on"
-            logging.info(text, name, start)
+            logging.info(NOTHING_LEFT, name, start)
             return summarise(meta, name, workdir, start)
         batches = stage.batches(start)
         batch = sharding.shard_batch(next(batches), device_mesh)
@@ -194,15 +195,13 @@ def train(
         step, metrics, last, stopping = start, None, {}, False
         with Log(workdir, name, total_steps) as log:
             while step < total_steps and not stopping:
-                # The call returns before the device has finished. Reading the new metrics would
-                # wait for it, so the loop logs those of the step before.
+                # Reading the new metrics would wait for the device: those before are logged.
                 previous = metrics
                 state, metrics = step_fn(state, frozen, batch, stream_key(seed, "step", step))
                 step += 1
-                if step == start + 1:  # the first call is slower, so the clock starts after it
-                    jax.block_until_ready(metrics)
+                if step == start + 1:  # the first call is slower, so the clocks start after it
+                    ledger.time_from(metrics)
                     log.start(step)
-                    ledger.clock = time.monotonic()
                 if step < total_steps:
                     batch = sharding.shard_batch(next(batches), device_mesh)
                 if previous is not None and due(step - 1, log_every):
