@@ -155,6 +155,9 @@ LOSS = {  # PaGoDA (arXiv 2405.14822): L_rec + lambda L_adv
     "pixel_weight": Field(10.0, "weight in L_rec of the squared difference of pixels", low=0),
     "lpips_weight": Field(0.0, "weight in L_rec of LPIPS, the distance in the paper", low=0),
     "adversarial_weight": Field(0.2, "constant factor of lambda; 0 removes L_adv", low=0),
+    "alignment_weight": Field(
+        0.0, "weight beside L_adv of the angle between fakes and captions; 0: none", low=0
+    ),
     "adaptive": Field(True, "multiply lambda by |grad L_rec| / |grad L_adv| at the last layer"),
     "squared_norms": Field(
         False, "square these norms, as in the paper but not in its published code"
@@ -180,6 +183,9 @@ FEATURES = {
     ),
     "input_size": Field(
         0, "smaller images are enlarged to this size; 0: the network's", low=0, high=2**14
+    ),
+    "aligner": Field(
+        "contrastive", "of alignment_weight: fitted on the captions, or CLIP, such as clip_vitl14"
     ),
     "fit_steps": Field(0, "updates of a fitted classifier; 0: its default", low=0),
 }

@@ -11,7 +11,7 @@ in seed, width and images, and both are kept in the cache.
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,7 +25,13 @@ from cheapscale.data.files import cache_folder
 from cheapscale.data.pixels import from_uint8, to_uint8
 from cheapscale.data.tokens import tokeniser, train_vocabulary, vocabulary_size
 from cheapscale.features.classifier import Classifier
-from cheapscale.features.fitted import NATIVE, PURPOSES, from_process_0, read_or_fit
+from cheapscale.features.fitted import (
+    NATIVE,
+    PURPOSES,
+    LazyClassifier,
+    from_process_0,
+    read_or_fit,
+)
 from cheapscale.features.network import FeatureNetwork, full_precision
 from cheapscale.models.text import TextConfig, TextEncoder
 
@@ -34,16 +40,15 @@ PyTree = Any
 VERSION = 1  # raise it when the code changes what weights a fit gives
 DIM = 64  # of the common embedding
 TEXT = {"kind": "transformer", "length": 32, "width": 64, "depth": 2, "heads": 2, "mlp": 256}
-CHOICES = 32  # captions among which a held-out image has to find its own
+MOST_READ = 10_000  # images whose captions make the vocabulary
+CHOICES = 32  # most captions among which a held-out image has to find its own
 
 
 class Contrastive(NamedTuple):
-    """network: the image tower, whose outputs are "features" [b, 64]. texts: captions -> [n, 64].
-    accuracy: how often a held-out image finds its caption among CHOICES."""
+    """network: an image tower with outputs "features" [b, 64]. texts: captions -> [n, 64]."""
 
     network: FeatureNetwork
     texts: Callable[[Sequence[str]], np.ndarray]
-    accuracy: float
 
 
 class Towers(nn.Module):
@@ -75,81 +80,105 @@ class Towers(nn.Module):
         return jnp.exp(self.scale) * u @ v.T
 
 
-def fit_contrastive(
+def fit_contrastive(source: Any, *, purpose: str, **options: Any) -> Contrastive:
+    """The network of the training split `source`, fitted or from the cache, with a vocabulary of
+    its captions; arguments as of `lazy_contrastive`."""
+    length = TEXT["length"]
+    vocabulary = train_vocabulary(_texts(source, range(min(len(source), MOST_READ))), 1000)
+    network = lazy_contrastive(source, vocabulary, length, purpose=purpose, **options).fit()
+    read, tokenise = jax.jit(text_features(vocabulary, length)), tokeniser(vocabulary, length)
+    return Contrastive(
+        network, lambda captions: np.asarray(read(network.params, tokenise(list(captions))))
+    )
+
+
+def lazy_contrastive(
     source: Any,
+    vocabulary: str,
+    length: int,
     *,
     purpose: str,
     steps: int = 1500,
     batch_size: int = 64,
     max_images: int = 10_000,
     cache_dir: str | pathlib.Path | None = None,
-) -> Contrastive:
-    """The network of the training split `source` for "loss" or "metric", fitted or from the cache.
+) -> LazyClassifier:
+    """The network of the training split `source` for "loss" or "metric"; nothing is fitted yet.
 
-    Raises ValueError for images without captions.
+    vocabulary, length: the tokens that it reads (data.tokens). Raises ValueError for images without
+    captions.
     """
-    if not any(source.caption(i) for i in range(min(len(source), 100))):
+    if not any(_texts(source, range(min(len(source), 100)))):
         raise ValueError(f"{source.name}:{source.split} has no captions to fit on: give --clip")
     spec = PURPOSES[purpose] | {
         "version": VERSION,
         "source": source.fingerprint(),
         "resolution": source.resolution,
+        "vocabulary": vocabulary,
+        "length": length,
         "purpose": purpose,
         "task": "caption",
         "steps": steps,
         "batch_size": batch_size,
         "max_images": max_images,
     }
-    name = f"{purpose}-captions-{source.resolution}px-{digest(spec)}.npz"
-    path = pathlib.Path(cache_dir or cache_folder()) / "classifiers" / name
-    return contrastive(*from_process_0(lambda: read_or_fit(path, source, spec, _fit)))
-
-
-def contrastive(params: PyTree, report: dict) -> Contrastive:
-    """The Contrastive of weights and the report that belongs to them."""
-    net, tokenise = towers(report), tokeniser(report["vocabulary"], TEXT["length"])
-    params = jax.tree.map(jnp.asarray, params)
+    net = towers(vocabulary, length, spec["width"])
+    path = pathlib.Path(cache_dir or cache_folder()) / "classifiers"
+    path /= f"{purpose}-captions-{source.resolution}px-{digest(spec)}.npz"
 
     def outputs(params, x):
         return {"features": net.apply({"params": params}, x, method="images")}
 
-    @jax.jit
+    def fit() -> FeatureNetwork:
+        params, report = from_process_0(lambda: read_or_fit(path, source, spec, _fit))
+        params = jax.tree.map(jnp.asarray, params)
+        return planned._replace(params=params, sha256=report["sha256"])
+
+    x, ids = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, length), jnp.int32)
+    planned = FeatureNetwork(
+        "contrastive" if purpose == "metric" else f"loss_contrastive_{source.resolution}px",
+        lambda params, x: (),
+        jax.eval_shape(net.init, jax.random.key(0), x, ids)["params"],
+        outputs=full_precision(outputs),
+    )
+    recipe = f"{steps} updates of {batch_size} images and captions, kept in {path}"
+    return LazyClassifier(planned, recipe, fit)
+
+
+def text_features(vocabulary: str, length: int) -> Callable[[PyTree, jax.Array], jax.Array]:
+    """The function (params, token numbers [b, n]) -> [b, DIM] of the networks of a vocabulary."""
+
     @full_precision
-    def embed(params, ids):
+    def read(params, ids):
         return net.apply({"params": params}, ids, method="texts")
 
-    name = "contrastive" if report["purpose"] == "metric" else "loss_contrastive"
-    network = FeatureNetwork(
-        name, lambda params, x: (), params, report["sha256"], outputs=full_precision(outputs)
-    )
-    return Contrastive(
-        network,
-        lambda captions: np.asarray(embed(params, tokenise(list(captions)))),
-        report["accuracy"],
+    net = towers(vocabulary, length)
+    return read
+
+
+def towers(vocabulary: str, length: int, width: int = 16) -> Towers:
+    """The module for a vocabulary; width: of the image tower."""
+    return Towers(
+        TextConfig(**TEXT | {"length": length, "vocab": vocabulary_size(vocabulary)}), width
     )
 
 
-def towers(report: dict) -> Towers:
-    """The module that a report describes."""
-    text = TextConfig(**TEXT, vocab=vocabulary_size(report["vocabulary"]))
-    return Towers(text, report["width"])
+def _texts(source: Any, ids: Iterable[int]) -> Iterator[str]:
+    """The captions of these images."""
+    return (text for i in ids for text in source.captions(int(i)))
 
 
 def _fit(source: Any, spec: dict) -> tuple[PyTree, dict]:
-    """The fitted weights, and {"accuracy", "images", "vocabulary"} for the report."""
+    """The fitted weights, and {"accuracy", "images"} for the report."""
     ids = np.arange(len(source))[:: 2 if spec["subset"] == "even" else 1]
     ids = np.random.default_rng(0).permutation(ids)[: spec["max_images"]]
     images = to_uint8(np.stack([source[int(i)]["image"] for i in ids]))
-    captions = [source.captions(int(i)) or ("",) for i in ids]
-    vocabulary = train_vocabulary((text for several in captions for text in several), 1000)
-    net, tokenise = towers(spec | {"vocabulary": vocabulary}), tokeniser(vocabulary, TEXT["length"])
-    rows = [tokenise(several) for several in captions]
-    held_out = min(32 * CHOICES, len(images) // 5 // CHOICES * CHOICES)
+    words = spec["vocabulary"], spec["length"]
+    net, tokenise = towers(*words, spec["width"]), tokeniser(*words)
+    rows = [tokenise(source.captions(int(i)) or ("",)) for i in ids]
+    held_out = min(1000, len(images) // 5)
     if not held_out:
-        raise ValueError(
-            f"{len(images)} images of {source.name!r} are too few to fit captions on: give "
-            f"{5 * CHOICES}"
-        )
+        raise ValueError(f"{len(images)} images of {source.name!r} are too few to fit on: give 10")
 
     def batch(pick, rng):
         chosen = [rows[i][int(rng.integers(len(rows[i])))] for i in pick]
@@ -176,14 +205,14 @@ def _fit(source: Any, spec: dict) -> tuple[PyTree, dict]:
     for _ in range(spec["steps"]):
         pick = rng.integers(held_out, len(images), spec["batch_size"])
         params, opt_state = step(params, opt_state, *batch(pick, rng))
+    choices = min(CHOICES, held_out)
     logits = jax.jit(lambda params, x, ids: net.apply({"params": params}, x, ids))
     right = [
-        np.argmax(logits(params, *batch(np.arange(n, n + CHOICES), rng)), axis=1)
-        == np.arange(CHOICES)
-        for n in range(0, held_out, CHOICES)
+        np.argmax(logits(params, *batch(np.arange(n, n + choices), rng)), axis=1)
+        == np.arange(choices)
+        for n in range(0, held_out - choices + 1, choices)
     ]
     return jax.tree.map(np.asarray, params), {
         "accuracy": float(np.mean(right)),
         "images": len(images),
-        "vocabulary": vocabulary,
     }

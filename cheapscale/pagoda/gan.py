@@ -58,6 +58,8 @@ class Game:
     squared_norms: square the norms in lambda, as section 5.1 does; the published code does not.
     guidance: of a generator that takes omega.
     describe: (theta, c) -> c as D reads it, with captions as vectors of G's frozen encoder.
+    align, alignment_weight: (frozen, images, captions) -> L_clip [b] (alignment.py), and its weight
+        beside L_adv.
     """
 
     generate: Callable
@@ -74,6 +76,8 @@ class Game:
     squared_norms: bool = False
     guidance: Guidance | None = None
     describe: Callable = lambda theta, c: c
+    align: Callable | None = None
+    alignment_weight: float = 0.0
 
     def conditions(self, rows: PyTree) -> Conditions:
         """c of the rows of a batch, with omega = 1 for rows without a scale."""
@@ -213,6 +217,10 @@ def update_generator(
             c = game.describe(theta, inputs["fake"][1])
             logits, aux["spectral"] = game.discriminate(psi, spectral, seen["fake"], c)
             L["adv"] = GAN_LOSSES[game.gan_loss][1](logits)
+            if game.alignment_weight:
+                ids = inputs["fake"][1]["label"]
+                L_clip = game.align(frozen["aligner"], x["fake"], ids).mean()
+                L["adv"], aux["loss_clip"] = L["adv"] + game.alignment_weight * L_clip, L_clip
         return L, aux
 
     x, to_weights = jax.vjp(G, moving)

@@ -19,6 +19,7 @@ from cheapscale.features.distances import feature_distance, lpips_distance, pixe
 from cheapscale.features.fitted import LazyClassifier, lazy_classifier
 from cheapscale.features.mixing import Projections, projections
 from cheapscale.features.weights import check_finite
+from cheapscale.pagoda.alignment import Aligner
 from cheapscale.pagoda.discriminator import projected_discriminator
 
 PyTree = Any
@@ -119,12 +120,14 @@ def make_loss_networks(
     conditional: bool = True,
     caption_dim: int = 0,
     guided: bool = False,
+    aligner: Aligner | None = None,
 ) -> LossNetworks:
     """The discriminator and the reconstruction distance for one resolution, before any fitting.
 
     weights: of the terms of L_rec: "feature" as in PaGoDA's published scripts, "lpips" as in the
     paper, "pixel". A term of weight 0 is left out. conditional: the discriminator sees
     classes. caption_dim: width of the caption vectors that it sees instead; guided: it takes omega.
+    aligner: of images with captions.
     """
     backbones, unfitted = load_features(settings, source)
     networks = list(backbones)
@@ -135,6 +138,11 @@ def make_loss_networks(
     embedding = read_table(table) if table else None
     if weights["lpips"]:
         networks += load_features(settings | {"names": ("vgg16_lpips",)}, source)[0]
+
+    if aligner:
+        networks.append(aligner.planned.network)
+        if aligner.planned.recipe:
+            unfitted[networks[-1].name] = aligner.planned
 
     def project(networks: list[features.FeatureNetwork]) -> Projections:
         return projections(
@@ -154,11 +162,12 @@ def make_loss_networks(
         guided=guided,
         **discriminator,
     )
-    lpips = lpips_distance(networks[-1]) if weights["lpips"] else None
+    lpips = lpips_distance(networks[len(backbones)]) if weights["lpips"] else None
 
     def frozen(networks: list[features.FeatureNetwork], key: jax.Array) -> PyTree:
         found = {"projections": project(networks).init_frozen(key)}
-        return found | ({"lpips": networks[-1].params} if lpips else {})
+        found |= {"lpips": networks[len(backbones)].params} if lpips else {}
+        return found | ({"aligner": networks[-1].params} if aligner else {})
 
     def load(key: jax.Array) -> tuple[PyTree, dict[str, str]]:
         fitted = [unfitted[n.name].fit() if n.name in unfitted else n for n in networks]

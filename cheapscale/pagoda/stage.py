@@ -11,6 +11,7 @@ from cheapscale.data.loader import pair_and_real_batches
 from cheapscale.data.pairs import InvertedPairs, PairStore, SampledPairs
 from cheapscale.models.unet import init_params
 from cheapscale.pagoda import guided
+from cheapscale.pagoda.alignment import make_aligner
 from cheapscale.pagoda.gan import Game, gan_step
 from cheapscale.pagoda.loss_networks import LossNetworks, make_loss_networks
 from cheapscale.teacher.data import preview_labels
@@ -50,6 +51,9 @@ def generator_stage(
     store, pairs = open_pairs(config, source, teacher, takes_omega)
     sampled = open_samples(config, teacher) if config.get("samples") else None
     weights = {term: loss[f"{term}_weight"] for term in ("feature", "lpips", "pixel")}
+    aligner = None
+    if loss["alignment_weight"]:
+        aligner = make_aligner(config.features.to_dict(), source, model["text"])
     networks = make_loss_networks(
         source,
         settings=config.features.to_dict(),
@@ -58,6 +62,7 @@ def generator_stage(
         conditional=bool(model["num_classes"]),
         caption_dim=model["text"]["width"] if model["text"] else 0,
         guided=takes_omega,
+        aligner=aligner,
     )
     optimisers = make_optimisers(config, trainable, takes_samples=bool(sampled))
     meta = meta_of_run(config, source, store, sampled, model, upstream) | {"teacher": teacher}
@@ -77,6 +82,8 @@ def generator_stage(
         squared_norms=loss["squared_norms"],
         guidance=guided.make_guidance(meta) if takes_omega else None,
         describe=functools.partial(guided.described, generator.net),
+        align=aligner and aligner.distance,
+        alignment_weight=loss["alignment_weight"],
     )
     grid = functools.partial(preview, generator=generator, labels=preview_labels(source))
     reads_features = bool(loss["adversarial_weight"] or weights["feature"])

@@ -45,7 +45,7 @@ def test_an_image_is_nearest_to_its_caption_and_the_cache_is_read(tmp_path, monk
     assert np.mean(np.argmax(scores, axis=0) == 0) >= 0.75  # chance is 1/8
     other = module.fit_contrastive(source, purpose="loss", **options | {"steps": 1})
     assert other.network.sha256 != found.network.sha256
-    assert (found.network.name, other.network.name) == ("contrastive", "loss_contrastive")
+    assert (found.network.name, other.network.name) == ("contrastive", "loss_contrastive_8px")
     monkeypatch.setattr(module, "_fit", lambda *_: pytest.fail("the cache was not read"))
     again = module.fit_contrastive(source, purpose="metric", **options)
     assert again.network.sha256 == found.network.sha256

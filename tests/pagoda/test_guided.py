@@ -1,6 +1,8 @@
 """The guidance scale omega as an input of generator, discriminator and losses (PaGoDA, arXiv
 2405.14822, section 4.2), against closed forms."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,6 +225,14 @@ def test_each_term_has_its_own_scale(key):
     )  # fmt: skip
     with jax.disable_jit():
         new, metrics = gan_step(state, {}, batch, key, game=game)
+        asked = dataclasses.replace(
+            game, align=lambda frozen, x, ids: 3 * ids, alignment_weight=0.5
+        )
+        first = {name: list(rows) for name, rows in seen.items()}
+        _, aligned = gan_step(state, {"aligner": {}}, batch, key, game=asked)
+    seen = first
+    assert aligned["loss_clip"] == 3  # the labels are ones
+    np.testing.assert_allclose(aligned["loss_adv"], metrics["loss_adv"] + 0.5 * 3, rtol=1e-4)
     of_fake_d, of_all = seen["G"]
     rec, dstl, of_fake_g = (of_all[i::3] for i in range(3))
     np.testing.assert_array_equal(rec, 1.0)
