@@ -45,6 +45,7 @@ OPTIONS = {  # of open_source (cheapscale/data/sources.py)
     "allow_upscale": Field(False, "enlarge images that are too small"),
     "skip_corrupt": Field(False, "folder: leave out images that do not decode"),
     "probe": Field(True, "folder: read every header at the start"),
+    "named_by_files": Field(False, "folder: a file's name is the caption of an image without one"),
     "recaptioned": Field(
         0.5, "folder: how often a caption of launch.recaption is drawn", low=0, high=1
     ),

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 from absl import logging
@@ -26,6 +27,8 @@ class FolderSource(Source):
     Captions are those of the text file beside an image (a.txt of a.png), one in each line, and
     those of captions.jsonl in data_dir or the split's folder (see `read_captions`). recaptioned:
     how often one that a vision model wrote is drawn, where an image has both kinds.
+    named_by_files: an image without another caption has its file's name: red_apple-02.png is "red
+    apple", as in Debian's open clip-art (package openclipart-png).
     skip_corrupt: leave out images that do not decode, and list them in `skipped`. probe: read every
     header at the start, so that a bad file raises an error before training.
     """
@@ -41,6 +44,7 @@ class FolderSource(Source):
         probe: bool = True,
         train_split: str = "train",
         recaptioned: float = 0.5,
+        named_by_files: bool = False,
         **options,
     ):
         root = _split_folder(data_dir, split_name(split))
@@ -71,7 +75,7 @@ class FolderSource(Source):
                     f"{resolution}: remove it, {TOO_SMALL}"
                 )
         self._upscale = allow_upscale
-        self._root, self._recaptioned = root, recaptioned
+        self._root, self._recaptioned, self._named = root, recaptioned, named_by_files
         content = content_hash(self._files, [below(path, root) for path in self._files])
         super().__init__(
             "folder",
@@ -112,7 +116,8 @@ class FolderSource(Source):
         own, again = self._listed.get(below(path, self._root), ([], []))
         text = path.with_suffix(".txt")
         lines = text.read_text("utf-8", "replace").splitlines() if text.is_file() else []
-        return [*filter(None, map(str.strip, lines)), *own], again
+        raw = [*filter(None, map(str.strip, lines)), *own]
+        return raw or [*filter(None, [caption_of(path)] * self._named)], again
 
     def _captions(self, index: int) -> list[str]:
         return sum(self._kinds(index), [])
@@ -128,6 +133,12 @@ class FolderSource(Source):
 
     def _label(self, index: int) -> int:
         return self._labels[index]
+
+
+def caption_of(path: pathlib.Path) -> str:
+    """The words of a file's name, without a number at its end; "" if it has none."""
+    words = re.sub(r"[\W_]+", " ", nfc(path.stem)).strip()
+    return re.sub(r"(^|(?<= ))[\d ]+$", "", words).strip()
 
 
 def read_captions(file: pathlib.Path, prefix: str = "") -> dict[str, tuple[list[str], list[str]]]:

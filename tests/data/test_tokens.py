@@ -67,6 +67,22 @@ def test_captions_of_folders(folder):
     np.testing.assert_array_equal(item["label"], tokeniser(VOCABULARY, 6)(["above"])[0])
 
 
+def test_names_of_files_are_captions_where_there_are_no_others(tmp_path):
+    files = {"fruit/red_apple-02.png": ["red apple"], "fruit/042.png": [],
+             "sea/boat.png": ["a boat at sea"]}  # fmt: skip
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    path.with_suffix(".txt").write_text("a boat at sea")
+    options = {"data_dir": str(tmp_path), "unlabelled": True}
+    named = open_source("folder", "all", resolution=8, named_by_files=True, **options)
+    found = {named.path(i).name: named._captions(i) for i in range(len(named))}
+    assert found == {name.split("/")[-1]: captions for name, captions in files.items()}
+    plain = open_source("folder", "all", resolution=8, **options)
+    assert sum((plain._captions(i) for i in range(len(plain))), []) == ["a boat at sea"]
+
+
 def test_captions_that_cannot_be_read_are_refused(folder):
     options = {"resolution": 8, "data_dir": str(folder)}
     with pytest.raises(ValueError, match="has no captions: put NAME.txt beside"):
