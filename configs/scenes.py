@@ -3,7 +3,7 @@
 Paper: Kim et al. 2024 (arXiv 2405.14822), the pipeline of Figure 2 at small scale: base 8 px, grown
 to 16 and 32 px (size=quick), or base 16 px grown to 128 px (size=small). size=cascade and
 size=experts train the teachers of the self-cascade and the step-adaptive experiments.
-Hardware: 2 CPU cores, about 12 minutes (quick).
+Hardware: 2 CPU cores, about 14 minutes (quick).
 
     python -m launch.pipeline --config=configs/scenes.py --arg=size=quick --workdir=runs/quick
     python -m launch.train --config=configs/scenes.py:stage=pretrain --workdir=runs/teacher
@@ -27,11 +27,11 @@ SIZES = {
     "quick": {
         "model": "tiny8",
         "options": {"size": 3000, "single": True},
-        "pretrain": common.decayed(4500, 2e-3, 32, LEVELS),
+        "pretrain": common.decayed(4000, 2e-3, 32, LEVELS),
         "invert": INVERT | {"invert.per_shard": 600},
         "regress": common.decayed(2000, 2e-3, 32),
         "distill": common.decayed(100, 1e-3, 16, common.SHORT_GAN | SMALL),
-        "regress_grown": common.decayed(800, 2e-3, 16),
+        "regress_grown": common.decayed(700, 2e-3, 16),
         "grow": common.decayed(100, 1e-3, 16, common.SHORT_GAN | SMALL),
         "cascade": common.train(300, 1e-3, 16),
         "prune": common.train(200, 1e-3, 64),
