@@ -27,14 +27,17 @@ from absl import logging
 
 from cheapscale.data.pairs import PairStore
 from cheapscale.data.pixels import check_finite
+from cheapscale.data.resize import area_mean
 from cheapscale.teacher.experts import Experts
 from cheapscale.teacher.load import load
-from cheapscale.teacher.sampling import inverter, one_step, prior
+from cheapscale.teacher.sampling import inverter, prior
 from cheapscale.teacher.teacher import Generator, Teacher
 from cheapscale.training.checkpoint import read_meta
 from cheapscale.training.exported import PREFIX, model_file, pretrained, read_header
 from cheapscale.training.mesh import in_batches, pinned
 
+STEPS = 100  # of Adam
+RATES = {"inversion": 0.02, "prior": 0.1}  # of Adam, by start
 LINES = 10  # of the log, in one optimisation
 
 
@@ -108,17 +111,50 @@ def encode(
 
 
 def decode(
-    generator: Generator, z: np.ndarray, label: np.ndarray, batch_size: int = 16
+    generator: Generator, z: np.ndarray, label: np.ndarray, omega: float = 1.0, batch_size: int = 16
 ) -> np.ndarray:
-    """G(z, c) in [-1, 1]. label: [n] classes, [n, num_classes] weights of their embeddings, or
-    [n, l] tokens of captions."""
-    images = in_batches(one_step, generator, z, label, batch_size=batch_size)
+    """G(z, c, omega) in [-1, 1]. label: [n] classes, [n, num_classes] weights of their embeddings,
+    or [n, l] tokens of captions. omega: the guidance scale, which an unguided G ignores."""
+    rows = z, label, np.full(len(z), omega, np.float32)
+    images = in_batches(type(generator).__call__, generator, *rows, batch_size=batch_size)
     return np.clip(check_finite(images), -1.0, 1.0)
 
 
-def repeated(row: np.ndarray, n: int) -> np.ndarray:
-    """[n, ...]: one row n times."""
-    return np.repeat(np.asarray(row)[None], n, axis=0)
+class Observed(NamedTuple):
+    """What is known of n pictures.
+
+    y: [n, ...] = A(x). A: images [b, H, W, c] -> [b, ...]. x_lo: [n, h, w, c] of z's size, from
+    which the inversion starts. hole: bool [h, w], which of its pixels are unknown and only filled.
+    """
+
+    y: np.ndarray
+    A: Callable[[Any], Any]
+    x_lo: np.ndarray
+    hole: np.ndarray | None = None
+
+
+def outside(x: np.ndarray, hole: np.ndarray, side: int) -> Observed:
+    """The pixels of x [n, H, W, c] outside of the hole [H, W]. For the inversion, at `side` pixels,
+    it is filled with the mean colour of the others."""
+    rows, columns = np.nonzero(~hole)
+
+    def A(x):
+        return x[:, rows, columns]
+
+    y = A(x)
+    filled = np.where(hole[..., None], y.mean(axis=1)[:, None, None], x)
+    hole_lo = area_mean(hole[..., None].astype(np.float32), side)[..., 0] > 0
+    return Observed(y, A, area_mean(filled, side), hole_lo)
+
+
+def reduced(x_lo: np.ndarray) -> Observed:
+    """The block means x_lo [n, h, w, c] of larger pictures."""
+    return Observed(x_lo, lambda x: area_mean(x, x_lo.shape[1]), x_lo)
+
+
+def whole(x: np.ndarray, x_lo: np.ndarray) -> Observed:
+    """All of the pictures x [n, H, W, c], and the same ones at z's size."""
+    return Observed(x, lambda x: x, x_lo)
 
 
 @pinned()
@@ -129,49 +165,47 @@ def optimise(
     c: np.ndarray,
     start: np.ndarray,
     *,
-    steps: int = 300,
+    steps: int = STEPS,
     rate: float = 0.02,
     penalty: float = 1e-3,
+    omega: float = 1.0,
 ) -> np.ndarray:
-    """z* = argmin_z ||y - A(G(z, c))||^2 [restarts, h, w, c] with Adam, from every z in `start`.
+    """z* = argmin_z ||y - A(G(z, c, omega))||^2 [n, h, w, c] with Adam, from every z in `start`.
 
     Args:
-        y: what is observed of one picture. A: images [b, H, W, c] -> [b, *y.shape].
+        y, A: as in `Observed`, and c the labels, for each start.
         rate: of Adam at the first step, for u = z / sigma_max; it falls along a cosine to 0.
         penalty: weight of (|u|^2 / d - 1)^2 beside the mean over the entries of y.
     """
-    sigma_max, restarts = generator.process.sigma_max, len(start)
-    c = jnp.asarray(repeated(c, restarts))
+    sigma_max, n = generator.process.sigma_max, len(start)
     adam = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    omegas = jnp.full(n, omega, jnp.float32)
 
-    def objective(u, G):
-        fit = jnp.square(A(G(sigma_max * u, c)) - y[None]).reshape(restarts, -1).mean(axis=1)
-        radius = jnp.square(u).reshape(restarts, -1).mean(axis=1)  # |u|^2 / d
+    def objective(u, G, c):
+        fit = jnp.square(A(G(sigma_max * u, c, omegas)) - y).reshape(n, -1).mean(axis=1)
+        radius = jnp.square(u).reshape(n, -1).mean(axis=1)  # |u|^2 / d
         return jnp.sum(fit + penalty * jnp.square(radius - 1)), fit
 
     @jax.jit
-    def descend(G, u, moments, n):
-        def step(_, carry):
-            u, moments, _ = carry
-            slope, fit = jax.grad(objective, has_aux=True)(u, G)
-            change, moments = adam.update(slope, moments)
-            return optax.apply_updates(u, change), moments, fit
+    def step(G, c, u, moments):
+        slope, fit = jax.grad(objective, has_aux=True)(u, G, c)
+        change, moments = adam.update(slope, moments)
+        return optax.apply_updates(u, change), moments, fit
 
-        return jax.lax.fori_loop(0, n, step, (u, moments, jnp.zeros(restarts)))
-
-    u = jnp.asarray(start, jnp.float32) / sigma_max
-    moments, done = adam.init(u), 0
-    while done < steps:
-        n = min(-(-steps // LINES), steps - done)
-        u, moments, fit = descend(generator, u, moments, n)
-        done += n
-        logging.info("step %d/%d  loss %s", done, steps, " ".join(f"{v:.5f}" for v in fit))
+    u, c = jnp.asarray(start, jnp.float32) / sigma_max, generator.encode(jnp.asarray(c))
+    moments = adam.init(u)
+    # Not lax.fori_loop: XLA:CPU runs the convolutions of a loop's body nine times as slowly.
+    for done in range(1, steps + 1):
+        u, moments, fit = step(generator, c, u, moments)
+        if done % max(steps // LINES, 1) == 0:
+            losses = " ".join(f"{v:.5f}" for v in fit[:8])
+            logging.info("step %d/%d  loss %s", done, steps, losses)
     return check_finite(np.asarray(sigma_max * u), "optima", fix="give a lower --rate")
 
 
 class Found(NamedTuple):
-    """The noise of a picture, the best of n first. z: [n, h, w, c] at scale sigma_max. images:
-    G(z, c) [n, H, W, c] in [-1, 1]. loss: ||y - A(G(z, c))||^2 for each entry of y, [n]."""
+    """The noises of n pictures, the best of r first. z: [n, r, h, w, c] at scale sigma_max. images:
+    G(z, c, omega) [n, r, H, W, c] in [-1, 1]. loss: ||y - A(G)||^2 for each entry of y, [n, r]."""
 
     z: np.ndarray
     images: np.ndarray
@@ -180,9 +214,11 @@ class Found(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """How the noise of a picture is found: by `method` "invert", or "optimise" from a `start`.
+    """How the noise of pictures is found: by `method` "invert", or "optimise" from a `start`.
 
     start: "inversion", or "prior" alone. The inversion needs the teacher, and how it was used.
+    tries: starts for each picture; Adam continues from the `restarts` best of them. omega: the
+    guidance scale of G. The inversion is not guided, as G learnt from unguided latents.
     """
 
     generator: Generator
@@ -190,8 +226,10 @@ class Search:
     start: str = "prior"
     teacher: Teacher | Experts | None = None
     inversion: Inversion = Inversion()
-    restarts: int = 4
+    tries: int = 16
+    restarts: int = 2
     seed: int = 0
+    omega: float = 1.0
     adam: dict = dataclasses.field(default_factory=dict)  # options of `optimise`
 
     @property
@@ -199,32 +237,35 @@ class Search:
         """Whether the teacher is needed."""
         return self.method == "invert" or self.start == "inversion"
 
-    def __call__(
-        self,
-        y: np.ndarray,
-        A: Callable[[Any], Any],
-        x_lo: np.ndarray,
-        c: np.ndarray,
-        hole: np.ndarray | None = None,
-    ) -> Found:
-        """The noise of the picture with the observation y = A(x), as `optimise` takes it.
+    def by(self, method: str, start: str) -> "Search":
+        """The same search by another method, from another start."""
+        return dataclasses.replace(self, method=method, start=start)
 
-        x_lo: [h, w, c] of z's size, for the inversion. hole: [h, w], which of its pixels are
-        unknown and were only filled.
-        """
-        G, n = self.generator, self.restarts if self.method == "optimise" else 1
-        z = np.asarray(prior(self.seed, np.arange(n), G.shape, G.process.sigma_max))
+    def __call__(self, seen: Observed, c: np.ndarray) -> Found:
+        """The noises of n pictures with the labels c [n] or, of captions, [n, l]."""
+        G, n, z = self.generator, len(seen.y), None
         if self.inverts:
-            rows = repeated(x_lo, n), repeated(c, n)
-            inverted = encode(self.teacher, *rows, self.inversion, self.seed)
-            fresh = hole is not None and self.method == "optimise"
-            z = np.where(hole[..., None], z, inverted) if fresh else inverted
+            z = encode(self.teacher, seen.x_lo, c, self.inversion, self.seed)[:, None]
         if self.method == "optimise":
-            z = optimise(G, y, A, c, z, **self.adam)
-        images = decode(G, z, repeated(c, n))
-        loss = np.square(np.asarray(A(images)) - y).reshape(n, -1).mean(axis=1)
-        order = np.argsort(loss)
-        return Found(z[order], images[order], loss[order])
+            if z is None or seen.hole is not None:
+                ids = np.arange(n * self.tries)
+                drawn = np.asarray(prior(self.seed, ids, G.shape, G.process.sigma_max))
+                drawn = drawn.reshape(n, self.tries, *G.shape)
+                z = drawn if z is None else np.where(seen.hole[..., None], drawn, z)
+            z = self.ranked(seen, c, z).z[:, : self.restarts]
+            r, options = z.shape[1], {"rate": RATES[self.start], "omega": self.omega} | self.adam
+            y, labels = (np.repeat(rows, r, axis=0) for rows in (seen.y, c))
+            z = optimise(G, y, seen.A, labels, z.reshape(-1, *G.shape), **options).reshape(z.shape)
+        return self.ranked(seen, c, z)
+
+    def ranked(self, seen: Observed, c: np.ndarray, z: np.ndarray) -> Found:
+        """What noises z [n, r, h, w, c] show, those of each picture in the order of their loss."""
+        n, r = z.shape[:2]
+        y, labels = (np.repeat(rows, r, axis=0) for rows in (seen.y, c))
+        images = decode(self.generator, z.reshape(n * r, *z.shape[2:]), labels, self.omega)
+        loss = np.square(np.asarray(seen.A(images)) - y).reshape(n, r, -1).mean(axis=2)
+        order = np.arange(n)[:, None], np.argsort(loss, axis=1)
+        return Found(z[order], images.reshape(n, r, *images.shape[1:])[order], loss[order])
 
 
 def slerp(z1: np.ndarray, z2: np.ndarray, a: np.ndarray) -> np.ndarray:

@@ -248,6 +248,12 @@ def sample(
     return sampler(model, **options)(ids, labels)
 
 
+@functools.cache
+def _exact_map(**options) -> Callable:
+    """`ode_map` with these options; the same object each time, which compiles once."""
+    return full_precision(functools.partial(ode_map, **options))
+
+
 def inverter(
     teacher: Teacher | Experts,
     *,
@@ -264,8 +270,7 @@ def inverter(
     """
     # This refuses a wrong number before anything compiles.
     levels(teacher.process, nodes, direction, level=level)
-    options = {"direction": direction, "steps": nodes, "level": level, "clip": clip}
-    run = full_precision(functools.partial(ode_map, **options))
+    run = _exact_map(direction=direction, steps=nodes, level=level, clip=clip)
 
     def solve_rows(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
         found = in_batches(run, teacher, x, labels, batch_size=batch_size)

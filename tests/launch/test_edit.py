@@ -11,9 +11,14 @@ from PIL import Image
 import cheapscale
 from cheapscale.data.pairs import PairStore
 from cheapscale.data.pixels import from_uint8
+from cheapscale.data.tokens import train_vocabulary
+from cheapscale.model import Model
 from cheapscale.pagoda import edit as pagoda
 from cheapscale.teacher.load import load
+from cheapscale.teacher.teacher import Teacher
+from cheapscale.teacher.text import tokenise
 from launch import edit
+from tests.pagoda.test_guided import generator as random_generator
 
 LOADED = functools.cache(cheapscale.load)
 
@@ -103,6 +108,37 @@ def test_superres_fits_the_small_picture_and_is_judged_by_the_large_one(pipeline
     small = result.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3)) - upright(folder, 8)
     assert found["loss"][0] == pytest.approx(np.square(small / 127.5).mean(), rel=0.05)
     assert found["psnr_bicubic"] > found["psnr_result"] > 0  # of an untrained start
+
+
+@pytest.fixture
+def captioned(monkeypatch):
+    """(teacher, guided generator) of captions at 8 px, of random weights, as any --model."""
+    vocabulary = train_vocabulary(["a red star", "a blue ring"], 300)
+    text = dict(kind="transformer", vocab=300, length=6, width=8, depth=1, heads=1, mlp=8,
+                tokenizer=vocabulary)  # fmt: skip
+    net = dict(num_classes=0, caption_dim=8, text=text, attention=(8,), head_dim=8)
+    G = random_generator(**net)
+    E = random_generator(**net, extra_conditions=0)
+    E = Teacher(E.params, E.net, E.process, E.origin)
+    monkeypatch.setattr(cheapscale, "load", lambda place: Model(G))
+    monkeypatch.setattr(pagoda, "teacher_of", lambda *place: E)
+    monkeypatch.setattr(pagoda, "inversion_of", lambda G: pagoda.Inversion(nodes=2))
+    return E, G
+
+
+def test_a_caption_becomes_another_at_a_scale(captioned, folder, tmp_path):
+    E, G = captioned
+    found = edit.main([
+        "--model=W", "--task=transfer", f"--image={folder / 'photo.png'}", f"--out={tmp_path}",
+        "--source=a red star", "--prompt=a blue ring", "--prompt=a red star", "--cfg_scale=4",
+    ])  # fmt: skip
+    captions = tokenise(G.net.config.text, ["a red star", "a blue ring"])
+    x_lo = from_uint8(upright(folder, 8))[None]
+    z = np.repeat(pagoda.encode(E, x_lo, captions[:1], pagoda.Inversion(nodes=2)), 2, axis=0)
+    for omega, agrees in ((4.0, True), (1.0, False)):
+        wanted = np.clip(G(z, captions[::-1], np.full(2, omega, np.float32)), -1, 1)
+        drawn = [from_uint8(image(tmp_path / name)) for name in found["results"]]
+        assert (np.abs(drawn - wanted).max() < 0.02) == agrees
 
 
 def test_interpolation_runs_from_one_seeds_sample_to_the_others(pipeline, folder, tmp_path):

@@ -22,7 +22,10 @@ class Linear(flax.struct.PyTreeNode):
     process = types.SimpleNamespace(sigma_max=SIGMA_MAX)
     shape = SHAPE
 
-    def __call__(self, z, label):
+    def encode(self, label):
+        return label
+
+    def __call__(self, z, label, omega=None):
         x = z.reshape(len(z), -1) @ self.W.T / SIGMA_MAX + self.b[label]
         return x.reshape(-1, 3, 3, 1)
 
@@ -43,7 +46,7 @@ def test_the_optimum_of_a_linear_generator_is_the_least_squares_solution(linear)
     known = 3 * rows + columns
     u, (residual,), *_ = np.linalg.lstsq(linear.W[known], y[:, 0] - linear.b[2, known])
     start = SIGMA_MAX * np.random.default_rng(2).normal(size=(3, *SHAPE))
-    z = edit.optimise(linear, y, A, 2, start, steps=600, rate=0.1, penalty=0.0)
+    z = edit.optimise(linear, y[None], A, np.full(3, 2), start, steps=600, rate=0.1, penalty=0.0)
     np.testing.assert_allclose(z.reshape(3, 4) / SIGMA_MAX, np.tile(u, (3, 1)), atol=1e-3)
     fit = np.square(np.asarray(A(linear(z, jnp.full(3, 2)))) - y).mean(axis=(1, 2))
     np.testing.assert_allclose(fit, residual / 6, rtol=1e-3)
@@ -52,7 +55,8 @@ def test_the_optimum_of_a_linear_generator_is_the_least_squares_solution(linear)
 def test_the_penalty_keeps_the_noise_as_long_as_the_priors(linear):
     blind = linear.replace(W=0 * linear.W)
     start = SIGMA_MAX * np.array([0.2, 3.0]).reshape(2, 1, 1, 1) * np.ones(SHAPE)
-    z = edit.optimise(blind, np.zeros((3, 3, 1)), lambda x: x, 0, start, steps=300, rate=0.1)
+    c, y = np.zeros(2, int), np.zeros((2, 3, 3, 1))
+    z = edit.optimise(blind, y, lambda x: x, c, start, steps=300, rate=0.1)
     np.testing.assert_allclose(np.sqrt(np.square(z).mean(axis=(1, 2, 3))), SIGMA_MAX, rtol=0.02)
 
 
