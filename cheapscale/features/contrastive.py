@@ -39,7 +39,7 @@ PyTree = Any
 
 VERSION = 1  # raise it when the code changes what weights a fit gives
 DIM = 64  # of the common embedding
-TEXT = {"kind": "transformer", "length": 32, "width": 64, "depth": 2, "heads": 2, "mlp": 256}
+TEXT: dict[str, Any] = {"kind": "transformer", "length": 32, "width": 64, "depth": 2, "heads": 2, "mlp": 256}
 MOST_READ = 10_000  # images whose captions make the vocabulary
 CHOICES = 32  # most captions among which a held-out image has to find its own
 
@@ -110,7 +110,7 @@ def lazy_contrastive(
     """
     if not any(_texts(source, range(min(len(source), 100)))):
         raise ValueError(f"{source.name}:{source.split} has no captions to fit on: give --clip")
-    spec = PURPOSES[purpose] | {
+    spec: dict[str, Any] = PURPOSES[purpose] | {
         "version": VERSION,
         "source": source.fingerprint(),
         "resolution": source.resolution,
