@@ -16,7 +16,7 @@ from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
 SIZES = {
     "cpu": common.CPU | {"model": "tiny16", "split": "train[:40%]"},
-    "gallery": common.CPU | common.gallery(pretrain=6000, grow=2500),
+    "gallery": common.CPU | common.gallery(),
     "gpu": common.GPU | {"model": "wide16"},
 }
 

@@ -17,9 +17,6 @@ from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
 # A teacher trained for minutes knows its images no better than this noise.
 INVERT = {"batch_size": 200, "invert.nodes": 12, "invert.noise": 0.05}
-# The layout of a picture of few pixels is decided at higher noise levels than those that EDM trains
-# most: with its -1.2 and 1.2 the samples' grounds have wrong frequencies after so few updates.
-LEVELS = {"diffusion.P_mean": -0.9, "diffusion.P_std": 1.5}
 # A mirrored picture would need another caption. The first images suffice for pairs, half an hour.
 TEXT = {"data.flip": False, "data.options.size": 4000}
 SMALL = {"features.input_size": 32}  # of 64 px EfficientNet would take half of an update
@@ -27,7 +24,7 @@ SIZES = {
     "quick": {
         "model": "tiny8",
         "options": {"size": 3000, "single": True},
-        "pretrain": common.decayed(4000, 2e-3, 32, LEVELS),
+        "pretrain": common.decayed(4000, 2e-3, 32, common.LEVELS),
         "invert": INVERT | {"invert.per_shard": 600},
         "regress": common.decayed(2000, 2e-3, 32),
         "distill": common.decayed(100, 1e-3, 16, common.SHORT_GAN | SMALL),
@@ -48,7 +45,7 @@ SIZES = {
         "grow": common.decayed(150, 1e-3, 16, common.SHORT_GAN),
     },
     # One object in each picture, 16 to 64 px, with features of a real network: hours.
-    "gallery": common.gallery(pretrain=5000, grow=3000, more={"data.flip": False})
+    "gallery": common.gallery({"data.flip": False})
     | {
         "options": {"size": 20000, "single": True},
         "cascade": common.train(400, 1e-3, 16),
@@ -83,7 +80,7 @@ SIZES = {
         "options": {"size": 20000},
         "pretrain": common.decayed(7000, 2e-3, 32, {"data.flip": False, "ema.decay": 0.9995})
         | {"pretrain.label_dropout": 0.1, "text.encoder": "transformer"}
-        | LEVELS,
+        | common.LEVELS,
         "invert": {"batch_size": 250, "invert.nodes": 18, "invert.noise": 0.05} | TEXT,
         "regress": common.decayed(2000, 2e-3, 32, TEXT),
         "distill": common.decayed(1000, 1e-3, 16, common.SHORT_GAN | TEXT),
