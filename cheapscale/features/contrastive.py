@@ -39,7 +39,14 @@ PyTree = Any
 
 VERSION = 1  # raise it when the code changes what weights a fit gives
 DIM = 64  # of the common embedding
-TEXT: dict[str, Any] = {"kind": "transformer", "length": 32, "width": 64, "depth": 2, "heads": 2, "mlp": 256}
+TEXT: dict[str, Any] = {
+    "kind": "transformer",
+    "length": 32,
+    "width": 64,
+    "depth": 2,
+    "heads": 2,
+    "mlp": 256,
+}
 MOST_READ = 10_000  # images whose captions make the vocabulary
 CHOICES = 32  # most captions among which a held-out image has to find its own
 

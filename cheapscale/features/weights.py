@@ -30,6 +30,7 @@ OTHERS = {
     b"<!doctype": "an HTML page, not weights: download the file itself",
     b"<html": "an HTML page, not weights: download the file itself",
 }
+LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file
 Paths = str | pathlib.Path | Sequence[str | pathlib.Path]
 # {network: (package of the extras `features` and `text`, its module, the file in it, SHA-256)}. The
 # file alone is used, not what the package requires.
@@ -282,8 +283,10 @@ def _read(path: pathlib.Path) -> Groups:
     for mark, what in OTHERS.items():
         if start.lstrip().lower().startswith(mark):
             raise ValueError(f"{path} is {what}")
+    # A safetensors file begins with the length of its header, {...}, which may begin as a pickle.
+    named = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < LONGEST_HEADER
     try:
-        if start[:1] == b"\x80":
+        if start[:1] == b"\x80" and not named:
             return read_torch(path)
         if not start.startswith(b"PK"):
             return {"": _read_safetensors(path)}

@@ -91,6 +91,15 @@ def test_the_content_and_not_the_name_tells_the_format(tmp_path):
         assert read_weights(tmp_path / wrong).arrays.keys() == ARRAYS.keys()
 
 
+def test_a_header_of_safetensors_may_begin_like_a_pickle(tmp_path):
+    for length in range(0, 264, 8):  # headers are padded to multiples of 8 bytes
+        save_file(ARRAYS, tmp_path / "w.safetensors", {"format": "p" * length})
+        if (tmp_path / "w.safetensors").read_bytes()[0] == 0x80:
+            break
+    assert (tmp_path / "w.safetensors").read_bytes()[0] == 0x80
+    assert read_weights(tmp_path / "w.safetensors").arrays.keys() == ARRAYS.keys()
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_damaged_npz_files_give_a_sentence(tmp_path, save):
     path = tmp_path / "w.npz"
