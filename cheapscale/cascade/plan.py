@@ -33,7 +33,8 @@ class CascadePlan(NamedTuple):
     sizes: the sizes of scales 0 ... R. grid: sigmas of a full run, descending to 0. restarts: for
     each stage 1 ... R the tail of that grid, or [0] for K = 0. direct: the grid of direct sampling
     at the last size. given: whether the caller gives the images of scale 0. calls: network calls
-    for one estimate D(x; sigma) at each scale, more than one for windows.
+    for one estimate D(x; sigma) at each scale, more than one for windows. start: deviation of the
+    noise from which full runs start, in levels grid[0].
     """
 
     sizes: tuple[Size, ...]
@@ -42,6 +43,7 @@ class CascadePlan(NamedTuple):
     direct: np.ndarray
     given: bool
     calls: tuple[int, ...]
+    start: float = 1.0
 
 
 def cascade_plan(
@@ -98,7 +100,8 @@ def cascade_plan(
                 r, restarts[-1][0], steps, sigma_K,
             )  # fmt: skip
     calls = (1,) * len(scales)
-    return CascadePlan(scales, grid, tuple(restarts), shifts[-1] * grid, given, calls)
+    first = model.process.start(grid, spacing) / grid[0]
+    return CascadePlan(scales, grid, tuple(restarts), shifts[-1] * grid, given, calls, first)
 
 
 def schedule_shift(model: Teacher | Experts, size: Size) -> float:
@@ -275,8 +278,10 @@ def restart_grid(grid: np.ndarray, sigma: float, top: float) -> np.ndarray:
             f"K is sigma {sigma:.4g} ({decibels(sigma):.1f} dB), above the {top:.4g} that the "
             f"model's schedule ends at: choose K at most sigma{top:.4g}"
         )
+    if sigma == 0:
+        return np.zeros(1)
     tail = grid[grid <= sigma * (1 + ROUNDING)]
-    if len(tail) < 2 and sigma > 0:
+    if len(tail) < 2:
         raise ValueError(
             f"K is sigma {sigma:.4g}, below every level of the sampler's grid, whose last is "
             f"{grid[-2]:.4g}: choose a larger K, more steps, or sigma0 for the resized pivot"

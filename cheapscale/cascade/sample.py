@@ -62,7 +62,7 @@ def self_cascade(
     """
     z0 = pivots
     if z0 is None:  # a full run of the sampler at the trained size
-        z = float(plan.grid[0]) * noise(0, ids)
+        z = float(plan.start * plan.grid[0]) * noise(0, ids)
         z0 = solve(denoisers[0](model, None, label, plan.grid), z, method=method)
     scales = [z0]
     for r, grid in enumerate(plan.restarts, 1):

@@ -32,6 +32,11 @@ def vocabulary_size(vocabulary: str) -> int:
     return tokenizers.Tokenizer.from_str(vocabulary).get_vocab_size()
 
 
+def vocabulary_tokens(vocabulary: str) -> set[str]:
+    """The tokens, special ones too."""
+    return set(tokenizers.Tokenizer.from_str(vocabulary).get_vocab())
+
+
 def tokeniser(vocabulary: str, length: int, null: bool = True) -> Tokenise:
     """The function tokenise(captions) -> int32 [n, length], rows that end in -1 where captions are
     shorter. Longer captions are cut, with a warning. null: the empty caption is -1 alone; otherwise

@@ -155,6 +155,10 @@ class EDM(_OneStepAndGrids):
             )
         return np.append(karras_grid(steps, self.sigma_min, self.sigma_max, self.rho), 0.0)
 
+    def start(self, grid: np.ndarray, spacing: str) -> float:
+        """The deviation of the noise from which sampling along a grid starts."""
+        return float(grid[0])
+
     def levels(self) -> np.ndarray:
         """float64 [40], ascending: the levels that step-adaptive training divides into groups."""
         return self.inversion_grid(EDM_NODES)
@@ -162,7 +166,11 @@ class EDM(_OneStepAndGrids):
 
 @dataclasses.dataclass(frozen=True)
 class VP(_OneStepAndGrids):
-    """A variance-preserving process: the network reads x_vp = alpha x and a time, D as in EDM."""
+    """A variance-preserving process: the network reads x_vp = alpha x and a time, D as in EDM.
+
+    betas, zero_snr: of `noise.vp_schedule`. spacing, offset, end: the grid "own" of the model's
+    published sampler, see `VPSchedule.grid`.
+    """
 
     process: str = "linear"
     prediction: str = "eps"
@@ -171,8 +179,14 @@ class VP(_OneStepAndGrids):
     rho: float = 7.0
     sigma_data: float = 0.5
     num_steps: int = 1000
+    betas: tuple[float, ...] = ()
+    zero_snr: bool = False
+    spacing: str = "leading"
+    offset: int = 1
+    end: float = 0.0
 
     def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))  # a list after JSON
         if self.prediction not in ("eps", "x0", "v"):
             raise ValueError(f"unknown prediction {self.prediction!r}: choose 'eps', 'x0' or 'v'")
         table = self.schedule.sigmas
@@ -186,7 +200,7 @@ class VP(_OneStepAndGrids):
     @property
     def schedule(self) -> VPSchedule:
         """The process's table."""
-        return vp_schedule(self.process, self.num_steps)
+        return vp_schedule(self.process, self.num_steps, self.betas, self.zero_snr)
 
     def denoise(
         self,
@@ -255,7 +269,16 @@ class VP(_OneStepAndGrids):
             return np.append(karras_grid(steps, self.sigma_min, self.sigma_max, self.rho), 0.0)
         if spacing not in SPACINGS:
             raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
+        if spacing == "own":
+            return self.schedule.grid(
+                steps, spacing=self.spacing, offset=self.offset, end=self.end
+            )  # fmt: skip
         return self.schedule.grid(steps, spacing=spacing)
+
+    def start(self, grid: np.ndarray, spacing: str) -> float:
+        """The deviation of the noise from which sampling along a grid starts; along the grid "own"
+        x_vp = alpha x is unit noise, as in the published samplers."""
+        return float(np.hypot(grid[0], 1.0) if spacing == "own" else grid[0])
 
     def levels(self) -> np.ndarray:
         """float64 [T], ascending: the sigmas of the table."""

@@ -32,7 +32,9 @@ import numpy as np
 _LOG_SIGMA_ZERO = math.log(1e-44)
 
 NOISE_FEATURES = ("openai", "edm")
-SPACINGS = ("karras", "leading", "trailing", "quadratic")
+SPACINGS = ("karras", "leading", "trailing", "linspace", "quadratic", "own")
+# alpha_bar in place of 0, or less: a schedule of zero terminal SNR then ends at sigma = 4096.
+ZERO_SNR = 2.0**-24
 
 
 def karras_grid(
@@ -120,14 +122,21 @@ class VPSchedule:
         return _interp(xp.log(sigma), np.log(self.sigmas), times)
 
     def grid(
-        self, n: int, *, spacing: str = "leading", offset: int = 1, last: int | None = None
+        self,
+        n: int,
+        *,
+        spacing: str = "leading",
+        offset: int = 1,
+        last: int | None = None,
+        end: float = 0.0,
     ) -> np.ndarray:
-        """The sigma levels of an n-step DDIM run, descending, then 0. Returns float64 [<= n + 1].
+        """The sigma levels of an n-step DDIM run, descending, then `end`: float64 [<= n + 1].
 
         Args:
             spacing: "leading" takes times k (T // n) + offset, as latent diffusion's samplers do;
-                "trailing" takes T - 1, T - T/n - 1, ...; "quadratic" takes the squares of n evenly
-                spaced numbers up to sqrt(0.8 T), as DDIM does for CIFAR-10, and drops repeats.
+                "trailing" takes T - 1, T - T/n - 1, ...; "linspace" takes n evenly spaced numbers
+                from T - 1 to 0, rounded; "quadratic" takes the squares of n evenly spaced numbers
+                up to sqrt(0.8 T), as DDIM does for CIFAR-10, and drops repeats.
             last: keep only times <= last, the tail of the same grid. A self-cascade restarts from
                 step K (index K - 1) on this tail, not on a denser grid.
         """
@@ -138,32 +147,41 @@ class VPSchedule:
             times = np.minimum(np.arange(n)[::-1] * (T // n) + offset, T - 1)
         elif spacing == "trailing":
             times = np.round(T - np.arange(n) * (T / n)).astype(int) - 1
+        elif spacing == "linspace":
+            times = np.unique(np.round(np.linspace(0, T - 1, n)).astype(int))[::-1]
         elif spacing == "quadratic":
             times = np.unique((np.linspace(0, math.sqrt(0.8 * T), n) ** 2).astype(int))[::-1]
         else:
-            raise ValueError(f"unknown spacing {spacing!r}: choose one of {SPACINGS[1:]}")
+            raise ValueError(f"unknown spacing {spacing!r}: choose one of {SPACINGS[1:-1]}")
         if last is not None:
             times = times[times <= last]
             if not len(times):
                 raise ValueError(f"no time of the {n}-step grid lies at or below {last}")
-        return np.append(self.sigmas[times], 0.0)
+        levels = self.sigmas[times]
+        return np.append(levels[levels > end], end)
 
 
 @functools.lru_cache
-def vp_schedule(name: str, num_steps: int = 1000) -> VPSchedule:
+def vp_schedule(
+    name: str, num_steps: int = 1000, betas: tuple[float, ...] = (), zero_snr: bool = False
+) -> VPSchedule:
     """The named schedule's table.
 
     linear         beta from 1e-4 to 0.02 (DDPM, Ho et al. 2020, scaled to num_steps)
     scaled_linear  sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (latent diffusion)
     cosine         Nichol & Dhariwal 2021, Eq. 17, beta capped at 0.999
+
+    betas: other ends than those above. zero_snr: shift and stretch sqrt(alpha_bar) so that its last
+    value is 0 (Lin et al. 2023, arXiv 2305.08891, Algorithm 1), for which ZERO_SNR stands.
     """
     if num_steps < 2:
         raise ValueError(f"a schedule needs at least 2 steps, got {num_steps}")
     scale = 1000 / num_steps
     if name == "linear":
-        beta = np.linspace(scale * 1e-4, scale * 0.02, num_steps)
+        beta = np.linspace(*(betas or (scale * 1e-4, scale * 0.02)), num_steps)
     elif name == "scaled_linear":
-        beta = scale * np.linspace(math.sqrt(0.00085), math.sqrt(0.012), num_steps) ** 2
+        first, end = betas or (scale * 0.00085, scale * 0.012)
+        beta = np.linspace(math.sqrt(first), math.sqrt(end), num_steps) ** 2
     elif name == "cosine":
         edges = np.cos((np.linspace(0, 1, num_steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
         beta = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
@@ -173,7 +191,12 @@ def vp_schedule(name: str, num_steps: int = 1000) -> VPSchedule:
         )
     if beta[-1] >= 1:
         raise ValueError(f"{num_steps} steps are too few for {name!r}: its last beta reaches 1")
-    return VPSchedule(name, np.cumprod(1 - beta))
+    alpha_bar = np.cumprod(1 - beta)
+    if zero_snr:
+        root = np.sqrt(alpha_bar)
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        alpha_bar = np.append(root[:-1] ** 2, min(ZERO_SNR, root[-2] ** 2 / 4))
+    return VPSchedule(name, alpha_bar)
 
 
 def _interp(x: Any, xs: np.ndarray, ys: np.ndarray) -> Any:

@@ -1,6 +1,7 @@
 """The channels of a U-Net that an expert may lose, and their removal from the weights.
 
-Three widths of each residual block are variable, with names such as "enc_16_block0.inner":
+Three widths of each residual block are variable, with names such as "enc_16_block0.inner" (the
+attention of transformer layers is not):
 
     inner   channels between the two convolutions: written by conv0, affine, norm1; read by conv1
     qk      channels of the queries and keys of attention: written by qkv; each reads the other
@@ -76,7 +77,7 @@ def variables(config: UNetConfig) -> dict[str, Variable]:
     found = {}
     for block in _blocks(config):
         widths = [("inner", block.inner, block.groups1)]
-        if block.heads:
+        if block.heads and not block.depth:
             widths += [("qk", block.qk, block.heads), ("v", block.v, block.heads)]
         for field, width, cells in widths:
             found[f"{block.name}.{field}"] = Variable(block.name, field, width, cells)
@@ -100,7 +101,7 @@ def layout(config: UNetConfig) -> Layout:
         writes(f"{name}/affine", 1, *(inner,) * (1 + block.scale_shift))  # scales, then shifts
         holds[f"{name}/norm1/scale"] = holds[f"{name}/norm1/bias"] = Axis(0, (inner,))
         reads[f"{name}/conv1/kernel"] = Axis(2, (inner,))
-        if block.heads:
+        if block.heads and not block.depth:
             writes(f"{name}/qkv", 1, qk, qk, v)
             reads[f"{name}/proj/kernel"] = Axis(0, (v,))
             # Logits are q.k, so setting a query channel to zero also removes its key channel: the
@@ -213,12 +214,17 @@ def _flops_of(block: Block, h: int, w: int) -> float:
         return 2 * reads * writes
     if block.kind in ("conv_in", "head"):
         return 2 * taps * reads * writes
+    if block.kind == "resample":  # a stride of 2 starts in the padding, as every convolution ends
+        taps = taps if block.resample == "up" else (3 * h - 1) * (3 * w - 1)
+        return 2 * taps * reads * writes
     if block.kind == "aux":
         return 2 * 4 * 9 * pixels * reads * writes
     total = 2 * taps * block.inner * (reads + writes)
     total += 2 * block.emb * block.inner * (1 + block.scale_shift)
     if block.shortcut:
         total += 2 * pixels * reads * writes
+    if block.depth:
+        return total + _transformer_flops(block, pixels)
     if block.heads:
         total += 2 * pixels * writes * (2 * block.qk + 2 * block.v)  # qkv and proj
         total += 2 * pixels**2 * (block.qk + block.v)  # logits, and the sum over values
@@ -226,6 +232,15 @@ def _flops_of(block: Block, h: int, w: int) -> float:
         total += 2 * pixels * 2 * writes**2 + 2 * block.text_tokens * block.text * 2 * writes
         total += 2 * pixels * block.text_tokens * 2 * writes
     return total
+
+
+def _transformer_flops(block: Block, pixels: int) -> float:
+    """The FLOPs of a block's transformer layers, with the linear maps around them."""
+    c, tokens = block.out_channels, block.text_tokens
+    each = 2 * pixels * (4 + 2 + 12) * c**2  # qkv and proj; text_q and text_proj; fc0 and fc1
+    each += 2 * tokens * block.text * 2 * c  # text_kv
+    each += 2 * pixels * (pixels + tokens) * 2 * c  # logits, and the sums over values
+    return block.depth * each + 2 * pixels * 2 * c**2  # proj_in and proj_out
 
 
 def _blocks(config: UNetConfig) -> list[Block]:

@@ -31,12 +31,17 @@ QKV_LAYOUTS = {
 
 
 class Entry(NamedTuple):
-    """path: '/'-joined leaf. name: tensor. kind: plain | conv | dense | qkv. heads: of a qkv."""
+    """path: '/'-joined leaf. name: tensor, or several joined by "+" whose outputs stand side by
+    side. kind: plain | conv | dense | qkv. heads: of a qkv."""
 
     path: str
     name: str
     kind: str
     heads: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        return self.name.split("+")
 
 
 def convert(
@@ -54,15 +59,42 @@ def convert(
     """
     entries, endings = list(entries), tuple(ignore)
     weights = {name for name in state if not name.endswith(endings)}
-    wanted = {entry.name for entry in entries}
+    check_names(weights, entries)
+    arrays = {entry.path: converted(state, entry, qkv_layout) for entry in entries}
+    return unflatten_dict(arrays, sep="/")
+
+
+def check_names(found: Iterable[str], entries: Iterable[Entry]) -> None:
+    """Raises ValueError listing tensors that are missing and tensors that nothing uses."""
+    weights, wanted = set(found), {name for entry in entries for name in entry.names}
     missing, unused = sorted(wanted - weights), sorted(weights - wanted)
     if missing or unused:
         raise ValueError(
             f"the checkpoint does not fit the model config: missing {missing or 'nothing'}, "
             f"unused {unused or 'nothing'}; check widths, blocks, attention and growth"
         )
-    arrays = {entry.path: _converted(state[entry.name], entry, qkv_layout) for entry in entries}
-    return unflatten_dict(arrays, sep="/")
+
+
+def converted(state: Mapping[str, np.ndarray], entry: Entry, qkv_layout: str = "") -> np.ndarray:
+    """The float32 leaf of an entry."""
+    parts = [_converted(state[name], name, entry, qkv_layout) for name in entry.names]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
+def tensors_of(flat: Mapping[str, np.ndarray], entries: Iterable[Entry]) -> dict[str, np.ndarray]:
+    """PyTorch's tensors of the leaves {path: leaf}, the inverse of `converted` for all kinds but
+    qkv. The 1x1 convolutions of diffusers' shortcuts keep their four axes."""
+    state = {}
+    for entry in entries:
+        parts = np.split(flat[entry.path], len(entry.names), axis=-1)
+        for name, array in zip(entry.names, parts):
+            array = (
+                array.transpose(3, 2, 0, 1) if entry.kind == "conv" and array.ndim > 1 else array
+            )
+            array = array.T if entry.kind == "dense" and array.ndim > 1 else array
+            array = array[:, :, None, None] if name.endswith("conv_shortcut.weight") else array
+            state[name] = np.ascontiguousarray(array)
+    return state
 
 
 def check_shapes(params: PyTree, expected: PyTree) -> None:
@@ -81,7 +113,7 @@ def check_shapes(params: PyTree, expected: PyTree) -> None:
         )
 
 
-def _check_rank(array: np.ndarray, entry: Entry) -> None:
+def _check_rank(array: np.ndarray, name: str, entry: Entry) -> None:
     """Refuse an array that has no axes to transpose, or channels that are not q, k and v."""
     flat = array.ndim > 0 and array.size == math.prod(array.shape[:2])
     fits, wanted = {
@@ -95,14 +127,14 @@ def _check_rank(array: np.ndarray, entry: Entry) -> None:
     }[entry.kind]()
     if not fits:
         raise ValueError(
-            f"the checkpoint does not fit the model config: weight {entry.name!r} has shape "
+            f"the checkpoint does not fit the model config: weight {name!r} has shape "
             f"{array.shape} for {wanted}; check the model's widths, attention and head_dim"
         )
 
 
-def _converted(array: np.ndarray, entry: Entry, qkv_layout: str) -> np.ndarray:
-    array = as_float32(array, f"weight {entry.name!r}")
-    _check_rank(array, entry)
+def _converted(array: np.ndarray, name: str, entry: Entry, qkv_layout: str) -> np.ndarray:
+    array = as_float32(array, f"weight {name!r}")
+    _check_rank(array, name, entry)
     if entry.kind == "qkv":
         layouts = f"({QKV_LAYOUTS[qkv_layout]}) ... -> (three head dim) ..."
         array = rearrange(array, layouts, three=3, head=entry.heads)

@@ -1,4 +1,5 @@
-"""U-Net weights under EDM's names or guided-diffusion's (ADM, consistency models, PaGoDA).
+"""U-Net weights under EDM's names or guided-diffusion's (ADM, consistency models, PaGoDA, and the
+single files of Stable Diffusion).
 
 Both have the same blocks, which are visited in the order of the plan. EDM names them by side and
 number; guided-diffusion numbers them: `input_blocks.i`, `middle_block`, `output_blocks.i`. There, a
@@ -73,7 +74,7 @@ def entries_of(form: str, config: UNetConfig) -> list[Entry]:
     """The correspondence of a format's tensors with our parameters."""
     if form == "edm":
         return [entry for block in plan(config) for entry in _edm(block, config)]
-    if config.family != "adm":
+    if config.family not in ("adm", "latent"):
         raise ValueError(
             f"guided-diffusion weights are of the family 'adm', not {config.family!r}: "
             "give --config.model.family=adm"
@@ -92,8 +93,8 @@ def _check_classes(state: Mapping[str, np.ndarray], form: str, config: UNetConfi
         )
 
 
-def _pair(path: str, name: str, kind: str, heads: int = 0) -> list[Entry]:
-    """Kernel (or scale) and bias of one layer."""
+def pair(path: str, name: str, kind: str, heads: int = 0) -> list[Entry]:
+    """The entries of one layer: its kernel (or scale) and its bias."""
     leaf = "scale" if kind == "plain" else "kernel"
     bias = "qkv" if kind == "qkv" else "plain"
     return [
@@ -108,10 +109,36 @@ def _res(block: Block, name: Callable[[str], str]) -> Iterator[Entry]:
     kinds |= {"norm1": "plain", "conv1": "conv"}
     if block.shortcut:
         kinds["skip"] = "dense"
-    if block.heads:
+    if block.heads and not block.depth:
         kinds |= {"norm2": "plain", "qkv": "qkv", "proj": "dense"}
     for layer, kind in kinds.items():
-        yield from _pair(f"{block.name}/{layer}", name(layer), kind, block.heads)
+        yield from pair(f"{block.name}/{layer}", name(layer), kind, block.heads)
+
+
+def transformer(block: Block, place: str) -> Iterator[Entry]:
+    """The entries of a block's transformer layers, which latent diffusion and diffusers name alike;
+    `place` is their name of the whole."""
+    path = f"{block.name}/transformer"
+    yield from pair(f"{path}/norm2", f"{place}.norm", "plain")
+    for name in ("proj_in", "proj_out"):
+        yield from pair(f"{path}/{name}", f"{place}.{name}", "dense")
+    for i in range(block.depth):
+        ours, theirs = f"{path}/layer{i}", f"{place}.transformer_blocks.{i}"
+        joined = {
+            "qkv": [f"attn1.to_{c}" for c in "qkv"],
+            "text_q": ["attn2.to_q"],
+            "text_kv": [f"attn2.to_{c}" for c in "kv"],
+        }
+        for name, parts in joined.items():
+            kernels = "+".join(f"{theirs}.{part}.weight" for part in parts)
+            yield Entry(f"{ours}/{name}/kernel", kernels, "dense")
+        for name, part in LAYERS.items():
+            kind = "plain" if name.startswith("norm") else "dense"
+            yield from pair(f"{ours}/{name}", f"{theirs}.{part}", kind)
+
+
+LAYERS = {"norm0": "norm1", "norm1": "norm2", "norm2": "norm3", "proj": "attn1.to_out.0",
+          "text_proj": "attn2.to_out.0", "fc0": "ff.net.0.proj", "fc1": "ff.net.2"}  # fmt: skip
 
 
 def _edm(block: Block, config: UNetConfig) -> list[Entry]:
@@ -121,17 +148,17 @@ def _edm(block: Block, config: UNetConfig) -> list[Entry]:
         bias = block.name != "map_augment" and not (
             block.name == "map_label" and config.family == "adm"
         )
-        return _pair(block.name, block.name, "dense")[: 1 + bias]
+        return pair(block.name, block.name, "dense")[: 1 + bias]
     if block.kind == "head":
         side = config.resolution
         norm, conv = "out_norm", "out_conv"
         if config.family != "adm":
             norm, conv = (f"dec.{side}x{side}_aux_{part}" for part in ("norm", "conv"))
-        return [*_pair("head/norm", norm, "plain"), *_pair("head/conv", conv, "conv")]
+        return [*pair("head/norm", norm, "plain"), *pair("head/conv", conv, "conv")]
     part, side, rest = block.name.split("_")
     theirs = f"{part}.{side}x{side}_{'aux_residual' if rest == 'aux' else rest}"
     if block.kind in ("conv_in", "aux"):
-        return _pair(block.name, theirs, "conv")
+        return pair(block.name, theirs, "conv")
     return list(_res(block, lambda layer: f"{theirs}.{layer}"))
 
 
@@ -153,7 +180,9 @@ def _guided_diffusion(config: UNetConfig) -> Iterator[Entry]:
     encoder, decoder, module = -1, -1, 0
     for block in plan(config):
         if block.name in ("map_layer0", "map_layer1"):
-            yield from _pair(block.name, f"time_embed.{2 * int(block.name[-1])}", "dense")
+            yield from pair(block.name, f"time_embed.{2 * int(block.name[-1])}", "dense")
+        elif block.name in ("map_added0", "map_added1"):
+            yield from pair(block.name, f"label_emb.0.{2 * int(block.name[-1])}", "dense")
         elif block.name == "map_label":
             yield Entry("map_label/kernel", "label_emb.weight", "plain")
         elif block.kind == "map":
@@ -162,11 +191,11 @@ def _guided_diffusion(config: UNetConfig) -> Iterator[Entry]:
                 "model config, and copy the weights by name into the larger network"
             )
         elif block.kind == "head":
-            yield from _pair("head/norm", "out.0", "plain")
-            yield from _pair("head/conv", "out.2", "conv")
+            yield from pair("head/norm", "out.0", "plain")
+            yield from pair("head/conv", "out.2", "conv")
         elif block.kind == "conv_in":
             encoder += 1
-            yield from _pair(block.name, f"input_blocks.{encoder}.0", "conv")
+            yield from pair(block.name, f"input_blocks.{encoder}.0", "conv")
         else:
             if block.name.startswith("enc"):
                 encoder, module = encoder + 1, 0
@@ -179,7 +208,13 @@ def _guided_diffusion(config: UNetConfig) -> Iterator[Entry]:
             else:
                 decoder, module = decoder + 1, 0
                 place = f"output_blocks.{decoder}"
+            if block.kind == "resample":
+                layer = "op" if block.resample == "down" else "conv"
+                yield from pair(block.name, f"{place}.{module}.{layer}", "conv")
+                continue
             yield from _res(block, _guided_diffusion_name(place, module))
+            if block.depth:
+                yield from transformer(block, f"{place}.{module + 1}")
             module += 2 if block.heads else 1
 
 

@@ -2,7 +2,9 @@
 
 Both the linen module (unet.py) and the pruner, which slices channels, read the plan, so that they
 cannot diverge. ADM, DDPM++ and NCSN++ (Dhariwal & Nichol 2021; Song et al. 2021, in the form of
-Karras et al. 2022, arXiv 2206.00364, Table 7) differ only in the constants of `FAMILIES`.
+Karras et al. 2022, arXiv 2206.00364, Table 7), DDPM (Ho et al. 2020) and latent diffusion, which is
+Stable Diffusion's (Rombach et al. 2022, arXiv 2112.10752), differ only in the constants of
+`FAMILIES`; Stable Diffusion's attention is a stack of transformer layers (`depths`).
 
 Growth (PaGoDA, arXiv 2405.14822, section 3.3) appends an up-block and two blocks to the decoder for
 every doubling. They have no attention, encoder skip or residual scaling, and the embedding is added
@@ -33,6 +35,8 @@ class Family(NamedTuple):
     taps: tuple[int, ...]  # resampling filter
     encoder_aux: bool  # NCSN++'s residual encoder
     init: tuple[float, str]  # variance scale and fan of kernels
+    # Levels are joined by a 3x3 convolution of this padding before and after, not by a block.
+    down_padding: tuple[int, int] = ()
 
 
 FAMILIES = {
@@ -47,10 +51,20 @@ FAMILIES = {
         "fourier", "edm", 2, False, 1e-6, False, 0.5**0.5, True, False, (1, 3, 3, 1), True,
         (1.0, "fan_avg"),
     ),
+    "ddpm": Family(
+        "sin_cos", "openai", 1, True, 1e-6, False, 1.0, False, True, (1, 1), False,
+        (1 / 3, "fan_in"), (0, 1),
+    ),
+    "latent": Family(
+        "cos_sin", "openai", 1, True, 1e-5, False, 1.0, False, True, (1, 1), False,
+        (1 / 3, "fan_in"), (1, 1),
+    ),
 }  # fmt: skip
 
 
-WHOLE_TUPLES = ("channel_mult", "attention", "growth")
+WHOLE_TUPLES = ("channel_mult", "attention", "growth", "depths", "sizes")
+DTYPES = ("float32", "bfloat16", "float16")
+SIZES = 6  # numbers of SDXL's micro-conditioning: height, width, top, left, height, width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +74,17 @@ class UNetConfig:
     resolution: native side in pixels; a grown generator's is the side of its latent.
     channels, channel_mult, num_blocks: width of the first level, multiples, blocks per level.
     attention: native sides at which blocks attend. head_dim: channels of a head, 0 for one head.
+    heads: number of heads at every width, in place of head_dim; 0 = by head_dim.
+    depths: number of transformer layers where a level's blocks attend, for each level (the
+      bottleneck has the last); they read the tokens of `text`. () = plain attention.
     num_classes: 0 = no label (a label passed is then ignored).
     augment_dim: width of the augmentation label (9 for EDM's), 0 = none.
     extra_conditions: number of scalar conditions. caption_dim: width of a caption embedding.
     text: the encoder of the captions whose tokens every attending block reads by cross-attention;
       the label is then the row of a caption's token numbers. None = no text.
+    sizes: (width, pixels): the embedding takes the size of the canvas and the captions' pooled
+      vector (SDXL); `width` sinusoids of each of six numbers in pixels, of which a position of x
+      has `pixels` per side. () = neither.
     encoder: only the encoder, whose pooled features give out_channels numbers.
     groups, group_size: a norm of c channels has min(groups, c // group_size) groups.
     growth: width of every doubling appended to the decoder; () is the plain U-Net.
@@ -94,6 +114,9 @@ class UNetConfig:
     text: TextConfig | None = None
     encoder: bool = False
     head_dim: int = 64
+    heads: int = 0
+    depths: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
     embedding_mult: int = 4
     groups: int = 32
     group_size: int = 4
@@ -122,6 +145,15 @@ class UNetConfig:
                 f"the model has model.num_classes {self.num_classes} and captions: its label is "
                 "one of the two, so give --config.model.num_classes=0"
             )
+        if self.depths and not (self.text and len(self.depths) == len(self.channel_mult)):
+            raise ValueError(
+                f"model.depths is {self.depths}: it needs model.text and a number for each of the "
+                f"{len(self.channel_mult)} levels"
+            )
+        if self.sizes and not (self.text and len(self.sizes) == 2):
+            raise ValueError(
+                f"model.sizes is {self.sizes}: it needs model.text, and two numbers, as (256, 8)"
+            )
         sides = [self.resolution >> level for level in range(len(self.channel_mult))]
         absent = [side for side in self.attention if side not in sides]
         if absent:
@@ -134,7 +166,7 @@ class UNetConfig:
         """Raise ValueError for a field of another type, or out of its range."""
         known = {
             "family": tuple(FAMILIES), "noise_feature": ("", "openai", "edm"),
-            "dtype": ("float32", "bfloat16", "float16"),
+            "dtype": DTYPES,
         }  # fmt: skip
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
@@ -167,11 +199,13 @@ class UNetConfig:
 class Block:
     """One entry of the plan. Fields that a kind does not use are 0, "" or False.
 
-    kind: map (embedding), conv_in, res, aux (NCSN++'s image branch), head, pool (an encoder's end).
+    kind: map (embedding), conv_in, res, resample (a convolution that changes the size), aux
+      (NCSN++'s image branch), head, pool (an encoder's end).
     resolution: native side of the output. in_channels counts the channels from `pop` too.
     pop: the block whose kept output is concatenated to the stream. push: the output is kept for
       the decoder. inner: width between the two convolutions. emb: width of the embedding it reads.
     heads: 0 = no attention; qk, v: summed widths of the heads' queries (= keys) and of the values.
+    depth: number of transformer layers that attend, 0 = plain attention.
     text, text_tokens: width and number of the tokens that cross-attention reads, 0 = none; it has
       as many heads as self-attention.
     groups0, groups1, groups2: norms before conv0, before conv1, before qkv and text_q.
@@ -193,6 +227,7 @@ class Block:
     residual_scale: float = 1.0
     shortcut: bool = False
     heads: int = 0
+    depth: int = 0
     qk: int = 0
     v: int = 0
     text: int = 0
@@ -204,6 +239,11 @@ class Block:
 
 
 OVERRIDABLE = ("out_channels", "inner", "heads", "qk", "v", "groups0", "groups1", "groups2")
+
+
+def num_heads(config: UNetConfig, width: int) -> int:
+    """Number of heads of attention over `width` channels."""
+    return config.heads or (max(1, width // config.head_dim) if config.head_dim else 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -226,6 +266,8 @@ def plan(config: UNetConfig) -> tuple[Block, ...]:
         if block.kind == "aux":
             block = dataclasses.replace(block, in_channels=aux, out_channels=stream)
             aux = stream
+        elif block.kind == "resample":
+            block = dataclasses.replace(block, in_channels=stream)
         elif block.kind in ("res", "head"):
             width = stream + kept[block.pop]
             block = dataclasses.replace(block, in_channels=width, emb=emb if block.emb else 0)
@@ -246,23 +288,27 @@ def _layout(config: UNetConfig) -> list[Block]:
     def groups(width):
         return max(1, min(config.groups, width // config.group_size))
 
-    def res(name, side, stream, out, *, skip=("", 0), attend=False, grown=False, **fields):
+    def res(name, side, stream, out, *, skip=("", 0), attend=0, grown=False, **fields):
+        # attend: 0, or 1 plus the number of transformer layers
         width = stream + skip[1]
         resample = fields.get("resample", "")
-        heads = max(1, out // config.head_dim) if attend and config.head_dim else int(attend)
+        if resample and family.down_padding and not grown:
+            return Block(name, "resample", stream, out, side, **fields)
+        heads = num_heads(config, out) if attend else 0
         return Block(
             name, "res", width, out, side, pop=skip[0], inner=out, emb=emb,
             taps=(1, 1) if grown else family.taps,
             scale_shift=family.scale_shift and not grown,
             residual_scale=1.0 if grown else family.residual_scale,
             shortcut=width != out or (bool(resample) and family.resample_conv and not grown),
-            heads=heads, qk=out if heads else 0, v=out if heads else 0,
-            text=config.text.width if heads and config.text else 0,
+            heads=heads, qk=out if heads else 0, v=out if heads else 0, depth=max(attend - 1, 0),
+            text=config.text.token_width if heads and config.text else 0,
             text_tokens=config.text.length if heads and config.text else 0,
             groups0=groups(width), groups1=groups(out), groups2=groups(out) if heads else 0,
             eps=family.eps, **fields,
         )  # fmt: skip
 
+    depths = [1 + depth for depth in config.depths] or [1] * len(config.channel_mult)
     stream, aux, skips = config.channels, config.in_channels, []
     for level, mult in enumerate(config.channel_mult):
         side = config.resolution >> level
@@ -279,7 +325,7 @@ def _layout(config: UNetConfig) -> list[Block]:
         skips.append((name, stream))
         for i in range(config.num_blocks):
             name, out = f"enc_{side}_block{i}", config.channels * mult
-            attend = side in config.attention
+            attend = depths[level] if side in config.attention else 0
             blocks.append(res(name, side, stream, out, attend=attend, push=True))
             stream = out
             skips.append((name, stream))
@@ -288,7 +334,7 @@ def _layout(config: UNetConfig) -> list[Block]:
         out, groups0 = config.out_channels, groups(stream)
         return [*blocks, Block("pool", "pool", stream, out, groups0=groups0, eps=family.eps)]
     blocks += [
-        res(f"dec_{side}_in0", side, stream, stream, attend=True),
+        res(f"dec_{side}_in0", side, stream, stream, attend=depths[-1]),
         res(f"dec_{side}_in1", side, stream, stream),
     ]
     for level, mult in reversed(list(enumerate(config.channel_mult))):
@@ -298,7 +344,8 @@ def _layout(config: UNetConfig) -> list[Block]:
         for i in range(config.num_blocks + 1):
             out = config.channels * mult
             last = i == config.num_blocks
-            attend = side in config.attention and (last or family.attend_all)
+            attends = side in config.attention and (last or family.attend_all)
+            attend = depths[level] if attends else 0
             name = f"dec_{side}_block{i}"
             blocks.append(res(name, side, stream, out, skip=skips.pop(), attend=attend))
             stream = out
@@ -333,6 +380,9 @@ def _maps(config: UNetConfig, family: Family, emb: int) -> list[Block]:
         maps.append(Block("map_extra1", "map", emb, emb))
     if config.caption_dim:
         maps.append(Block("map_caption", "map", config.caption_dim, emb))
+    if config.sizes:
+        width = config.text.pooled_width + SIZES * config.sizes[0]
+        maps += [Block("map_added0", "map", width, emb), Block("map_added1", "map", emb, emb)]
     return maps
 
 
@@ -341,7 +391,7 @@ def _chain_map(block: Block, done: dict[str, Block]) -> Block:
     layer0, layer1 = done.get("map_layer0"), done.get("map_layer1")
     if block.name == "map_layer1":
         return dataclasses.replace(block, in_channels=layer0.out_channels)
-    late = block.name in ("map_extra1", "map_caption") or (
+    late = block.name in ("map_extra1", "map_caption", "map_added1") or (
         block.name == "map_label" and block.out_channels != layer0.in_channels
     )
     return dataclasses.replace(block, out_channels=layer1.out_channels) if late else block

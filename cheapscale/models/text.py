@@ -1,9 +1,15 @@
 """Encoders of captions: token numbers to a sequence of features and one pooled vector.
 
-One linen module computes four published encoders, which differ in the constants of `STYLES`: the
-pre-norm transformer that trains together with its U-Net, BERT (MiniLM), CLIP's text tower, and the
-encoder of T5. A row of token numbers ends in -1, which means no token; a row of -1 alone is the
-empty caption, the null condition: nothing is attended to, and the pooled vector is zero.
+One linen module computes published encoders, which differ in the constants of `STYLES`: the
+pre-norm transformer that trains together with its U-Net, BERT (MiniLM), CLIP's text tower by OpenAI
+and by OpenCLIP, and the encoder of T5. A row of token numbers ends in -1, which means no token; a
+row of -1 alone is the empty caption, the null condition: nothing is attended to, and the pooled
+vector is zero.
+
+Stable Diffusion's encoders are CLIP's, with a `pad` token in place of -1 that is attended to as all
+others; the null condition is the caption `empty`. SDXL has two encoders, the second of which stands
+in `beside`: a token's features are those of both, the pooled vector is the second's, and the null
+condition is all zeros.
 """
 
 import dataclasses
@@ -35,6 +41,7 @@ STYLES = {
     "transformer": Style(False, False, False, False, "gelu", 1e-6, "mean"),
     "bert": Style(True, False, False, False, "gelu_exact", 1e-12, "mean"),
     "clip": Style(False, True, False, False, "quick_gelu", 1e-5, "end"),
+    "openclip": Style(False, True, False, False, "gelu_exact", 1e-5, "end"),
     "t5": Style(False, False, True, False, "relu", 1e-6, "mean"),
     "t5_gated": Style(False, False, True, True, "gelu", 1e-6, "mean"),  # version 1.1
 }
@@ -53,6 +60,10 @@ class TextConfig:
     kind: one of STYLES. vocab: number of tokens. length: most tokens of a caption. width: of the
     features. mlp: width between the two linear maps. head_dim: channels of a head, 0 for
     width / heads. tokenizer: the vocabulary as JSON (`data.tokens`); it travels with the weights.
+    pad: the token in place of none, -1 = none. empty: tokens of the null condition where there is
+    a pad; () = zeros. skip: number of the last blocks that the features of tokens leave out, and
+    then the norm after them too. projection: width of a linear map of the pooled vector, 0 = none.
+    beside: a second encoder of the same tokens.
     """
 
     kind: str
@@ -64,12 +75,34 @@ class TextConfig:
     mlp: int
     head_dim: int = 0
     tokenizer: str = ""
+    pad: int = NO_TOKEN
+    empty: tuple[int, ...] = ()
+    skip: int = 0
+    projection: int = 0
+    beside: "TextConfig | None" = None
 
     def __post_init__(self):
         if self.kind not in STYLES:
             raise ValueError(f"text encoder {self.kind!r} is unknown: choose one of {[*STYLES]}")
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.width // self.heads)
+
+    @property
+    def token_width(self) -> int:
+        """Width of the features of a token, over all encoders."""
+        return self.width + (self.beside.token_width if self.beside else 0)
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled vector."""
+        return self.beside.pooled_width if self.beside else self.projection or self.width
+
+
+def text_config(fields: dict) -> TextConfig:
+    """The config from its fields, also after JSON."""
+    beside = fields.get("beside")
+    beside = text_config(beside) if isinstance(beside, dict) else beside
+    return TextConfig(**fields | {"empty": tuple(fields.get("empty", ())), "beside": beside})
 
 
 class TextFeatures(NamedTuple):
@@ -88,14 +121,15 @@ class TextEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> TextFeatures:
-        config, style, n = self.config, STYLES[self.config.kind], ids.shape[1]
-        mask = ids > NO_TOKEN
+        config, style = self.config, STYLES[self.config.kind]
+        given, (ids, mask, shown) = ids, _padded(ids, config)
+        n = ids.shape[1]
         start = nn.initializers.normal(0.02)
         norm = nn.RMSNorm if style.relative else nn.LayerNorm
         norm = functools.partial(norm, epsilon=style.eps, use_fast_variance=False)
         x = nn.Embed(config.vocab, config.width, embedding_init=start, name="embedding")(
             jnp.maximum(ids, 0)
-        )
+        ).astype(jnp.float32)  # the weights may be narrower
         bias = jnp.where(mask[:, None, None, :], 0.0, -1e9)
         if style.relative:
             table = self.param("distance", start, (DISTANCES, config.heads))
@@ -106,11 +140,35 @@ class TextEncoder(nn.Module):
             bias += jnp.where(np.tri(n, dtype=bool), 0.0, -1e9)[None, None]
         if style.post_norm:
             x = norm(name="norm")(x)
+        states = []  # before each block
         for i in range(config.depth):
+            states.append(x)
             x = _Block(config, norm, name=f"block{i}")(x, bias)
         if not style.post_norm:
             x = norm(name="norm")(x)
-        return TextFeatures(x, mask, _pooled(x, mask, ids, style.pooled))
+        tokens = states[-config.skip] if config.skip else x
+        pooled = _pooled(x, mask, ids, style.pooled)
+        if config.projection:
+            pooled = nn.Dense(config.projection, use_bias=False, name="projection")(pooled)
+        tokens, pooled = jnp.where(shown[:, :, None], tokens, 0), jnp.where(shown, pooled, 0)
+        if config.beside:
+            other = TextEncoder(config.beside, name="beside")(given)
+            tokens, pooled = jnp.concatenate([tokens, other.tokens], axis=-1), other.pooled
+        return TextFeatures(tokens, mask, pooled)
+
+
+def _padded(ids: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(token numbers, which of them are attended to, bool [b, 1]: rows that are not zeros)."""
+    mask = ids > NO_TOKEN
+    if config.pad == NO_TOKEN:
+        return ids, mask, jnp.ones((len(ids), 1), bool)
+    n = config.length
+    ids = jnp.pad(ids, ((0, 0), (0, n - ids.shape[1])), constant_values=NO_TOKEN)
+    null = jnp.full(n, NO_TOKEN).at[: len(config.empty)].set(jnp.array(config.empty, int))
+    given = mask.any(axis=1, keepdims=True)
+    ids = jnp.where(given, ids, null[None])
+    shown = given if not config.empty else jnp.ones_like(given)
+    return jnp.where(ids > NO_TOKEN, ids, config.pad), jnp.ones(ids.shape, bool), shown
 
 
 class _Block(nn.Module):

@@ -5,12 +5,14 @@
     x''   = residual_scale * (x' + proj(attention(qkv(norm2(x')))))                            (3)
     x'''  = x'' + text_proj(attention(text_q(norm3(x'')), text_kv(tokens)))      with captions (3t)
     o:      ADM  norm1(h) * (1 + scale) + shift;  others, and grown blocks:  norm1(h + shift)
+    (3), (3t):  latent diffusion has the layers of transformer.py in their place
     emb   = silu(map_layer1(silu(map_layer0(features(noise)))) + conditions)                   (4)
 
 Dhariwal & Nichol 2021 (arXiv 2105.05233), Song et al. 2021 (2011.13456), in the form of Karras et
 al. 2022 (2206.00364, Table 7). conv1, proj, text_proj and the head's convolution start at zero, so
 every block starts as its identity path, grown blocks as nearest-neighbour enlargement of features,
-and a network with captions as the same one without.
+and a network with captions as the same one without. DDPM and latent diffusion change the size by a
+3x3 convolution instead of inside (1).
 
 Arrays are NHWC.
 """
@@ -18,7 +20,6 @@ Arrays are NHWC.
 import dataclasses
 import difflib
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +28,8 @@ import jax.numpy as jnp
 
 from cheapscale.models import layers
 from cheapscale.models.plan import FAMILIES, Block, UNetConfig, plan
-from cheapscale.models.text import NO_TOKEN, TextConfig, TextEncoder, TextFeatures
+from cheapscale.models.text import NO_TOKEN, TextEncoder, TextFeatures, text_config
+from cheapscale.models.transformer import Transformer, entropy_scale
 
 __all__ = ["Block", "ResBlock", "UNet", "UNetConfig", "plan", "unet"]
 
@@ -73,6 +75,11 @@ class ResBlock(nn.Module):
         if block.shortcut:
             x = dense(block.out_channels, name="skip")(x)
         x = (x + h) * block.residual_scale
+        if block.depth:
+            change = Transformer(
+                block, self.kernel_init, self.entropy_scaling, name="transformer"
+            )  # fmt: skip
+            return x + change(x, text)
         if block.heads:  # (3)
             x = (x + self.attend(x)) * block.residual_scale
         if block.text:  # (3t)
@@ -89,9 +96,7 @@ class ResBlock(nn.Module):
         qkv = dense(2 * block.qk + block.v, name="qkv")(h)
         q, k, v = jnp.split(qkv, (block.qk, 2 * block.qk), axis=-1)
         if self.entropy_scaling and block.resolution > 1:
-            # Attention over more positions has a higher entropy; sharper logits restore it (Jin et
-            # al. 2023, arXiv 2306.08645).
-            q = q * math.sqrt(math.log(height * width) / math.log(block.resolution**2))
+            q = q * entropy_scale(block, height * width)
         h = layers.attention(q, k, v, block.heads)
         h = dense(block.out_channels, kernel_init=zeros, name="proj")(h)
         return h.reshape(b, height, width, -1)
@@ -189,7 +194,8 @@ class UNet(nn.Module):
             return h + inject[place].astype(h.dtype)
 
         text, label, caption = self._read(label, caption, len(x))
-        emb = self._embedding(noise, label, augment, extra, caption)
+        canvas = x.shape[1:3]
+        emb = self._embedding(noise, label, augment, extra, caption, canvas)
         h = aux = x.astype(dtype)
         skips, tapped = {}, {"emb": emb}
         for block in plan(config):
@@ -202,6 +208,10 @@ class UNet(nn.Module):
                 if block.pop:
                     h = jnp.concatenate([h, skips.pop(block.pop)], axis=-1)
                 h = self._res(block)(h, emb, train, text)
+            elif block.kind == "resample":
+                h = layers.upsample(h, block.taps) if block.resample == "up" else h
+                stride, sides = (1, (1, 1)) if block.resample == "up" else (2, family.down_padding)
+                h = conv(block.out_channels, strides=stride, padding=[sides] * 2, name=name)(h)
             elif block.kind == "aux":
                 side = 1 + (len(block.taps) - 1) // 2  # the filter reads beyond the border
                 wide = conv(block.out_channels, padding=side, name=name)(aux)
@@ -252,8 +262,8 @@ class UNet(nn.Module):
             name=block.name,
         )
 
-    def _embedding(self, noise, label, augment, extra, caption) -> jax.Array:
-        """Equation (4): [b, emb]."""
+    def _embedding(self, noise, label, augment, extra, caption, canvas) -> jax.Array:
+        """Equation (4): [b, emb]. canvas: (height, width) of x."""
         config, family = self.config, FAMILIES[self.config.family]
         dtype, init = jnp.dtype(config.dtype), layers.uniform(*family.init)
         widths = {block.name: block.out_channels for block in plan(config) if block.kind == "map"}
@@ -296,7 +306,19 @@ class UNet(nn.Module):
         if config.caption_dim:
             given = absent(config.caption_dim) if caption is None else caption
             emb += dense("map_caption", given, use_bias=False)
+        if config.sizes:
+            added = jnp.concatenate([caption, self._sizes(canvas, len(caption))], axis=-1)
+            emb += dense("map_added1", nn.silu(dense("map_added0", added)))
         return nn.silu(emb)
+
+    def _sizes(self, canvas: tuple[int, int], rows: int) -> jax.Array:
+        """[rows, 6 width]: sinusoids of (height, width, top, left, height, width) in pixels, those
+        of a picture of the canvas's size that was not cropped (Podell et al. 2023, arXiv
+        2307.01952, section 2.2)."""
+        width, pixels = self.config.sizes
+        sides = [pixels * side for side in canvas]
+        numbers = jnp.array([*sides, 0, 0, *sides], jnp.float32)
+        return jnp.tile(layers.sinusoids(numbers, width).reshape(1, -1), (rows, 1))
 
     def _check(self, x, inject, taps):
         config = self.config
@@ -336,7 +358,7 @@ def unet(**fields: Any) -> UNet:
             raise ValueError(f"the U-Net has no field model.{name}: {hint}")
     text = fields.get("text")
     if isinstance(text, dict):
-        fields["text"] = TextConfig(**text)
+        fields["text"] = text_config(text)
     config = UNetConfig(**{name: _frozen(value) for name, value in fields.items()})
     plan(config)
     return UNet(config)

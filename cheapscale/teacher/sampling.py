@@ -5,6 +5,7 @@ the batch size or the number of devices.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -158,7 +159,9 @@ def ode_map(
         model.check_levels(grid, method)
     noise = functools.partial(_image_noise, seed, ids, x) if method == "ancestral" else None
     segments = model.segments(label, grid, cfg_scale=cfg_scale)
-    return solve(segments, x, method=method, clip=clip, noise=noise)
+    x = solve(segments, x, method=method, clip=clip, noise=noise)
+    # A published sampler that ends above 0 leaves x_vp = alpha x there.
+    return x / math.hypot(1, grid[-1]) if spacing == "own" and grid[-1] > 0 else x
 
 
 def _image_noise(seed: int, ids: jax.Array | None, like: jax.Array, step: jax.Array) -> jax.Array:
@@ -222,7 +225,7 @@ def sampler(
     else:
         # The first noise has the deviation of the grid's own first level: a VP schedule's spacing
         # need not begin at sigma_max.
-        top = levels(model.process, steps, "sample", spacing)[0]
+        top = model.process.start(levels(model.process, steps, "sample", spacing), spacing)
         run = functools.partial(
             ode_map, steps=steps, method=method, cfg_scale=cfg_scale, spacing=spacing, seed=seed
         )

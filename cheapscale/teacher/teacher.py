@@ -10,7 +10,7 @@ weights are never constants of a program:
 import dataclasses
 import functools
 import hashlib
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -47,6 +47,7 @@ class _Model(flax.struct.PyTreeNode):
     net: UNet = flax.struct.field(pytree_node=False)
     process: Process = flax.struct.field(pytree_node=False)
     origin: Origin = flax.struct.field(pytree_node=False)
+    negative: jax.Array | None = None  # tokens [n] of a caption that guidance leads away from
 
     @property
     def meta(self) -> dict:
@@ -82,7 +83,10 @@ class _Model(flax.struct.PyTreeNode):
 
     @property
     def null(self) -> int:
-        """The label that means "no class", or every token of the empty caption."""
+        """The label that means "no class", or every token of the empty caption; the tokens of the
+        negative caption, if there is one."""
+        if self.negative is not None:
+            return self.negative
         return NO_TOKEN if self.net.config.text else self.num_classes
 
     def encode(self, label: Any) -> Any:
@@ -99,6 +103,15 @@ class _Model(flax.struct.PyTreeNode):
     def fingerprint(self) -> str:
         """A short SHA-256 of the weights."""
         return fingerprint(self.params)
+
+    def in_precision(self, dtype: str) -> Self:
+        """The same model with a network that computes in `dtype`; "" changes nothing."""
+        if not dtype:
+            return self
+        fields = self.fields | {"dtype": dtype}
+        meta = self.meta | {"networks": dict.fromkeys(self.meta["networks"], fields)}
+        origin = Origin(meta, self.step, self.workdir)
+        return self.replace(net=unet(**fields), origin=origin)
 
     def network(self, x: jax.Array, c_noise: jax.Array, *, variables=None, **options) -> jax.Array:
         """F(x, c_noise, label=...), see `UNet.__call__`. variables: further Flax collections."""
@@ -199,15 +212,6 @@ class Teacher(_Model):
         if noise_cond is not None:
             _, c_noise = self.process.inputs(x, noise_cond, feature)
         return self.network(x_in, c_noise, label=label, taps=names)[1]
-
-    def in_precision(self, dtype: str) -> "Teacher":
-        """The same teacher with a network that computes in `dtype`; "" changes nothing."""
-        if not dtype:
-            return self
-        fields = self.fields | {"dtype": dtype}
-        meta = self.meta | {"networks": {"net": fields}}
-        origin = Origin(meta, self.step, self.workdir)
-        return self.replace(net=unet(**fields), origin=origin)
 
 
 class Generator(_Model):

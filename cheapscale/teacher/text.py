@@ -1,12 +1,19 @@
 """The encoder of captions with which a new teacher begins: one that trains with it, or a published
 one, whose weights stay as they are. Either becomes a part of the network and of its checkpoints."""
 
+import re
 from typing import Any
 
 import numpy as np
 
 from cheapscale.data.source import Source
-from cheapscale.data.tokens import tokeniser, train_vocabulary, vocabulary_size
+from cheapscale.data.tokens import (
+    NO_TOKEN,
+    tokeniser,
+    train_vocabulary,
+    vocabulary_size,
+    vocabulary_tokens,
+)
 from cheapscale.features.text_encoders import load_text_encoder
 from cheapscale.models.text import TextConfig
 
@@ -34,8 +41,20 @@ def text_fields(settings: Any, source: Source) -> tuple[dict, dict]:
 
 
 def tokenise(text: TextConfig, captions: list[str]) -> np.ndarray:
-    """Token numbers int32 [n, length] of captions, by a network's own vocabulary."""
-    return tokeniser(text.tokenizer, text.length)(captions)
+    """Token numbers int32 [n, length] of captions, by a network's own vocabulary.
+
+    Raises ValueError for the name of a learned embedding, <name>, that the vocabulary lacks.
+    """
+    tokens = tokeniser(text.tokenizer, text.length, null=text.pad == NO_TOKEN)
+    if text.pad != NO_TOKEN:  # of a published network, for which people share embeddings
+        known = vocabulary_tokens(text.tokenizer)
+        for name in re.findall(r"<[^<>\s]+>", " ".join(captions)):
+            if name not in known:
+                raise ValueError(
+                    f"the prompt names the embedding {name}, which this model's vocabulary lacks: "
+                    "describe it in words"
+                )
+    return tokens(captions)
 
 
 def _new_encoder(settings: Any, source: Source) -> dict[str, Any]:
