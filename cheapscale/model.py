@@ -18,6 +18,7 @@ from cheapscale import teacher
 from cheapscale.cascade.sample import CascadeSamples, cascade
 from cheapscale.data.numbers import consecutive, whole
 from cheapscale.data.pixels import check_finite, from_uint8, pictures
+from cheapscale.interop.unconditional import is_unconditional, read_unconditional
 from cheapscale.teacher.cost import sampler_cost
 from cheapscale.teacher.sampling import Samples, check_labels, inverter, one_step, sample
 from cheapscale.teacher.teacher import Generator
@@ -118,6 +119,20 @@ class Model:
         labels = self.labels(labels, num)
         return cascade(self.network, sizes, num=num, labels=labels, **options)
 
+    def avoiding(self, caption: str) -> "Model":
+        """The same teacher with guidance that leads away from this caption (a negative prompt),
+        instead of from pictures without one."""
+        if not self.captioned or isinstance(self.network, Generator):
+            kind = "is a one-step generator" if self.captioned else "knows no captions"
+            raise ValueError(
+                f"{self.network.workdir} {kind}, so that a negative prompt has no effect: leave it "
+                "out"
+            )
+        (tokens,) = tokenise(self.network.net.config.text, [caption])
+        members = tuple(member.replace(negative=tokens) for member in self.network.members)
+        one = isinstance(self.network, teacher.Teacher)
+        return Model(members[0] if one else self.network.replace(members=members))
+
     def cost(self, batch_size: int = 16, **options: Any) -> dict:
         """Network calls, FLOPs, seconds and memory of one image; see `teacher.cost`."""
         return sampler_cost(self.network, batch_size=batch_size, **options)
@@ -175,12 +190,21 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def load(workdir: str | pathlib.Path, *, ema: bool = True, step: int | None = None) -> Model:
-    """The model of a work directory: a pretrain, distill or grow run, or a set of experts.
+def load(
+    workdir: str | pathlib.Path, *, ema: bool = True, step: int | None = None, dtype: str = ""
+) -> Model:
+    """The model of a work directory: a pretrain, distill or grow run, or a set of experts; or of a
+    folder of diffusers, an unconditional U-Net.
 
     ema: load the averaged weights instead of the raw ones. step: the checkpoint's training step, by
-    default the newest.
+    default the newest. dtype: compute in this precision instead of the one trained in; a folder of
+    diffusers keeps its weights in it too.
     """
     if not isinstance(workdir, str | os.PathLike):
         raise ValueError(f"{workdir!r} is no folder: give the work directory of a run")
-    return Model(teacher.load(os.path.expanduser(workdir), ema=ema, step=step))
+    place = os.path.expanduser(workdir)
+    if is_unconditional(place):
+        if step is not None:
+            raise ValueError(f"{place} has no checkpoint of step {step}: leave the step out")
+        return Model(read_unconditional(place, dtype=dtype))
+    return Model(teacher.load(place, ema=ema, step=step).in_precision(dtype))

@@ -11,6 +11,11 @@ float16 changes. A shipped model is written into the package, with its figures:
     python -m launch.evaluate --model=scenes32.safetensors --workdir=runs/eval32
     python -m launch.export --model=runs/quickstart/grow32 --figures=runs/eval32/evaluate.json \\
         --out=cheapscale/pretrained/scenes32.safetensors
+
+A teacher may also become a folder of diffusers, a UNet2DModel with a scheduler that draws the same
+pictures from the same noise (`interop.unconditional`):
+
+    python -m launch.export --model=runs/mine/pretrain --format=diffusers --out=mine
 """
 
 import contextlib
@@ -22,6 +27,7 @@ from absl import flags
 
 from cheapscale.data.numbers import LARGEST
 from cheapscale.data.pixels import psnr
+from cheapscale.interop.unconditional import write_unconditional
 from cheapscale.model import Model
 from cheapscale.pagoda.edit import inversion_of
 from cheapscale.teacher.load import load
@@ -37,6 +43,9 @@ def define() -> None:
     """The command's flags."""
     flags.DEFINE_string("model", None, "Work directory of a run.")
     flags.DEFINE_string("out", None, f"File to write, ending in {SUFFIX}.")
+    flags.DEFINE_enum(
+        "format", "safetensors", ["safetensors", "diffusers"], "One file, or diffusers' folder."
+    )
     flags.DEFINE_integer("step", None, "Checkpoint's step; the newest by default.", 0, LARGEST)
     flags.DEFINE_integer("num", 32, "Samples of the picture and of the comparison.", 0, 10_000)
     flags.DEFINE_list("figures", [], "evaluate.json of this file, or pipeline.json of its run.")
@@ -49,6 +58,8 @@ def define() -> None:
 def export(given) -> dict:
     """Write the file and its picture, and return its card, which is the command's summary."""
     out = pathlib.Path(given.out)
+    if given.format == "diffusers":
+        return export_folder(given, out)
     if out.suffix != SUFFIX:
         raise ValueError(f"--out={out} does not end in {SUFFIX}: give --out={out}{SUFFIX}")
     if "cascade" in read_meta(given.model, given.step)[1]:
@@ -75,6 +86,20 @@ def export(given) -> dict:
     if shipped(out):
         write_page(pretrained() | {out.stem: card})
     return card
+
+
+def export_folder(given, out: pathlib.Path) -> dict:
+    """Write a folder of diffusers and return the command's summary."""
+    found = load(given.model, step=given.step)
+    if not isinstance(found, Teacher):
+        raise ValueError(
+            f"{given.model} is a {type(found).__name__.lower()}, but diffusers samples a single "
+            "denoiser: name a pretrain run, or leave out --format"
+        )
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"--out={out} exists and is not empty: name a new folder")
+    write_unconditional(out, found)
+    return {"folder": str(out), "step": found.step, "teacher": found.fingerprint}
 
 
 def compare(model: Teacher | Generator, small, num: int, picture: pathlib.Path) -> dict[str, float]:

@@ -5,6 +5,10 @@
     python -m launch.sample --model=runs/quickstart/pretrain --steps=18 --method=euler --labels=0,3
     python -m launch.sample --model=runs/text/pretrain --prompt="a small red star" --cfg_scale=4
 
+from the folder of an unconditional U-Net of diffusers, such as the published DDPMs:
+
+    python -m launch.sample --model=DIR --sampler=ddim --steps=50
+
 or a teacher beyond the size it was trained at, by self-cascade (Guo et al. 2024, arXiv 2402.10491):
 
     python -m launch.sample --model=runs/quickstart/pretrain --cascade=2x,4x --cascade_k=t0.7
@@ -36,6 +40,7 @@ from cheapscale.data.pixels import to_uint8
 from cheapscale.diffusion.noise import SPACINGS
 from cheapscale.diffusion.samplers import METHODS
 from cheapscale.model import Model
+from cheapscale.models.plan import DTYPES
 from cheapscale.teacher.sampling import MOST_STEPS, ODE_OPTIONS, check_labels
 from cheapscale.teacher.teacher import Generator
 from cheapscale.training.exported import files_of, model_file
@@ -46,6 +51,8 @@ CASCADE_FLAGS = (
     "cascade_k", "coupled", "resize_kernel", "pivot", "pivot_resolution", "expert_rule", "tuned",
     "baseline", "direct", "preview",
 )  # fmt: skip
+# (method, spacing) of published samplers, on the times that the model's own scheduler takes
+SAMPLERS = {"ddim": ("euler", "own"), "ddpm": ("ancestral", "own")}
 BEGINNING = "sampling %d images; every size compiles once, most of a short run"
 
 
@@ -54,8 +61,8 @@ def define() -> None:
     flags.DEFINE_string(
         "model",
         None,
-        "Work directory of a run, folder of a set of experts, file of "
-        "launch.export, or a shipped model, pretrained:NAME; pretrained: lists the names.",
+        "Work directory of a run, folder of a set of experts, file of launch.export, folder of "
+        "diffusers, or a shipped model, pretrained:NAME; pretrained: lists the names.",
     )
     flags.DEFINE_string(
         "out",
@@ -68,6 +75,15 @@ def define() -> None:
     flags.DEFINE_list("labels", None, "Classes by number or name, repeated; default: at random.")
     flags.DEFINE_multi_string(
         "prompt", None, "Caption, of a model that was trained on captions; may be given repeatedly."
+    )
+    flags.DEFINE_string(
+        "negative_prompt", None, "Caption that guidance leads away from, of a teacher of captions."
+    )
+    flags.DEFINE_enum(
+        "sampler", "", ["", *SAMPLERS], "Teacher: a published sampler, for --method and --spacing."
+    )
+    flags.DEFINE_enum(
+        "dtype", "", ["", *DTYPES], "Precision of the computation (default: as trained)."
     )
     flags.DEFINE_integer("batch_size", 64, "Images per call.", 1, LARGEST)
     flags.DEFINE_integer("steps", 40, "Teacher: sigma levels.", 2, MOST_STEPS)
@@ -113,9 +129,14 @@ def sample(given) -> dict:
     stray = [f"--{name}" for name in CASCADE_FLAGS if given[name].present and not given.cascade]
     if stray:
         raise ValueError(f"{', '.join(stray)}: only for a cascade: give --cascade=2x,4x as well")
-    model = cheapscale.load(given.model, ema=given.ema, step=given.step)
+    take_sampler(given)
+    model = cheapscale.load(given.model, ema=given.ema, step=given.step, dtype=given.dtype)
+    if given.negative_prompt is not None:
+        if given.cfg_scale == 1:
+            raise ValueError("--negative_prompt acts by guidance: give --cfg_scale=7.5 as well")
+        model = model.avoiding(given.negative_prompt)
     taken = ODE_OPTIONS if given.cascade else ODE_OPTIONS[:-1]
-    ode = [f"--{name}" for name in taken if given[name].present]
+    ode = [f"--{name}" for name in ("sampler", *taken) if given[name].present]
     if ode and isinstance(model.network, Generator):
         raise ValueError(
             f"{', '.join(ode)}: only for a teacher's ODE, but {given.model} holds a one-step "
@@ -152,6 +173,14 @@ def sample(given) -> dict:
         "resolution": height if height == width else [height, width],
         "seconds_with_compilation": round(seconds, 2),
     } | more
+
+
+def take_sampler(given) -> None:
+    """Put what --sampler stands for into --method and --spacing."""
+    if given.sampler:
+        if stray := [f"--{name}" for name in ("method", "spacing") if given[name].present]:
+            raise ValueError(f"--sampler={given.sampler} stands for {', '.join(stray)}: give one")
+        given.method, given.spacing = SAMPLERS[given.sampler]
 
 
 def sample_cascade(
