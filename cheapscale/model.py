@@ -19,6 +19,7 @@ from cheapscale.cascade.sample import CascadeSamples, cascade
 from cheapscale.data.numbers import consecutive, whole
 from cheapscale.data.pixels import check_finite, from_uint8, pictures
 from cheapscale.interop.unconditional import is_unconditional, read_unconditional
+from cheapscale.teacher.codec import codec_of, enter, factor_of, leave
 from cheapscale.teacher.cost import sampler_cost
 from cheapscale.teacher.sampling import Samples, check_labels, inverter, one_step, sample
 from cheapscale.teacher.teacher import Generator
@@ -44,7 +45,12 @@ class Model:
     @property
     def resolution(self) -> int:
         """Side in pixels of the images that `sample` draws."""
-        return self.network.net.config.output_resolution
+        return self.network.net.config.output_resolution * factor_of(self.network.meta)
+
+    @property
+    def base(self) -> int:
+        """Side in pixels of the images of the teacher, from which a generator grew."""
+        return self.network.resolution * factor_of(self.network.meta)
 
     @property
     def captioned(self) -> bool:
@@ -89,7 +95,7 @@ class Model:
         self._needs_ode("invert")
         images = pictures(images)
         images = from_uint8(images) if images.dtype == np.uint8 else images
-        return self._solve("invert", images, labels, options)
+        return self._solve("invert", enter(self.network.meta, images), labels, options)
 
     def reconstruct(
         self, z: np.ndarray, labels: np.ndarray | int | str | None = None, **options: Any
@@ -99,8 +105,10 @@ class Model:
         if isinstance(self.network, Generator):
             rows = self._rows(z, labels)
             images = in_batches(one_step, self.network, *rows, **{"batch_size": 64, **options})
-            return check_finite(images)
-        return self._solve("round_trip", z, labels, options)
+            images = check_finite(images)
+        else:
+            images = self._solve("round_trip", z, labels, options)
+        return leave(self.network.meta, images) if codec_of(self.network.meta) else images
 
     def cascade(
         self,

@@ -267,12 +267,13 @@ def image_config(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet)
 
     sizes: {size: row}, see configs/scenes.py. A row has `model`, the name of a preset, or of
     several by their resolution; for each stage {field: value} that differ from the defaults; and
-    optionally `split`, `options` and `top`.
+    optionally `split`, `options` and `top`. `latents`: pixels of one latent; then stage encode
+    reads the data set, and the others its latents, in data_dir.
     """
     args, changes = parse(arg)
     row, stage = pick(args.size, sizes), args.stage
     name = model_name(row, args)
-    if stage not in row and stage != "assess":
+    if stage not in row and stage not in ("assess", "encode"):
         raise ValueError(f"size {args.size!r} has no stage {stage}: choose another size")
     model = preset(name)
     base = model["resolution"]
@@ -286,6 +287,8 @@ def image_config(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet)
         flip=data.flip,
     )
     config.data.options = data.options | row.get("options", {})
+    if "latents" in row:
+        read_latents(config, row, args)
     if args.unlabelled:
         config.data.options.unlabelled = True
     if stage == "pretrain":
@@ -298,7 +301,7 @@ def image_config(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet)
         known = growth_widths(name, args.top or row.get("top", data.top))
         config.grow.widths = widths(known, config.data.resolution, base if args.jump else 0)
     if "features" in config:
-        config.features.input_size = input_size(config.data.resolution)
+        config.features.input_size = input_size(config.data.resolution * row.get("latents", 1))
     change(config, row.get("regress_grown" if grown and stage == "regress" else stage, {}))
     if stage == "cascade":
         config.cascade.tune = args.tune
@@ -320,6 +323,19 @@ def image_config(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet)
         config.optim.decay_steps = config.total_steps
         config.optim.warmup_steps = min(config.optim.warmup_steps, config.total_steps // 5)
     return config
+
+
+def read_latents(config: ConfigDict, row: dict, args: ConfigDict) -> None:
+    """Set the data of a stage of a row with `latents`: for stage encode pictures, at the size of
+    the row's top and its halves down to the smallest base; else their latents."""
+    if config.stage != "encode":
+        config.data.update(name="latents", split=row.get("split", "train").partition("[")[0])
+        config.data.flip, config.data.options = False, {}
+        return
+    bases = row["model"] if isinstance(row["model"], dict) else [preset(row["model"])["resolution"]]
+    top = args.top or row["top"]
+    config.data.resolution = args.resolution or top * row["latents"]
+    config.encode.levels = 1 + (top // min(bases)).bit_length() - 1
 
 
 def input_size(resolution: int) -> int:

@@ -69,7 +69,9 @@ MESH = {
     "fsdp": Field(1, "devices over which large parameters are split", low=1),
 }
 DATA = {
-    "name": Field("scenes", "scenes, folder, or a prepared TFDS set such as cifar10"),
+    "name": Field(
+        "scenes", "scenes, folder, latents of stage encode, or a prepared TFDS set such as cifar10"
+    ),
     "split": Field("train", "split of the training images; also a slice, train[:50%]"),
     "eval_split": Field("test", "split of the images for evaluation"),
     "data_dir": Field("", "folder of the images, or of the TFDS data sets"),
@@ -125,6 +127,21 @@ PRETRAIN = {
     ),
     "augment": Field(0.0, "probability of each of EDM's augmentations", low=0, high=1),
     "antithetic": Field(False, "antithetic pairs of noise levels, as for experts"),
+}
+ENCODE = {
+    "autoencoder": Field(
+        "", "diffusers folder (a pipeline, or its vae), file of a VAE, or TAESD's ENCODER+DECODER"
+    ),
+    "folder": Field("", "folder of the latent data set, then data.data_dir with data.name=latents"),
+    "levels": Field(1, "sizes of the pictures, each half of the one before", low=1, high=8),
+    "deviation": Field(
+        0.5,
+        "deviation to which each channel is scaled; 0: the autoencoder's own scale",
+        low=0,
+        high=100,
+    ),
+    "scale": Field(0.0, "scale of the latents; 0: the one that the files say", low=0, high=1e6),
+    "per_shard": Field(1024, "latents per file; resuming continues at a file", low=1),
 }
 INVERT = {
     "direction": Field(
@@ -274,6 +291,7 @@ GENERATOR = {
     "features": FEATURES, "discriminator": DISCRIMINATOR, "compute": COMPUTE,
 }  # fmt: skip
 STAGES: dict[str, dict[str, Any]] = {
+    "encode": {"encode": ENCODE},
     "pretrain": {
         "model": MODEL, "text": TEXT, "diffusion": DIFFUSION, "optim": OPTIM, "pretrain": PRETRAIN,
     },

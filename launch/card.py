@@ -13,6 +13,7 @@ from absl import logging
 from cheapscale.data.files import atomic_write, read_json
 from cheapscale.data.sources import open_data
 from cheapscale.evaluation.image_sets import choice
+from cheapscale.teacher.codec import factor_of
 from cheapscale.teacher.teacher import Generator, Teacher
 from cheapscale.training import exported
 from cheapscale.training.cost import param_count
@@ -71,8 +72,8 @@ def card_of(
         "bytes": path.stat().st_size,
         "weights": param_count(model.params),
         "model": "one-step generator" if isinstance(model, Generator) else "teacher",
-        "resolution": model.net.config.output_resolution,
-        "base": model.resolution,
+        "resolution": model.net.config.output_resolution * factor_of(meta),
+        "base": model.resolution * factor_of(meta),
         "data": meta["data"]
         | moments_of_data(meta)
         | {"origin": origin["origin"], "licence": licence or origin["licence"]},

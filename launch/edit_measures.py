@@ -19,12 +19,13 @@ import numpy as np
 from cheapscale import features
 from cheapscale.data.pixels import psnr, to_uint8
 from cheapscale.data.resize import area_mean
-from cheapscale.data.sources import SceneSource, open_data
+from cheapscale.data.sources import SceneSource, open_pictures
 from cheapscale.evaluation.embedding import embed
 from cheapscale.evaluation.paired import paired
 from cheapscale.evaluation.scenes import compare_images
 from cheapscale.model import Model
 from cheapscale.pagoda import edit as pagoda
+from cheapscale.teacher.codec import factor_of
 from launch.command import named_file
 from launch.edit_tasks import Edited, Task, bicubic
 
@@ -35,7 +36,7 @@ Arms = dict[str, dict[str, np.ndarray]]  # {arm: {figure: a value for each pictu
 def measure(given, model: Model) -> Task:
     """The task, everything checked; ValueError for a model of other data than labelled scenes."""
     data = model.network.meta["config"]["data"]
-    source = open_data(data, split=data["eval_split"], resolution=model.resolution)
+    source = open_pictures(data, split=data["eval_split"], resolution=model.resolution)
     if not (isinstance(source, SceneSource) and model.network.num_classes):
         raise ValueError(
             f"{given.model} was not trained on scenes with classes, whose truth the measures read: "
@@ -64,11 +65,16 @@ def measure(given, model: Model) -> Task:
     return run
 
 
+def base_of(search: pagoda.Search) -> int:
+    """The side in pixels of what the teacher draws."""
+    return search.generator.resolution * factor_of(search.generator.meta)
+
+
 def superres(
     search: pagoda.Search, x: np.ndarray, c: np.ndarray, judge: Any, few: slice
 ) -> tuple[dict[str, np.ndarray], Arms]:
     """({arm: images}, figures)."""
-    x_lo = area_mean(x, search.generator.resolution)
+    x_lo = area_mean(x, base_of(search))
     seen, some = pagoda.reduced(x_lo), pagoda.reduced(x_lo[few])
     images = {
         "bicubic": bicubic(x_lo, x.shape[1]),
@@ -95,7 +101,9 @@ def inpaint(
     side = x.shape[1]
     hole = np.zeros((side, side), bool)
     hole[side // 4 : -(side // 4), side // 4 : -(side // 4)] = True
-    found = search(pagoda.outside(x, hole, search.generator.resolution), c).images[:, 0]
+    found = search(
+        pagoda.outside(x, hole, search.generator.resolution, factor_of(search.generator.meta)), c
+    ).images[:, 0]
     filled = np.where(hole[..., None], x[:, ~hole].mean(axis=1)[:, None, None], x)
     images = {
         "masked": np.where(hole[..., None], np.float32(0.5), x),
@@ -116,7 +124,7 @@ def transfer(
     of another picture, says what a background that is not kept would have."""
     G = search.generator
     others = (c + 1) % G.num_classes
-    found = search(pagoda.whole(x, area_mean(x, G.resolution)), c)
+    found = search(pagoda.whole(x, area_mean(x, base_of(search))), c)
     z = found.z[:, 0]
     images = {
         "own class": found.images[:, 0],

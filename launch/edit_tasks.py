@@ -15,6 +15,7 @@ from cheapscale.data.resize import downsample
 from cheapscale.data.source import read_picture
 from cheapscale.model import Model
 from cheapscale.pagoda import edit as pagoda
+from cheapscale.teacher.codec import factor_of
 from cheapscale.teacher.sampling import check_labels, prior
 from launch.command import condition_flag
 
@@ -102,7 +103,8 @@ def inpaint(given, model: Model) -> Task:
     pixels = read(given.image[0])
     hole = hole_of(given, pixels, model.resolution)
     (x,) = shrunk(pixels, model.resolution)
-    seen = pagoda.outside(x[None], hole, model.network.resolution)
+    factor = factor_of(model.network.meta)
+    seen = pagoda.outside(x[None], hole, model.network.resolution, factor)
 
     def run(search: pagoda.Search) -> Edited:
         _, images, loss = (rows[0] for rows in search(seen, c[None]))
@@ -126,7 +128,7 @@ def superres(given, model: Model) -> Task:
     """The task, everything checked: G(E(x_lo, c), c), or argmin ||x_lo - A(G(z, c))||^2 with
     block means A. The picture at G's size, if it is that large, judges the result."""
     _, (c,) = conditions(model, given, "label", (1,))
-    side, base = model.resolution, model.network.resolution
+    side, base = model.resolution, model.base
     if side == base:
         raise ValueError(
             f"{given.model} makes images of {base} px, the size of its teacher's: name a grown "
@@ -155,7 +157,7 @@ def transfer(given, model: Model) -> Task:
         raise ValueError(f"{given.model} knows no classes: name another generator as --model")
     (own,), (c,) = conditions(model, given, "source", (1,))
     names, others = conditions(model, given, "label", ANY)
-    x, x_lo = shrunk(read(given.image[0]), model.resolution, G.resolution)
+    x, x_lo = shrunk(read(given.image[0]), model.resolution, model.base)
 
     def run(search: pagoda.Search) -> Edited:
         found = search(pagoda.whole(x[None], x_lo[None]), c[None])
@@ -174,7 +176,7 @@ def interpolate(given, model: Model) -> Task:
     G = model.network
     _, rows = conditions(model, given, "label", (1,) if model.captioned else (1, 2))
     ends = np.stack([rows[0], rows[-1]])
-    pictures = [shrunk(read(place), model.resolution, G.resolution) for place in given.image]
+    pictures = [shrunk(read(place), model.resolution, model.base) for place in given.image]
     seeds = [whole(int(text), "--seeds") for text in given.seeds]
     a = np.linspace(0, 1, given.frames)
 

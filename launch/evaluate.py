@@ -52,6 +52,7 @@ from cheapscale.features import clip as clip_network
 from cheapscale.features import tokenizer
 from cheapscale.features.contrastive import fit_contrastive
 from cheapscale.features.fitted import fit_classifier
+from cheapscale.teacher.codec import factor_of
 from cheapscale.teacher.cost import sampler_cost
 from cheapscale.teacher.data import match_classes
 from cheapscale.teacher.load import load
@@ -145,6 +146,8 @@ def open_pairs(model: Model | None, real, train) -> image_sets.Pairs:
         return image_sets.teacher_pairs(model, real, nodes=FLAGS.steps, **options)
     if not FLAGS.latents:
         raise ValueError("reconstruction by a generator needs its latent store: give --latents=DIR")
+    if model.meta["config"]["data"]["name"] == "latents":
+        train = sources.open_data(model.meta["config"]["data"])
     return image_sets.generator_pairs(model, train, FLAGS.latents, **options)
 
 
@@ -255,13 +258,15 @@ def open_splits(model: Model | None) -> tuple[Any, Any]:
         "data_dir": FLAGS.data_dir or own_dir,
         "options": data["options"] | common.options(FLAGS.options),
     }
-    resolution = model.net.config.output_resolution if model else FLAGS.resolution
+    resolution = FLAGS.resolution
+    if model:
+        resolution = model.net.config.output_resolution * factor_of(model.meta)
     splits = (
         own[field] if same and not FLAGS[flag].present else FLAGS[flag].value
         for flag, field in (("split", "eval_split"), ("train_split", "split"))
     )
     opened = tuple(
-        sources.open_data(data, split=split, resolution=resolution) if split else None
+        sources.open_pictures(data, split=split, resolution=resolution) if split else None
         for split in splits
     )
     for source in opened if model else ():
@@ -292,7 +297,7 @@ def images_to_measure(model: Model | None, scale: float, real, train) -> image_s
         check_labels(labels, model.num_classes)
     options = {"seed": FLAGS.seed, "batch_size": FLAGS.batch_size, "captions": captions}
     options |= solver_flags(model, scale)
-    resolution = model.net.config.output_resolution
+    resolution = model.net.config.output_resolution * factor_of(model.meta)
     return image_sets.sampled_images(model, resolution, labels, FLAGS.num, **options)
 
 
@@ -340,7 +345,7 @@ def measured(model: Model | None, scale: float, workdir: pathlib.Path) -> dict:
         pairs=open_pairs(model, real, train) if "reconstruction" in metrics else None,
         # The published LPIPS does not resize images; input_size=0 keeps their size.
         lpips=open_network(FLAGS.lpips, input_size=0) if FLAGS.lpips else None,
-        base=FLAGS.base or (model.resolution if model else 0),
+        base=FLAGS.base or (model.resolution * factor_of(model.meta) if model else 0),
         **{name: FLAGS[name].value for name in SAME_NAME},
     )
     job = evaluation_job(evaluation, workdir)

@@ -31,7 +31,7 @@ from absl import flags, logging
 from flax.traverse_util import flatten_dict
 
 from cheapscale import features
-from cheapscale.data.sources import open_data
+from cheapscale.data.sources import open_pictures
 from cheapscale.evaluation import report
 from cheapscale.evaluation.measure import checked_name
 from cheapscale.pagoda.loss_networks import load_features
@@ -190,11 +190,12 @@ def pipeline(
     # What the last stage cannot read is refused before the first one begins.
     final = max((config for _, config in planned), key=lambda config: config.data.resolution)
     last, settings = final.data, final.get("features")
-    trained, _ = load_features(settings.to_dict(), open_data(last)) if settings else ((), {})
+    seen = open_pictures(last)
+    trained, _ = load_features(settings.to_dict(), seen) if settings else ((), {})
     for judge in judges:
         checked_name(judge, {known.name: known.sha256 for known in trained})
     for split in (last.split, last.eval_split) if "distill" in stages else (last.split,):
-        source = open_data(last, split=split)
+        source = open_pictures(last, split=split)
         if "distill" in stages and len(source) < 2:
             raise ValueError(
                 f"the split {split} holds 1 image, and the report compares with at least 2: add "

@@ -189,7 +189,7 @@ def sample_cascade(
     """(images of the last scale, labels, the cascade's entries of the summary)."""
     pivots = None
     if given.pivot:
-        side = model.network.resolution
+        side = model.resolution
         pivots, known = read_pivots(given.pivot, ids, given.pivot_resolution, side)
         labels = known if labels is None else labels
     make = functools.partial(
@@ -222,7 +222,7 @@ def sample_cascade(
         changed = bool(given.tuned or given.baseline)
         free = make() if changed else chosen
         rows = {
-            "base": np.asarray(resize(scales[0][few], chosen.plan.sizes[-1], "nearest")),
+            "base": np.asarray(resize(scales[0][few], scales[-1].shape[1:3], "nearest")),
             "direct": free.direct(ids[few], labels[few])[0],
         }
         if changed:

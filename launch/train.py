@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from cheapscale.cascade import tune
 from cheapscale.experts import assess, prune
+from cheapscale.interop import encode
 from cheapscale.pagoda import distill, grow, invert
 from cheapscale.teacher import pretrain
 from cheapscale.training import jobs, loop
@@ -26,6 +27,7 @@ from launch import dry_run
 from launch.command import config_flag, execute, required, start
 
 STAGES = {
+    "encode": encode.build,
     "pretrain": pretrain.build,
     "invert": invert.build,
     "regress": lambda config: (grow if config.base else distill).build(config),

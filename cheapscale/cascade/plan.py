@@ -166,6 +166,22 @@ def read_sizes(text: str, start: Size, stride: int, *, given: bool = False) -> t
     return (start, *((round(height), round(width)) for height, width in sizes))
 
 
+def in_latents(text: str, factor: int) -> str:
+    """`text` of `read_sizes` with a last size in latents of `factor` pixels, instead of pixels."""
+    last = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if factor == 1 or not last:
+        return text
+    sides = [int(side) for side in last.groups()]
+    if any(side % factor for side in sides):
+        near = named(
+            (max(factor, sides[0] // factor * factor), max(factor, sides[1] // factor * factor))
+        )
+        raise ValueError(
+            f"{text} px does not divide into latents of {factor} px: give --cascade={near}, say"
+        )
+    return "x".join(str(side // factor) for side in sides)
+
+
 def stage_sizes(start: Size, target: Size, stride: int, *, given: bool = False) -> tuple[Size, ...]:
     """The R + 1 sizes up to `target`, R = ceil(log4(target pixels / start pixels)). Each has four
     times the pixels of the previous one, the last at most four times.

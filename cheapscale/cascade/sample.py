@@ -23,6 +23,7 @@ from cheapscale.cascade.plan import (
     CascadePlan,
     Size,
     cascade_plan,
+    in_latents,
     named,
     network_calls,
     schedule_shift,
@@ -32,6 +33,7 @@ from cheapscale.data.numbers import consecutive, image_ids, whole
 from cheapscale.data.pixels import check_finite, from_uint8, pictures
 from cheapscale.diffusion.noise import decibels
 from cheapscale.diffusion.samplers import Segment, solve
+from cheapscale.teacher.codec import enter, factor_of, leave
 from cheapscale.teacher.experts import Experts
 from cheapscale.teacher.sampling import check_guidance, check_labels, labels_for
 from cheapscale.teacher.teacher import Teacher
@@ -90,7 +92,8 @@ def tuning_free(
 
 
 class CascadeSamples(NamedTuple):
-    """scales: float32 images [n, h, w, c] in [-1, 1] of every scale, scale 0 first. labels: [n]."""
+    """scales: float32 images [n, h, w, 3] in [-1, 1] of every scale, scale 0 first, decoded if the
+    teacher draws latents. labels: [n]."""
 
     scales: list[np.ndarray]
     labels: np.ndarray
@@ -136,7 +139,8 @@ class Cascade:
     ) -> CascadeSamples:
         """The images numbered `ids` at every scale; `model`: other weights of the same model."""
         ids, labels = self.rows(ids, labels)
-        images = [] if pivots is None else [np.asarray(pivots, np.float32)]
+        meta = self.teacher.meta
+        images = [] if pivots is None else [enter(meta, np.asarray(pivots, np.float32))]
         shape = (len(ids), *self.plan.sizes[0], self.teacher.shape[-1])
         found, wanted = [x.shape for x in images], [shape] if self.plan.given else []
         if found != wanted:
@@ -148,7 +152,7 @@ class Cascade:
         scales = in_batches(self._draw, model, ids, labels, *images, batch_size=self.batch_size)
         for z0, size in zip(scales, self.plan.sizes):
             check_finite(z0, f"samples of {named(size)} px", ids)
-        return CascadeSamples([np.clip(z0, -1.0, 1.0) for z0 in scales], labels)
+        return CascadeSamples([leave(meta, z0) for z0 in scales], labels)
 
     def direct(
         self, ids: np.ndarray, labels: np.ndarray | None = None
@@ -157,7 +161,7 @@ class Cascade:
         the last stage, so that images can be compared in pairs."""
         rows = self.rows(ids, labels)
         (images,) = in_batches(self._direct, self.model, *rows, batch_size=self.batch_size)
-        return np.clip(check_finite(images, "samples", rows[0]), -1.0, 1.0), rows[1]
+        return leave(self.teacher.meta, check_finite(images, "samples", rows[0])), rows[1]
 
     @property
     def nfe(self) -> tuple[int, ...]:
@@ -272,6 +276,9 @@ def make_cascade(
             f"tuned weights and the baseline {baseline!r} are two methods for the same canvas: "
             "give one of them"
         )
+    f = factor_of(model.meta)  # pixels of one latent
+    sizes = in_latents(sizes, f)
+    pivot_size = (pivot_size[0] // f, pivot_size[1] // f) if pivot_size else None
     plan = cascade_plan(
         model, sizes, k=k, steps=steps, spacing=spacing, pivot_size=pivot_size,
         shifted=baseline == "shifted",

@@ -205,7 +205,7 @@ def preview(teacher: Teacher, tuned: Tuned, top: int, count: int = 8) -> Callabl
     @functools.cache
     def untuned() -> list[np.ndarray]:
         scales = free.draw(ids, labels).scales
-        return [enlarge(scales[0], top), free.direct(ids, labels)[0], scales[-1]]
+        return [enlarge(scales[0], scales[-1].shape[1]), free.direct(ids, labels)[0], scales[-1]]
 
     def run(state: TrainState, frozen: PyTree) -> dict:
         (weights,) = state.ema_params.values()

@@ -28,8 +28,10 @@ class Source(abc.ABC):
     are no classes.
 
     name, split: as given to `open_source`. resolution: R. class_names: empty for an unlabelled
-    source, whose labels are all 0. num_classes: len(class_names).
+    source, whose labels are all 0. num_classes: len(class_names). channels: 3, or those of latents.
     """
+
+    channels = 3
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class Source(abc.ABC):
         span = self._span.start, self._span.stop
         self._fingerprint = digest([SOURCE_ID, RESIZE_ID, name, base, *span, identity])
         if cache is None:
-            cache = 4 * 3 * self.resolution**2 * len(self) <= CACHE_LIMIT  # float32 RGB
+            cache = 4 * self.channels * self.resolution**2 * len(self) <= CACHE_LIMIT  # float32
         self._cache: dict[int, tuple[np.ndarray, int]] | None = {} if cache else None
 
     def __len__(self) -> int:

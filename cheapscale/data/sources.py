@@ -1,8 +1,9 @@
-"""Image sources by name: procedural scenes, folders, and prepared TFDS data sets.
+"""Image sources by name: procedural scenes, folders, prepared TFDS data sets, and latents.
 
     open_source("scenes", "train", resolution=16, size=20_000, seed=0)
     open_source("cifar10", "train[:50%]", resolution=16, data_dir="../shared/data/tfds")
     open_source("folder", "train", resolution=64, data_dir="/data/imagenet")
+    open_source("latents", "train", resolution=16, data_dir="runs/latents/data")
 
 Every source is a `Source`. Images are resized by `resize.downsample`, and scenes are drawn with
 equal block means, so a source opened at two resolutions holds the same pictures in two sizes. TFDS
@@ -24,18 +25,21 @@ import numpy as np
 from cheapscale.data import scenes
 from cheapscale.data.content import content_hash
 from cheapscale.data.folders import FolderSource
+from cheapscale.data.latents import LatentSource
 from cheapscale.data.numbers import whole
 from cheapscale.data.resize import TOO_SMALL
 from cheapscale.data.source import Source, decode, split_name
 
 TEXTS = ("caption", "captions", "text", "description")  # features of TFDS sets
+FOLDERS: dict[str, Any] = {"folder": FolderSource, "latents": LatentSource}
 SCENE_SIZES = {"train": 20_000, "test": 5_000}
 
 
 def open_source(
     name: str, split: str, *, resolution: int, data_dir: str | None = None, **options
 ) -> Source:
-    """The source "scenes", "folder", or a prepared TFDS set ("cifar10" or "tfds:cifar10").
+    """The source "scenes", "folder", "latents" of stage encode, or a prepared TFDS set ("cifar10"
+    or "tfds:cifar10").
 
     data_dir: for TFDS the folder that holds the data sets (default $TFDS_DATA_DIR, or
     ~/tensorflow_datasets); for "folder" the root of the images. Options of every source:
@@ -48,8 +52,8 @@ def open_source(
         raise ValueError(f"scenes are drawn, not read from {data_dir}: leave data_dir out")
     if name == "scenes":
         kind, place = SceneSource, {}
-    elif name == "folder":
-        kind, place = FolderSource, {"data_dir": data_dir}
+    elif name in ("folder", "latents"):
+        kind, place = FOLDERS[name], {"data_dir": data_dir}
     else:
         kind, place = TfdsSource, {"name": name.removeprefix("tfds:"), "data_dir": data_dir}
     allowed = {*kind.__init__.__kwdefaults__, "cache", "unlabelled"} - {"name", "data_dir"}
@@ -74,6 +78,11 @@ def open_data(
         options.setdefault("train_split", split_name(data["split"]))
     if split not in (None, data["split"]):
         options.pop("size", None)
+    if data["name"] == "latents" and data.get("flip"):
+        raise ValueError(
+            "data.flip is True, but a mirrored latent is not that of the mirrored picture: give "
+            "--config.data.flip=False (stage encode stores both, with --config.data.flip=True)"
+        )
     return open_source(
         data["name"],
         split or data["split"],
@@ -81,6 +90,37 @@ def open_data(
         data_dir=data["data_dir"] or None,
         **options,
     )
+
+
+def open_pictures(
+    data: Mapping[str, Any], *, split: str | None = None, resolution: int | None = None
+) -> Source:
+    """`open_data`, but of latents the pictures behind them; `split` and `resolution` are those of
+    the pictures."""
+    if data["name"] != "latents":
+        return open_data(data, split=split, resolution=resolution)
+    return pictures_of(open_data(data), split=split, resolution=resolution)
+
+
+def pictures_of(
+    source: Source, *, split: str | None = None, resolution: int | None = None
+) -> Source:
+    """The pictures behind latents, at the size that they decode to; another source as it is.
+
+    split: another than that of the latents. Raises ValueError where the pictures are gone.
+    """
+    if not isinstance(source, LatentSource):
+        return source
+    data, made = source.manifest["data"], source.manifest["pictures"]["fingerprint"]
+    other = split if split_name(split or source.split) != split_name(source.split) else None
+    side = resolution or source.resolution * source.codec["factor"]
+    found = open_data(data, split=other, resolution=side)
+    if not other and found.fingerprint() != made:
+        raise ValueError(
+            f"the pictures in {data['data_dir']} are not those of the latents in {source.folder}: "
+            "encode them again into a new folder"
+        )
+    return found
 
 
 class SceneSource(Source):

@@ -23,6 +23,7 @@ from cheapscale.data.numbers import whole
 from cheapscale.data.pairs import InvertedPairs, PairStore
 from cheapscale.data.pixels import check_finite, check_images, from_uint8, pictures, to_uint8
 from cheapscale.data.sources import open_source
+from cheapscale.teacher.codec import enter, factor_of, leave
 from cheapscale.teacher.data import match_classes
 from cheapscale.teacher.experts import Experts
 from cheapscale.teacher.sampling import Model, one_step, round_trip, sampler
@@ -187,8 +188,8 @@ def teacher_pairs(
 
     def read(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         targets, labels = source.read(order[ids])
-        _, images = trip(targets, labels)
-        return np.clip(images, -1, 1), targets  # clipped, as samples are when they are stored
+        _, images = trip(enter(teacher.meta, targets), labels)
+        return leave(teacher.meta, images), targets  # clipped, as samples are when they are stored
 
     made_by = digest([teacher.fingerprint, source.fingerprint(), len(order), nodes])
     return Pairs(len(order), source.resolution, read, made_by)
@@ -199,7 +200,8 @@ def generator_pairs(
 ) -> Pairs:
     """G(z) of at most `num` stored latents z, with the images of `source` that were inverted to z.
 
-    source: the training images at the generator's resolution. latents: folder of their pair store.
+    source: the training images at the generator's resolution, or latents, whose targets are what
+    they decode to. latents: folder of their pair store.
     Raises ValueError for a store of another teacher or of other images.
     """
     store = PairStore.open(
@@ -214,11 +216,11 @@ def generator_pairs(
         z = np.stack([item["z"] for item in items])
         labels = np.asarray([item["label"] for item in items], np.int32)
         images = in_batches(one_step, generator, z, labels, batch_size=batch_size)
-        images = np.clip(check_finite(images, "reconstructions", order[ids]), -1, 1)
-        return images, np.stack([item["image"] for item in items])
+        images = leave(generator.meta, check_finite(images, "reconstructions", order[ids]))
+        return images, leave(generator.meta, np.stack([item["image"] for item in items]))
 
     made_by = digest([generator.fingerprint, source.fingerprint(), store.manifest, num])
-    return Pairs(len(order), source.resolution, read, made_by)
+    return Pairs(len(order), source.resolution * factor_of(generator.meta), read, made_by)
 
 
 def file_pairs(images: Images, targets: Images) -> Pairs:

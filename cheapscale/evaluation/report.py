@@ -24,9 +24,18 @@ from cheapscale.evaluation.embedding import embed
 from cheapscale.evaluation.measure import checked_name
 from cheapscale.evaluation.naming import metric_name, suffixed
 from cheapscale.evaluation.patches import random_crops
-from cheapscale.evaluation.report_rows import Row, Run, make_noise, read_some, rows, targets
+from cheapscale.evaluation.report_rows import (
+    Row,
+    Run,
+    make_noise,
+    pixels,
+    read_some,
+    rows,
+    targets,
+)
 from cheapscale.features import FeatureNetwork
 from cheapscale.teacher import load_teacher
+from cheapscale.teacher.codec import codec_of
 from cheapscale.training.log import enlarge, image_grid, markdown, save_png
 
 COLUMNS = 8  # of a picture
@@ -78,9 +87,9 @@ def write(
         checked_name(judge, run.summary["frozen_networks"])
     teacher = load_teacher(invert.config.teacher, dtype=invert.config.compute.dtype)
     noise = make_noise(teacher, invert, num_samples, growing[0].config.rescale_latents)
-    side = min(SMALL, invert.config.data.resolution)
+    side = min(SMALL, pixels(invert, teacher))
     train = read_some(invert.config.data, NUM_TRAIN)
-    if invert.config.data.flip:  # the generators see mirror images too
+    if invert.config.data.flip or codec_of(teacher.meta):  # generators see mirror images too
         train = np.concatenate([train, train[:, :, ::-1]])
     known = small_pixels(train, side)
 
@@ -207,7 +216,8 @@ def comparisons(growing: list[Run], found: dict[str, Measured]) -> list[dict]:
     share of the teacher's; and the recall of the last generator as a share of the first one's."""
     result = []
     for run in growing:
-        mine, px = found[run.folder], run.config.data.resolution
+        mine = found[run.folder]
+        px = int(mine.numbers["resolution"])
         base = pathlib.Path(run.config.get("base", "")).name
         others = [f"{base}-nearest{px}", f"{base}-bicubic{px}"] if base else ["teacher"]
         for key in mine.distances:
@@ -241,7 +251,7 @@ def draw(
     """
     final = growing[-1]
     top, real = real.shape[1], from_uint8(real[:COLUMNS])
-    sides = [run.config.data.resolution for run in growing]
+    sides = [found[run.folder].first.shape[1] for run in growing]
     save_rows(folder / "data.png", [enlarge(area_mean(real, side), top) for side in sides])
     save_rows(folder / "teacher.png", [from_uint8(found["teacher"].first)], 512)
     rows = [enlarge(from_uint8(found[run.folder].first), top) for run in growing]

@@ -26,12 +26,13 @@ from cheapscale.data.pairs import InvertedPairs, PairStore
 from cheapscale.data.pixels import check_finite, from_uint8, to_uint8
 from cheapscale.data.resize import area_mean
 from cheapscale.data.source import Source
-from cheapscale.data.sources import open_data
+from cheapscale.data.sources import open_data, open_pictures
 from cheapscale.evaluation.detail import enlarge_bicubic
 from cheapscale.evaluation.image_sets import choice
 from cheapscale.models.growth import grow_params
 from cheapscale.models.unet import init_params
 from cheapscale.teacher import Experts, Generator, Teacher, load
+from cheapscale.teacher.codec import codec_of, enter, factor_of, leave
 from cheapscale.teacher.data import match_classes
 from cheapscale.teacher.sampling import one_step, prior, round_trip, sample
 from cheapscale.training.log import enlarge
@@ -86,7 +87,7 @@ def rows(
 
     drawn: {work directory: row} of the smaller generators; the run's own is added.
     """
-    px, base = run.config.data.resolution, run.config.get("base")
+    px, base = pixels(run, teacher), run.config.get("base")
     z, labels = noise.parts["fresh"]
     train = read_some(run.config.data, len(z))
     yield f"data{px}", Row(train, {})
@@ -113,11 +114,16 @@ def rows(
     yield run.folder, drawn[run.workdir]
 
 
+def pixels(run: Run, teacher: Teacher | Experts) -> int:
+    """The side in pixels of what a run draws, which is latents of an autoencoder or pixels."""
+    return run.config.data.resolution * factor_of(teacher.meta)
+
+
 def generated(generator: Generator, noise: Noise) -> Row:
     """The row of a generator, in one pass over all noise."""
     z, labels = (np.concatenate(arrays) for arrays in zip(*noise.parts.values()))
     images = in_batches(one_step, generator, z, labels, batch_size=BATCH)
-    images = np.clip(check_finite(images, "samples", np.arange(len(z))), -1, 1)
+    images = leave(generator.meta, check_finite(images, "samples", np.arange(len(z))))
     ends = np.cumsum([len(part[0]) for part in noise.parts.values()])
     again = dict(zip(noise.parts, np.split(images, ends[:-1])))
     return Row(to_uint8(again.pop("fresh")), again)
@@ -150,24 +156,29 @@ def make_noise(teacher: Teacher | Experts, invert: Run, num: int, rescale: bool)
         z, labels = (np.stack([pair[key] for pair in pairs]) for key in ("z", "label"))
         parts["train"] = size * z, labels
     split = config.data.eval_split
-    if teacher.num_classes and not open_data(config.data, split=split).num_classes:
+    if teacher.num_classes and not open_pictures(config.data, split=split).num_classes:
         logging.warning("the round trip is of training images, as the others have no labels")
         split = config.data.split
-    images, labels = first_images(matched(teacher, open_data(config.data, split=split)))
-    n_x = np.random.default_rng(config.seed).standard_normal(images.shape, np.float32)
+    images, labels = first_images(matched(teacher, open_pictures(config.data, split=split)))
+    x = enter(teacher.meta, images)
+    n_x = np.random.default_rng(config.seed).standard_normal(x.shape, np.float32)
     how = config.invert
     trip = round_trip(teacher, nodes=how.nodes, level=how.noise, clip=how.clip)
-    z, again = trip(images + np.float32(how.noise) * n_x, labels)
+    z, again = trip(x + np.float32(how.noise) * n_x, labels)
     parts["held_out"] = size * z, labels
     rms = float(np.sqrt(np.mean(z**2)) / teacher.process.sigma_max)
+    again = leave(teacher.meta, again) if codec_of(teacher.meta) else again
     return Noise(parts, split, config.invert.nodes, (images, again), rms)
 
 
 def targets(run: Run, invert: Run, teacher: Teacher | Experts, split: str) -> dict[str, np.ndarray]:
     """{"train", "held_out"}: the images at the run's resolution whose latents `make_noise` has."""
     pairs = stored_pairs(invert, matched(teacher, open_data(run.config.data)))
-    found = {"train": np.stack([pair["image"] for pair in pairs])} if pairs else {}
-    return found | {"held_out": first_images(open_data(run.config.data, split=split))[0]}
+    found = {}
+    if pairs:
+        images = np.stack([pair["image"] for pair in pairs])
+        found["train"] = leave(teacher.meta, images) if codec_of(teacher.meta) else images
+    return found | {"held_out": first_images(open_pictures(run.config.data, split=split))[0]}
 
 
 def stored_pairs(invert: Run, source: Source) -> list[dict]:
@@ -193,5 +204,5 @@ def matched(teacher: Teacher | Experts, source: Source) -> Source:
 
 def read_some(data: Any, num: int, split: str | None = None) -> np.ndarray:
     """At most `num` images of a split, a fixed random choice, uint8 [n, R, R, 3]."""
-    source = open_data(data, split=split)
+    source = open_pictures(data, split=split)
     return to_uint8(source.read(choice(len(source), num))[0])

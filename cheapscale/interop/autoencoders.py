@@ -26,6 +26,7 @@ from cheapscale.models.autoencoder import (
     TinyConfig,
     init_autoencoder,
 )
+from cheapscale.teacher.codec import is_codec, read_codec
 
 PyTree = Any
 
@@ -51,13 +52,15 @@ RENAMED = (  # latent diffusion's names, and those of diffusers before 0.18
 
 
 def read_autoencoder(path: str | os.PathLike, *, scale: float | None = None) -> Autoencoder:
-    """The autoencoder of a diffusers folder (of a whole pipeline, or its "vae"), of one file, or of
-    TAESD's two files ENCODER+DECODER.
+    """The autoencoder of a diffusers folder (of a whole pipeline, or its "vae"), of one file, of
+    TAESD's two files ENCODER+DECODER, or of a latent data set of ours (autoencoder.safetensors).
 
     scale: of the latents, instead of the one that the folder or file says. Raises ValueError where
     a file does not say it, and for folders and files that are no autoencoder.
     """
     folder = pathlib.Path(path)
+    if is_codec(folder):
+        return read_codec(folder)
     if folder.is_dir():
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
         config, fields = read_config(folder)
@@ -86,14 +89,12 @@ def read_config(folder: pathlib.Path) -> tuple[Config, dict]:
     is not built here."""
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder of an autoencoder")
+        raise ValueError(f"there is no file {file}: give the folder of an autoencoder")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         kind = fields["_class_name"]
     except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(
-            f"{file} is no config of diffusers ({error}): download it again"
-        ) from error
+        raise ValueError(f"{file} is no diffusers config ({error}): download it again") from error
     makers: dict[str, Callable[..., Config]]
     makers = {"AutoencoderKL": _kl_config, "AutoencoderTiny": _tiny_config}
     if kind not in makers:

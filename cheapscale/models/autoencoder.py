@@ -280,13 +280,17 @@ class Autoencoder(flax.struct.PyTreeNode):
 
         Raises ValueError for sides that f does not divide.
         """
-        if any(side % self.factor for side in x.shape[1:3]):
-            raise ValueError(
-                f"a picture of {x.shape[1]} x {x.shape[2]} px does not divide by the autoencoder's "
-                f"{self.factor}: resize it to multiples of {self.factor}"
-            )
+        self.check(x.shape)
         scale, shift = self._affine(x.dtype)
         return (self._apply(x, "encode") - shift) * scale
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for pictures [b, h, w, 3] whose sides f does not divide."""
+        if any(side % self.factor for side in shape[1:3]):
+            raise ValueError(
+                f"a picture of {shape[1]} x {shape[2]} px does not divide by the autoencoder's "
+                f"{self.factor}: resize it to multiples of {self.factor}"
+            )
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Pictures [b, f h, f w, 3] in about [-1, 1] of latents l [b, h, w, c]; not clipped."""

@@ -28,6 +28,7 @@ from absl import logging
 from cheapscale.data.pairs import PairStore
 from cheapscale.data.pixels import check_finite
 from cheapscale.data.resize import area_mean
+from cheapscale.teacher.codec import codec_of, enter, leave
 from cheapscale.teacher.experts import Experts
 from cheapscale.teacher.load import load
 from cheapscale.teacher.sampling import inverter, prior
@@ -104,7 +105,9 @@ def _recorded_teacher(meta: dict) -> str:
 def encode(
     teacher: Teacher | Experts, x: np.ndarray, label: np.ndarray, how: Inversion, seed: int = 0
 ) -> np.ndarray:
-    """z = E(x_lo, c) [n, h, w, c] at scale sigma_max, for x_lo [n, h, w, c] in [-1, 1]."""
+    """z = E(x_lo, c) [n, h, w, c] at scale sigma_max, for pictures x_lo in [-1, 1] of that size, or
+    of a teacher of latents of the size that they decode to."""
+    x = enter(teacher.meta, x)
     n_x = np.random.default_rng(seed).standard_normal(x.shape, np.float32)
     solve = inverter(teacher, nodes=how.nodes, level=how.level, clip=how.clip)
     return np.float32(how.scale) * solve(x + np.float32(how.noise) * n_x, label)
@@ -117,7 +120,7 @@ def decode(
     or [n, l] tokens of captions. omega: the guidance scale, which an unguided G ignores."""
     rows = z, label, np.full(len(z), omega, np.float32)
     images = in_batches(type(generator).__call__, generator, *rows, batch_size=batch_size)
-    return np.clip(check_finite(images), -1.0, 1.0)
+    return leave(generator.meta, check_finite(images))
 
 
 class Observed(NamedTuple):
@@ -133,9 +136,9 @@ class Observed(NamedTuple):
     hole: np.ndarray | None = None
 
 
-def outside(x: np.ndarray, hole: np.ndarray, side: int) -> Observed:
+def outside(x: np.ndarray, hole: np.ndarray, side: int, factor: int = 1) -> Observed:
     """The pixels of x [n, H, W, c] outside of the hole [H, W]. For the inversion, at `side` pixels,
-    it is filled with the mean colour of the others."""
+    or latents of `factor` pixels, it is filled with the mean colour of the others."""
     rows, columns = np.nonzero(~hole)
 
     def A(x):
@@ -144,7 +147,7 @@ def outside(x: np.ndarray, hole: np.ndarray, side: int) -> Observed:
     y = A(x)
     filled = np.where(hole[..., None], y.mean(axis=1)[:, None, None], x)
     hole_lo = area_mean(hole[..., None].astype(np.float32), side)[..., 0] > 0
-    return Observed(y, A, area_mean(filled, side), hole_lo)
+    return Observed(y, A, area_mean(filled, factor * side), hole_lo)
 
 
 def reduced(x_lo: np.ndarray) -> Observed:
@@ -181,22 +184,25 @@ def optimise(
     adam = optax.adam(optax.cosine_decay_schedule(rate, steps))
     omegas = jnp.full(n, omega, jnp.float32)
 
-    def objective(u, G, c):
-        fit = jnp.square(A(G(sigma_max * u, c, omegas)) - y).reshape(n, -1).mean(axis=1)
+    def objective(u, G, codec, c):
+        x = G(sigma_max * u, c, omegas)
+        x = codec.decode(x) if codec else x
+        fit = jnp.square(A(x) - y).reshape(n, -1).mean(axis=1)
         radius = jnp.square(u).reshape(n, -1).mean(axis=1)  # |u|^2 / d
         return jnp.sum(fit + penalty * jnp.square(radius - 1)), fit
 
     @jax.jit
-    def step(G, c, u, moments):
-        slope, fit = jax.grad(objective, has_aux=True)(u, G, c)
+    def step(G, codec, c, u, moments):
+        slope, fit = jax.grad(objective, has_aux=True)(u, G, codec, c)
         change, moments = adam.update(slope, moments)
         return optax.apply_updates(u, change), moments, fit
 
     u, c = jnp.asarray(start, jnp.float32) / sigma_max, generator.encode(jnp.asarray(c))
+    codec = codec_of(generator.meta)
     moments = adam.init(u)
     # Not lax.fori_loop: XLA:CPU runs the convolutions of a loop's body nine times as slowly.
     for done in range(1, steps + 1):
-        u, moments, fit = step(generator, c, u, moments)
+        u, moments, fit = step(generator, codec, c, u, moments)
         if done % max(steps // LINES, 1) == 0:
             losses = " ".join(f"{v:.5f}" for v in fit[:8])
             logging.info("step %d/%d  loss %s", done, steps, losses)

@@ -90,7 +90,7 @@ def build(config) -> Job:
             omega = scales(config.seed, records, settings.omega)
             rows += (omega,)
         z = in_batches(run, teacher, *rows, batch_size=config.batch_size)
-        if settings.direction == "sample":  # quantise samples to eight bits, as the data are
+        if settings.direction == "sample" and source.channels == 3:  # eight bits, as data have
             z = from_uint8(to_uint8(check_finite(z, "samples", records)))
         cost = {
             "flops": flops_per_latent * len(records),
@@ -235,7 +235,7 @@ def make_manifest(teacher: Teacher | Experts, source, config) -> dict:
         "rho": process.rho,
         "source": source.describe(),
         "num_images": len(source),
-        "shape": [source.resolution, source.resolution, 3],
+        "shape": [source.resolution, source.resolution, source.channels],
         "direction": settings.direction,
         "orientations": 2 if config.data.flip else 1,
         "seed": config.seed,

@@ -19,6 +19,7 @@ from cheapscale.features.distances import feature_distance, lpips_distance, pixe
 from cheapscale.features.fitted import LazyClassifier, lazy_classifier
 from cheapscale.features.mixing import Projections, projections
 from cheapscale.features.weights import check_finite
+from cheapscale.models.autoencoder import Autoencoder
 from cheapscale.pagoda.alignment import Aligner
 from cheapscale.pagoda.discriminator import projected_discriminator
 
@@ -121,8 +122,12 @@ def make_loss_networks(
     caption_dim: int = 0,
     guided: bool = False,
     aligner: Aligner | None = None,
+    codec: Autoencoder | None = None,
 ) -> LossNetworks:
     """The discriminator and the reconstruction distance for one resolution, before any fitting.
+
+    source: the pictures that are seen. codec: of a generator of latents: networks see what it
+    decodes, and gradients pass through it. The pixel term is the distance of the latents.
 
     weights: of the terms of L_rec: "feature" as in PaGoDA's published scripts, "lpips" as in the
     paper, "pixel". A term of weight 0 is left out. conditional: the discriminator sees
@@ -167,6 +172,7 @@ def make_loss_networks(
     def frozen(networks: list[features.FeatureNetwork], key: jax.Array) -> PyTree:
         found = {"projections": project(networks).init_frozen(key)}
         found |= {"lpips": networks[len(backbones)].params} if lpips else {}
+        found |= {"codec": codec} if codec else {}
         return found | ({"aligner": networks[-1].params} if aligner else {})
 
     def load(key: jax.Array) -> tuple[PyTree, dict[str, str]]:
@@ -183,6 +189,8 @@ def make_loss_networks(
         # Without the feature term only the discriminator reads the frozen networks.
         readers = ("discriminator", "distance") if weights["feature"] else ("discriminator",)
         read = {name: view for name, view in views.items() if view.reader in readers}
+        if codec:
+            read = {n: v._replace(images=decoded(frozen, v.images)) for n, v in read.items()}
         return P.apply(frozen["projections"], read) if read else {}
 
     return LossNetworks(
@@ -194,6 +202,11 @@ def make_loss_networks(
         distance=functools.partial(weighted_distance, weights, lpips),
         fits={name: planned.recipe for name, planned in unfitted.items()},
     )
+
+
+def decoded(frozen: PyTree, x: jax.Array) -> jax.Array:
+    """The pictures of latents, or of images on pixels as they are."""
+    return frozen["codec"].decode(x) if "codec" in frozen else x
 
 
 def weighted_distance(
@@ -210,7 +223,8 @@ def weighted_distance(
     if weights["feature"]:
         terms["feature"] = weights["feature"] * feature_distance(f, g)
     if lpips:
-        terms["lpips"] = weights["lpips"] * lpips(frozen["lpips"], x, y)
+        seen = (decoded(frozen, images) for images in (x, y))
+        terms["lpips"] = weights["lpips"] * lpips(frozen["lpips"], *seen)
     if weights["pixel"]:
         terms["pixel"] = weights["pixel"] * pixel_distance(x, y)
     return terms

@@ -9,11 +9,13 @@ import numpy as np
 
 from cheapscale.data.loader import pair_and_real_batches
 from cheapscale.data.pairs import InvertedPairs, PairStore, SampledPairs
+from cheapscale.data.sources import pictures_of
 from cheapscale.models.unet import init_params
 from cheapscale.pagoda import guided
 from cheapscale.pagoda.alignment import make_aligner
 from cheapscale.pagoda.gan import Game, gan_step
 from cheapscale.pagoda.loss_networks import LossNetworks, make_loss_networks
+from cheapscale.teacher.codec import codec_of, leave
 from cheapscale.teacher.data import preview_labels
 from cheapscale.teacher.sampling import one_step, prior
 from cheapscale.teacher.teacher import Generator, make_generator, resolve_model
@@ -54,8 +56,15 @@ def generator_stage(
     aligner = None
     if loss["alignment_weight"]:
         aligner = make_aligner(config.features.to_dict(), source, model["text"])
+    codec = codec_of({"data": source.describe()})
+    if codec and aligner:
+        raise ValueError(
+            f"{config.stage}.alignment_weight is {loss['alignment_weight']}, but the aligner sees "
+            f"pictures, not latents: give --config.{config.stage}.alignment_weight=0"
+        )
     networks = make_loss_networks(
-        source,
+        pictures_of(source),
+        codec=codec,
         settings=config.features.to_dict(),
         discriminator=config.discriminator.to_dict(),
         weights=weights,
@@ -251,8 +260,9 @@ def preview(state: TrainState, frozen: PyTree, *, generator: Generator, labels: 
     z = np.asarray(prior(0, np.arange(count), generator.shape, generator.process.sigma_max))
     smooth = generator.replace(params=averaged(state, "generator"))
     if not generator.guided:
-        return {"grid": image_grid(in_batches(one_step, smooth, z, labels, batch_size=count))}
+        images = in_batches(one_step, smooth, z, labels, batch_size=count)
+        return {"grid": image_grid(leave(generator.meta, images))}
     omega = np.repeat(np.asarray(PREVIEW_SCALES, np.float32), count)
     z, labels = (np.concatenate([a] * len(PREVIEW_SCALES)) for a in (z, labels))
     images = in_batches(at_scale, smooth, z, labels, omega, batch_size=count)
-    return {"grid": image_grid(images, columns=count)}
+    return {"grid": image_grid(leave(generator.meta, images), columns=count)}

@@ -17,6 +17,11 @@ def check_model(model: dict, source) -> None:
             f"model.resolution is {model['resolution']}, but data.resolution is "
             f"{source.resolution}: give --config.data.resolution={model['resolution']}"
         )
+    if (channels := model.get("in_channels", 3)) != source.channels:
+        raise ValueError(
+            f"model.in_channels is {channels}, but {source.name} has {source.channels} channels: "
+            f"give --config.model.in_channels={source.channels}"
+        )
     count = source.num_classes
     if model["num_classes"] not in (0, count):
         raise ValueError(
@@ -60,6 +65,13 @@ def check_teacher(teacher: Teacher | Experts, source) -> None:
         raise ValueError(
             f"the teacher in {teacher.workdir} was trained on name {trained['name']!r}, but "
             f"these images have {source.name!r}: choose the data set of the teacher"
+        )
+    codecs = [d.get("codec", {}).get("sha256", "none") for d in (trained, source.describe())]
+    if codecs[0] != codecs[1]:
+        raise ValueError(
+            f"the teacher in {teacher.workdir} was trained on latents of another autoencoder "
+            f"({codecs[0][:16]}, not {codecs[1][:16]}): give its own data set as "
+            "--config.data.data_dir=DIR"
         )
     if trained["resize"] != RESIZE_ID:
         raise ValueError(

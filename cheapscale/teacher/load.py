@@ -2,6 +2,7 @@
 
 import pathlib
 
+from cheapscale.teacher.codec import codec_of
 from cheapscale.teacher.experts import Experts, is_begun, is_set, load_experts
 from cheapscale.teacher.teacher import Generator, Teacher, make_generator, make_teacher
 from cheapscale.training.checkpoint import load_network
@@ -30,7 +31,7 @@ def load(
                 f"--step={step} picks a checkpoint of one run, but {workdir} is a set of experts: "
                 "leave it out"
             )
-        return load_experts(workdir, ema=ema)
+        return decodable(load_experts(workdir, ema=ema))
     loaded = load_network(workdir, step=step, ema=ema)
     if loaded.meta["stage"] == "prune":
         raise ValueError(
@@ -43,7 +44,14 @@ def load(
             "teacher, and this folder as --tuned beside --cascade"
         )
     make = make_generator if "generator" in loaded.meta["networks"] else make_teacher
-    return make(*loaded)
+    return decodable(make(*loaded))
+
+
+def decodable(model: Teacher | Experts | Generator) -> Teacher | Experts | Generator:
+    """The same model, whose autoencoder is there if it draws latents; else ValueError, before
+    anything is computed."""
+    codec_of(model.meta)
+    return model
 
 
 def load_teacher(workdir: str | pathlib.Path, *, dtype: str = "") -> Teacher | Experts:

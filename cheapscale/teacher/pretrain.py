@@ -20,6 +20,7 @@ from cheapscale.diffusion.denoiser import denoising_loss
 from cheapscale.diffusion.guidance import drop_labels
 from cheapscale.models.growth import trainable
 from cheapscale.models.unet import init_params
+from cheapscale.teacher.codec import codec_of, leave
 from cheapscale.teacher.data import check_model, preview_labels
 from cheapscale.teacher.sampling import ode_map, prior
 from cheapscale.teacher.teacher import Teacher, make_teacher, resolve_model
@@ -36,7 +37,8 @@ PREVIEW_STEPS = 20
 def build(config) -> Stage:
     """Stage 1 from its config. Raises ValueError where the network does not fit the images."""
     source = open_data(config.data)
-    fields = config.model.to_dict()
+    channels = {"in_channels": source.channels, "out_channels": source.channels}
+    fields = channels | config.model.to_dict()
     if fields.get("num_classes") == -1:
         fields["num_classes"] = source.num_classes
     more, published = text_fields(config.text, source)
@@ -47,12 +49,18 @@ def build(config) -> Stage:
             f"pretrain.augment is {config.pretrain.augment}, but model.augment_dim is "
             f"{model['augment_dim']}: set it to {AUGMENT_DIM}, or samples will be augmented"
         )
+    if config.pretrain.augment and source.channels != 3:
+        raise ValueError(
+            f"pretrain.augment is {config.pretrain.augment}, which turns and shifts pictures, not "
+            "latents: give --config.pretrain.augment=0"
+        )
     meta = {
         "stage": "pretrain",
         "networks": {"net": model},
         "diffusion": config.diffusion.to_dict(),
         "data": source.describe() | {"std": deviation(source)},
     }
+    codec_of(meta)  # refuses latents without their autoencoder
     teacher = make_teacher(None, meta)
     grid = functools.partial(
         preview, teacher=teacher, steps=PREVIEW_STEPS, labels=preview_labels(source)
@@ -140,7 +148,7 @@ def preview(
         for sigma, value, seen in zip(centres, bins["loss"], bins["count"])
         if seen
     }
-    return {"grid": image_grid(images)} | losses
+    return {"grid": image_grid(leave(teacher.meta, images))} | losses
 
 
 @functools.cache

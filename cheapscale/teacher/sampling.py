@@ -19,6 +19,7 @@ from cheapscale.diffusion.denoiser import Process
 from cheapscale.diffusion.guidance import LARGEST_SCALE
 from cheapscale.diffusion.samplers import nfe, solve
 from cheapscale.features.network import full_precision
+from cheapscale.teacher.codec import leave
 from cheapscale.teacher.experts import Experts
 from cheapscale.teacher.teacher import Generator, Teacher
 from cheapscale.training.mesh import in_batches, pinned
@@ -31,8 +32,8 @@ MOST_STEPS = 10_000  # of a sampler; a larger number is a mistake
 
 
 class Samples(NamedTuple):
-    """images: float32 [n, h, w, c] in [-1, 1]. labels: int32 [n], zeros without classes; or the
-    token numbers of captions, int32 [n, length]."""
+    """images: float32 [n, h, w, 3] in [-1, 1], decoded if the model draws latents. labels: int32
+    [n], zeros without classes; or the token numbers of captions, int32 [n, length]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -239,7 +240,7 @@ def sampler(
         rows = (np.asarray(prior(seed, ids, model.shape, top)), labels, ids)
         images = in_batches(run, model, *rows, batch_size=batch_size)
         check_finite(images, "samples", ids)
-        return Samples(np.clip(images, -1.0, 1.0), labels)
+        return Samples(leave(model.meta, images), labels)
 
     return draw
 

@@ -20,7 +20,7 @@ class Linear(flax.struct.PyTreeNode):
     W: np.ndarray
     b: np.ndarray
     process = types.SimpleNamespace(sigma_max=SIGMA_MAX)
-    shape = SHAPE
+    shape, meta = SHAPE, {}
 
     def encode(self, label):
         return label
@@ -77,10 +77,10 @@ def test_slerp_meets_its_ends_and_keeps_norm_and_speed():
 
 def test_the_inversion_adds_the_noise_of_the_latents_and_scales_as_they_are(monkeypatch):
     monkeypatch.setattr(edit, "inverter", lambda teacher, **options: lambda x, label: 40 * x)
-    x = np.zeros((2, 16, 16, 3), np.float32)
-    z = edit.encode(None, x, None, edit.Inversion(noise=0.5, scale=2.0), seed=3)
+    x, pixels = np.zeros((2, 16, 16, 3), np.float32), types.SimpleNamespace(meta={})
+    z = edit.encode(pixels, x, None, edit.Inversion(noise=0.5, scale=2.0), seed=3)
     assert z.std() == pytest.approx(2 * 40 * 0.5, rel=0.05)
-    assert np.abs(edit.encode(None, x + 1, None, edit.Inversion()) - 40).max() == 0
+    assert np.abs(edit.encode(pixels, x + 1, None, edit.Inversion()) - 40).max() == 0
 
 
 def generator(**meta):

@@ -1,5 +1,7 @@
 """The loss networks as the stages build them: random projections, class table, pooling."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -7,9 +9,11 @@ import pytest
 from cheapscale.data.sources import SceneSource
 from cheapscale.features.mixing import View
 from cheapscale.features.network import FeatureNetwork
+from cheapscale.models.autoencoder import Autoencoder, TinyConfig, init_autoencoder
 from cheapscale.pagoda import loss_networks
 from configs import fields
 
+TINY = TinyConfig(channels=8, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
 WEIGHTS = {"feature": 1.0, "lpips": 0.0, "pixel": 10.0}
 
 
@@ -73,6 +77,43 @@ def test_the_frozen_networks_read_for_a_distance_only_if_a_term_needs_their_maps
     assert set(seen[1.0]) == {"fake", "target"} and set(seen[0.0]) == {"fake"}
     for one, other in zip(jax.tree.leaves(seen[1.0]["fake"]), jax.tree.leaves(seen[0.0]["fake"])):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_of_latents_the_networks_see_what_they_decode_to_and_the_pixel_term_sees_latents(
+    monkeypatch,
+):
+    monkeypatch.setattr(loss_networks, "load_features", network)
+    codec = Autoencoder(init_autoencoder(TINY, jax.random.key(0)), TINY, (2.0,) * 4, (0.5,) * 4)
+    source, key = SceneSource("train", 8, size=4), jax.random.key(1)
+    made = {}
+    for kind, given in (("latents", codec), ("pictures", None)):
+        made[kind] = loss_networks.make_loss_networks(
+            source,
+            settings=fields.defaults("distill").features.to_dict(),
+            discriminator={"width": 4},
+            weights=WEIGHTS,
+            codec=given,
+        )
+    frozen = {kind: one.load(jax.random.key(0))[0] for kind, one in made.items()}
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 2, 4, 4, 4)).astype(np.float32)
+    given = {"latents": (x, y), "pictures": jax.jit(jax.vmap(codec.decode))(np.stack([x, y]))}
+
+    def see(kind, frozen, images):
+        return made[kind].see(frozen, {n: View("distance", v, key) for n, v in zip("xy", images)})
+
+    seen = {n: jax.jit(functools.partial(see, n))(frozen[n], v) for n, v in given.items()}
+    for one, other in zip(*map(jax.tree.leaves, seen.values()), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+    def distance(z, frozen):
+        f, g = see("latents", frozen, (z, y)).values()
+        terms = made["latents"].distance(frozen, f, g, z, y)
+        return terms["feature"].sum(), terms["pixel"]
+
+    slope, pixel = jax.jit(jax.grad(distance, has_aux=True))(x, frozen["latents"])
+    np.testing.assert_allclose(pixel, 10 * ((x - y) ** 2).mean((1, 2, 3)), rtol=1e-5)
+    assert np.isfinite(slope).all() and np.abs(slope).max() > 0  # through the decoder
 
 
 def test_token_heads_read_a_transformers_tokens_and_the_distance_its_maps(monkeypatch):
