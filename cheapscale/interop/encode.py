@@ -21,7 +21,7 @@ import pathlib
 import numpy as np
 
 from cheapscale.data.augment import flip
-from cheapscale.data.files import atomic_write
+from cheapscale.data.files import atomic_write, local_folder
 from cheapscale.data.latents import (
     CODEC,
     FORMAT,
@@ -57,7 +57,7 @@ def build(config) -> Job:
     # The scale is measured, so that a file need not say it.
     scale = settings.scale or (1.0 if settings.deviation else None)
     autoencoder = read_autoencoder(settings.autoencoder, scale=scale)
-    folder, f, top = pathlib.Path(settings.folder), autoencoder.factor, config.data.resolution
+    folder, f, top = local_folder(settings.folder), autoencoder.factor, config.data.resolution
     unit = f << (settings.levels - 1)
     if top % unit:
         raise ValueError(
@@ -67,19 +67,7 @@ def build(config) -> Job:
     sides = [(top >> level) // f for level in range(settings.levels)]
     sources = {side: open_data(config.data, resolution=side * f) for side in sides}
     source = sources[sides[0]]
-    manifest = {
-        "format": FORMAT,
-        "pictures": source.describe(),
-        "data": json.loads(json.dumps(config.data.to_dict() | {"data_dir": there(config)})),
-        "autoencoder": fingerprint(autoencoder.params),
-        "deviation": settings.deviation,
-        "scale": settings.scale,
-        "channels": autoencoder.config.latent_channels,
-        "sides": sides,
-        "num_images": len(source),
-        "orientations": 2 if config.data.flip else 1,
-        "per_shard": settings.per_shard,
-    }
+    manifest = make_manifest(config, autoencoder, source, sides)
     check_same(folder, manifest)
     count = num_shards(manifest)
 
@@ -88,14 +76,7 @@ def build(config) -> Job:
 
     def prepare() -> Autoencoder:
         if not (folder / MANIFEST).exists():
-            codec = autoencoder
-            if settings.deviation:
-                codec = normalised(codec, source, settings.deviation)
-            sha256 = write_codec(folder / CODEC, codec)
-            write_about(folder, source)
-            made = manifest | {"codec": {"sha256": sha256, "factor": f}}
-            with atomic_write(folder / MANIFEST) as temporary:
-                temporary.write_text(json.dumps(made, indent=1) + "\n")
+            begin(folder, autoencoder, source, manifest)
         return read_codec(folder / CODEC)
 
     def run_shard(codec: Autoencoder, shard: int, mesh) -> dict:
@@ -123,6 +104,36 @@ def build(config) -> Job:
             * len(source) * manifest["orientations"],
         },
     )  # fmt: skip
+
+
+def make_manifest(config, autoencoder: Autoencoder, source: Source, sides: list[int]) -> dict:
+    """What determines the latents but their measured scale, and where the pictures lie."""
+    data = config.data.to_dict() | {"data_dir": there(config)}
+    return {
+        "format": FORMAT,
+        "pictures": source.describe(),
+        "data": json.loads(json.dumps(data)),
+        "autoencoder": fingerprint(autoencoder.params),
+        "deviation": config.encode.deviation,
+        "scale": config.encode.scale,
+        "channels": autoencoder.config.latent_channels,
+        "sides": sides,
+        "num_images": len(source),
+        "orientations": 2 if config.data.flip else 1,
+        "per_shard": config.encode.per_shard,
+    }
+
+
+def begin(folder: pathlib.Path, autoencoder: Autoencoder, source: Source, manifest: dict) -> None:
+    """Write the autoencoder with its final scale, what is known of the pictures, the manifest."""
+    codec = autoencoder
+    if manifest["deviation"]:
+        codec = normalised(autoencoder, source, manifest["deviation"])
+    sha256 = write_codec(folder / CODEC, codec)
+    write_about(folder, source)
+    made = manifest | {"codec": {"sha256": sha256, "factor": codec.factor}}
+    with atomic_write(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(made, indent=1) + "\n")
 
 
 def there(config) -> str:

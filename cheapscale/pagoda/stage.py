@@ -10,9 +10,10 @@ import numpy as np
 from cheapscale.data.loader import pair_and_real_batches
 from cheapscale.data.pairs import InvertedPairs, PairStore, SampledPairs
 from cheapscale.data.sources import pictures_of
+from cheapscale.models.autoencoder import Autoencoder
 from cheapscale.models.unet import init_params
 from cheapscale.pagoda import guided
-from cheapscale.pagoda.alignment import make_aligner
+from cheapscale.pagoda.alignment import Aligner, make_aligner
 from cheapscale.pagoda.gan import Game, gan_step
 from cheapscale.pagoda.loss_networks import LossNetworks, make_loss_networks
 from cheapscale.teacher.codec import codec_of, leave
@@ -53,15 +54,8 @@ def generator_stage(
     store, pairs = open_pairs(config, source, teacher, takes_omega)
     sampled = open_samples(config, teacher) if config.get("samples") else None
     weights = {term: loss[f"{term}_weight"] for term in ("feature", "lpips", "pixel")}
-    aligner = None
-    if loss["alignment_weight"]:
-        aligner = make_aligner(config.features.to_dict(), source, model["text"])
     codec = codec_of({"data": source.describe()})
-    if codec and aligner:
-        raise ValueError(
-            f"{config.stage}.alignment_weight is {loss['alignment_weight']}, but the aligner sees "
-            f"pictures, not latents: give --config.{config.stage}.alignment_weight=0"
-        )
+    aligner = open_aligner(config, source, model, codec) if loss["alignment_weight"] else None
     networks = make_loss_networks(
         pictures_of(source),
         codec=codec,
@@ -121,6 +115,17 @@ def generator_stage(
         # A regression of pixels runs no feature network.
         compiler_options=for_depthwise() if reads_features else None,
     )
+
+
+def open_aligner(config, source, model: dict, codec: Autoencoder | None) -> Aligner:
+    """What measures L_clip; ValueError for latents."""
+    if codec:
+        raise ValueError(
+            f"{config.stage}.alignment_weight is {config[config.stage].alignment_weight}, but the "
+            "aligner sees pictures, not latents: give "
+            f"--config.{config.stage}.alignment_weight=0"
+        )
+    return make_aligner(config.features.to_dict(), source, model["text"])
 
 
 def make_optimisers(config, trainable: Callable | None, takes_samples: bool) -> dict:

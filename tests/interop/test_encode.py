@@ -13,7 +13,7 @@ from cheapscale.data.sources import open_data, open_pictures, open_source, pictu
 from cheapscale.models.autoencoder import Autoencoder, TinyConfig, init_autoencoder
 from cheapscale.teacher import codec as codecs
 from cheapscale.training import jobs
-from configs import scenes
+from configs import clothing
 from launch.train import build, run
 
 TINY = TinyConfig(channels=8, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
@@ -22,7 +22,7 @@ PICTURES = {"name": "scenes", "split": "train", "resolution": 32, "data_dir": ""
 
 
 def config_of(stage, **changes):
-    config = scenes.get_config(f"smoke,stage={stage}")
+    config = clothing.get_config(f"size=latents,base=8,smoke,stage={stage}")
     for name, value in changes.items():
         *sections, last = name.split("__")
         place = config
@@ -111,14 +111,14 @@ def test_other_latents_in_the_folder_are_refused(made):
 
 @pytest.fixture(scope="module")
 def trained(made):
-    """{stage: work directory} of a teacher of 8 x 8 latents and generators of 8 and 16."""
+    """{stage: work directory} of a teacher of 8 x 8 latents and of its one-step generator."""
     root = made[0]
-    places = {name: root / name for name in ("pretrain", "invert", "distill", "grow")}
+    places = {name: root / name for name in ("pretrain", "invert", "regress")}
     for stage, folder in places.items():
-        config = scenes.get_config(f"smoke,stage={stage},resolution={16 if stage == 'grow' else 8}")
+        config = clothing.get_config(f"size=latents,base=8,smoke,stage={stage}")
         config.data.update(name="latents", data_dir=str(root / "data"), flip=False)
         config.data.options = {}
-        for name, place in (("teacher", "pretrain"), ("base", "distill"), ("latents", "pairs")):
+        for name, place in (("teacher", "pretrain"), ("latents", "pairs")):
             if name in config:
                 config[name] = str(root / place)
         run(config, folder)
@@ -138,9 +138,9 @@ def test_models_of_latents_draw_pictures(trained, made, tmp_path):
     assert z.shape == (2, 8, 8, 4)
     again, whole = teacher.reconstruct(z, 1, nodes=8), np.asarray(codec.decode(codec.encode(x)))
     assert np.abs(again - np.clip(whole, -1, 1)).mean() < 0.05
-    grown = cheapscale.load(trained["grow"])
-    assert grown.resolution == 32 and grown.base == 16
-    assert grown.sample(2).images.shape == (2, 32, 32, 3)
+    generator = cheapscale.load(trained["regress"])
+    assert generator.resolution == generator.base == 16
+    assert generator.sample(2).images.shape == (2, 16, 16, 3)
     scales, _ = teacher.cascade("2x", num=1, steps=3)
     assert [s.shape[1:] for s in scales] == [(16, 16, 3), (32, 32, 3)]
 
