@@ -35,6 +35,7 @@ NOISE_FEATURES = ("openai", "edm")
 SPACINGS = ("karras", "leading", "trailing", "linspace", "quadratic", "own")
 # alpha_bar in place of 0, or less: a schedule of zero terminal SNR then ends at sigma = 4096.
 ZERO_SNR = 2.0**-24
+BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # ends, of 1000 steps
 
 
 def karras_grid(
@@ -176,12 +177,11 @@ def vp_schedule(
     """
     if num_steps < 2:
         raise ValueError(f"a schedule needs at least 2 steps, got {num_steps}")
-    scale = 1000 / num_steps
+    ends = betas or beta_ends(name, num_steps)
     if name == "linear":
-        beta = np.linspace(*(betas or (scale * 1e-4, scale * 0.02)), num_steps)
+        beta = np.linspace(*ends, num_steps)
     elif name == "scaled_linear":
-        first, end = betas or (scale * 0.00085, scale * 0.012)
-        beta = np.linspace(math.sqrt(first), math.sqrt(end), num_steps) ** 2
+        beta = np.linspace(*np.sqrt(ends), num_steps) ** 2
     elif name == "cosine":
         edges = np.cos((np.linspace(0, 1, num_steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
         beta = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
@@ -197,6 +197,11 @@ def vp_schedule(
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
         alpha_bar = np.append(root[:-1] ** 2, min(ZERO_SNR, root[-2] ** 2 / 4))
     return VPSchedule(name, alpha_bar)
+
+
+def beta_ends(name: str, num_steps: int) -> tuple[float, ...]:
+    """The first and the last beta of a named schedule; () of one that is not made of betas."""
+    return tuple(1000 / num_steps * beta for beta in BETAS.get(name, ()))
 
 
 def _interp(x: Any, xs: np.ndarray, ys: np.ndarray) -> Any:

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict
 
 from cheapscale.data.files import atomic_write, damaged
 from cheapscale.diffusion.denoiser import EDM, VP
+from cheapscale.diffusion.noise import beta_ends
 from cheapscale.interop.diffusers import (
     PREDICTIONS,
     SCHEDULES,
@@ -201,16 +202,12 @@ def scheduler_of(teacher: Teacher) -> dict[str, Any]:
     """The scheduler_config.json; ValueError for a process without one in diffusers."""
     process = teacher.process
     if isinstance(process, VP):
-        beta = 1 - process.schedule.alpha_bar[0], 0.02 * 1000 / process.num_steps
-        first, last = process.betas or beta
-        names = {ours: theirs for theirs, ours in SCHEDULES.items()}
-        predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-        if process.process == "scaled_linear" and not process.betas:
-            last = 0.012 * 1000 / process.num_steps
-        return {
+        names = {ours: theirs for theirs, ours in (SCHEDULES | PREDICTIONS).items()}
+        ends = process.betas or beta_ends(process.process, process.num_steps)
+        return dict(zip(("beta_start", "beta_end"), ends)) | {
             "_class_name": "DDIMScheduler", "num_train_timesteps": process.num_steps,
-            "beta_schedule": names[process.process], "beta_start": float(first),
-            "beta_end": float(last), "prediction_type": predictions[process.prediction],
+            "beta_schedule": names[process.process],
+            "prediction_type": names[process.prediction],
             "clip_sample": False, "set_alpha_to_one": process.end == 0,
             "steps_offset": process.offset, "timestep_spacing": process.spacing,
             "rescale_betas_zero_snr": process.zero_snr,
