@@ -18,6 +18,7 @@ from cheapscale import teacher
 from cheapscale.cascade.sample import CascadeSamples, cascade
 from cheapscale.data.numbers import consecutive, whole
 from cheapscale.data.pixels import check_finite, from_uint8, pictures
+from cheapscale.interop.diffusers import is_pipeline, read_pipeline
 from cheapscale.interop.unconditional import is_unconditional, read_unconditional
 from cheapscale.teacher.codec import codec_of, enter, factor_of, leave
 from cheapscale.teacher.cost import sampler_cost
@@ -202,7 +203,7 @@ def load(
     workdir: str | pathlib.Path, *, ema: bool = True, step: int | None = None, dtype: str = ""
 ) -> Model:
     """The model of a work directory: a pretrain, distill or grow run, or a set of experts; or of a
-    folder of diffusers, an unconditional U-Net.
+    folder of diffusers: Stable Diffusion (also as a single file) or an unconditional U-Net.
 
     ema: load the averaged weights instead of the raw ones. step: the checkpoint's training step, by
     default the newest. dtype: compute in this precision instead of the one trained in; a folder of
@@ -211,8 +212,9 @@ def load(
     if not isinstance(workdir, str | os.PathLike):
         raise ValueError(f"{workdir!r} is no folder: give the work directory of a run")
     place = os.path.expanduser(workdir)
-    if is_unconditional(place):
-        if step is not None:
-            raise ValueError(f"{place} has no checkpoint of step {step}: leave the step out")
-        return Model(read_unconditional(place, dtype=dtype))
+    for known, read in ((is_unconditional, read_unconditional), (is_pipeline, read_pipeline)):
+        if known(place):
+            if step is not None:
+                raise ValueError(f"{place} has no checkpoint of step {step}: leave the step out")
+            return Model(read(place, dtype=dtype))
     return Model(teacher.load(place, ema=ema, step=step).in_precision(dtype))

@@ -5,9 +5,12 @@
     python -m launch.sample --model=runs/quickstart/pretrain --steps=18 --method=euler --labels=0,3
     python -m launch.sample --model=runs/text/pretrain --prompt="a small red star" --cfg_scale=4
 
-from the folder of an unconditional U-Net of diffusers, such as the published DDPMs:
+from folders of diffusers, Stable Diffusion 1, 2 and XL (also a single .safetensors beside its
+configs) and unconditional U-Nets, here with the steps of their own schedulers:
 
-    python -m launch.sample --model=DIR --sampler=ddim --steps=50
+    python -m launch.sample --model=DIR --prompt="a red fox" --negative_prompt="blurry" \\
+        --cfg_scale=7.5 --sampler=ddim --steps=50 --num=4 --batch_size=1 --dtype=bfloat16
+    python -m launch.sample --model=ddpm-cifar10-32 --sampler=ddim --steps=50
 
 or a teacher beyond the size it was trained at, by self-cascade (Guo et al. 2024, arXiv 2402.10491):
 

@@ -19,14 +19,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cheapscale.data.files import damaged
+from cheapscale.data.files import cache_folder, damaged
 from cheapscale.diffusion.noise import vp_schedule
 from cheapscale.features.tokenizer import END, START, read_vocabulary
+from cheapscale.interop.autoencoders import affine, in_our_names, read_autoencoder, to_params
+from cheapscale.interop.autoencoders import read_config as read_vae_config
 from cheapscale.interop.diffusers_names import clip_entries, unet_entries
 from cheapscale.interop.tensors import Tensors, place, weight_files
 from cheapscale.interop.unet_weights import entries_of
+from cheapscale.models.autoencoder import Autoencoder
 from cheapscale.models.unet import UNet, unet
-from cheapscale.teacher.teacher import Teacher, make_teacher
+from cheapscale.teacher.codec import write_codec
+from cheapscale.teacher.teacher import Teacher, fingerprint, make_teacher
+from cheapscale.training.exported import sha256_of
 
 PyTree = Any
 INDEX = "model_index.json"
@@ -53,8 +58,9 @@ SPACING = {
     "UniPCMultistepScheduler": "linspace",
 }  # fmt: skip
 ACTIVATIONS = {"quick_gelu": "clip", "gelu": "openclip"}
+SCALE = 0.18215  # of latents where the autoencoder's config says none
 SINGLE = "model.diffusion_model."  # the prefix of the U-Net in a single file
-# {pipeline: (prefix, format) of the text encoders in a single file}; the second of SD 2's
+# {prefix in a single file: kind of names} of the text encoders of SD 1, of SD 2, and of SDXL
 TOWERS = {
     "cond_stage_model.transformer.text_model.": "transformers",
     "cond_stage_model.model.": "openai",
@@ -85,9 +91,14 @@ def read_pipeline(path: str | pathlib.Path, *, dtype: str = "") -> Teacher:
         raise ValueError(
             f"{folder} is a {index.get('_class_name')}: give a folder of a {' or '.join(PIPELINES)}"
         )
-    pixels = 2 ** (len(read_config(folder, "vae/config.json")["block_out_channels"]) - 1)
-    text = text_fields(folder, index)
-    fields = unet_fields(read_config(folder, "unet/config.json"), folder / "unet", text, pixels)
+    codec = read_codec(given, folder)
+    text, where = text_fields(folder, index), folder / "unet"
+    fields = unet_fields(read_config(folder, "unet/config.json"), where, text, codec.factor)
+    if (channels := codec.config.latent_channels) != fields["in_channels"]:
+        raise ValueError(
+            f"{folder} has an autoencoder of {channels} channels, but a U-Net of "
+            f"{fields['in_channels']}: put the vae of this U-Net into the folder"
+        )
     net = unet(**fields | {"dtype": dtype or "float32"})
     params = read_weights(given, folder, net, dtype)
     meta = {
@@ -95,11 +106,31 @@ def read_pipeline(path: str | pathlib.Path, *, dtype: str = "") -> Teacher:
         "networks": {"net": json.loads(json.dumps(fields | {"dtype": dtype or "float32"}))},
         "diffusion": process_fields(folder / "scheduler" / "scheduler_config.json"),
         # Latents are scaled to unit deviation, and captions were dropped to train for guidance.
-        "data": {"name": given.name, "std": 1.0},
+        "data": {"name": given.name, "std": 1.0, "codec": codec_entry(codec)},
         "config": {"pretrain": {"label_dropout": 0.1}},
         "ledger": {"flops": 0.0, "device_seconds": 0.0},
     }
     return make_teacher(params, meta, workdir=str(path))
+
+
+def read_codec(given: pathlib.Path, folder: pathlib.Path) -> Autoencoder:
+    """The autoencoder in the single file, if it has one, or in the folder."""
+    said = read_config(folder, "vae/config.json").get("scaling_factor")
+    inside = Tensors([given], "first_stage_model.") if given.is_file() else Tensors([])
+    if not len(inside):
+        return read_autoencoder(folder, scale=said or SCALE)
+    config, fields = read_vae_config(folder / "vae")
+    params = to_params(in_our_names(inside), config)
+    return Autoencoder(params, config, *affine(config, fields | {"scaling_factor": said or SCALE}))
+
+
+def codec_entry(codec: Autoencoder) -> dict[str, Any]:
+    """The entry data.codec of a model with this autoencoder, which is kept in the cache's folder,
+    as other processes need it too: those that read a run tuned beside the model."""
+    name = f"{fingerprint((codec.params, codec.scale, codec.shift))}.safetensors"
+    path = cache_folder() / "autoencoders" / name
+    sha256 = sha256_of(path) if path.is_file() else write_codec(path, codec)
+    return {"path": str(path), "sha256": sha256, "factor": codec.factor}
 
 
 def config_folder(given: pathlib.Path) -> pathlib.Path:
@@ -111,8 +142,8 @@ def config_folder(given: pathlib.Path) -> pathlib.Path:
     names = Tensors([given], SINGLE) if given.is_file() else ()
     kind = "SDXL" if "label_emb.0.0.weight" in names else "Stable Diffusion"
     raise ValueError(
-        f"{given} holds the weights of {kind} alone: put the pipeline's {INDEX}, the config.json "
-        f"of each part, scheduler and tokenizer into {places[0]}"
+        f"{given} holds the weights of {kind} alone: put the rest of its pipeline, {INDEX} "
+        f"and the folders of all parts (without weights), into {places[0]}"
     )
 
 

@@ -26,6 +26,7 @@ from cheapscale.interop.tensors import Tensors, place
 from cheapscale.interop.unet_weights import entries_of
 from cheapscale.models.text import TextFeatures
 from cheapscale.models.unet import unet
+from cheapscale.teacher.codec import codec_of
 from cheapscale.teacher.sampling import levels, ode_map
 from cheapscale.teacher.text import tokenise
 from cheapscale.training.cost import param_count
@@ -52,7 +53,7 @@ def nhwc(x):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_the_network_equals_diffusers(kind, saved):
+def test_the_network_equals_diffusers_on_any_canvas(kind, saved):
     import torch
 
     _, parts, _, teacher = saved(kind)
@@ -106,8 +107,11 @@ def test_a_whole_ddim_run_from_prompts_equals_diffusers(kind, saved):
         tokens = tokenise(text, [negative])[0] if negative else np.full(tiny.LENGTH, -1)
         guided = teacher.replace(negative=jnp.asarray(tokens, jnp.int32))
         ours = run(guided, z.astype("f"), tokenise(text, prompts))
-        scale = np.abs(nhwc(theirs)).max()
-        assert np.abs(ours - nhwc(theirs)).max() < 1e-3 * scale
+        # zero terminal SNR is 2^-24 here
+        tolerance = 1e-3 if teacher.process.zero_snr else 2e-5
+        np.testing.assert_allclose(
+            ours, nhwc(theirs), rtol=0, atol=tolerance * np.abs(nhwc(theirs)).max()
+        )
 
 
 @pytest.mark.parametrize("changes", [
@@ -135,7 +139,6 @@ SD1 = dict(
     up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, attention_head_dim=8,
     block_out_channels=[320, 640, 1280, 1280], cross_attention_dim=768, norm_num_groups=32,
 )  # fmt: skip
-SD2 = SD1 | dict(attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, sample_size=96)
 SDXL = SD1 | dict(
     down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2, sample_size=128,
     up_block_types=["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"], attention_head_dim=[5, 10, 20],
@@ -154,7 +157,6 @@ def tower(kind, width, depth, **more):
     "config, text, millions, text_millions",
     [
         (SD1, tower("clip", 768, 12), 859.5, 123.1),
-        (SD2, tower("openclip", 1024, 23), 865.9, 340.4),
         (SDXL, tower("clip", 768, 12, beside=tower("openclip", 1280, 32, projection=1280)),
          2567.5, 123.1 + 694.7),
     ],
@@ -196,6 +198,8 @@ def single_file(kind, saved, path):
             state |= inverse(entry, weights, names)
         if f"{prefix}text_projection" in state:
             state[f"{prefix}text_projection"] = state[f"{prefix}text_projection"].T.copy()
+    vae = Tensors([folder / "vae" / "diffusion_pytorch_model.safetensors"])
+    state |= {f"first_stage_model.{name}": array for name, array in vae.items()}
     save_file({name: np.ascontiguousarray(a) for name, a in state.items()}, path)
     return state
 
@@ -221,18 +225,27 @@ def test_a_single_file_has_the_names_that_diffusers_reads_and_gives_the_same_tea
     single = read_pipeline(tmp_path / "all.safetensors")
     assert single.net == teacher.net and single.process == teacher.process
     jax.tree.map(np.testing.assert_array_equal, single.params, teacher.params)
+    codecs = [codec_of(model.meta) for model in (single, teacher)]
+    assert codecs[0].factor == 2 and codecs[0].scale == codecs[1].scale == (0.18215,) * 4
+    jax.tree.map(np.testing.assert_array_equal, *(codec.params for codec in codecs))
 
 
-def test_weights_may_be_read_in_half_precision_and_give_nearly_the_same(saved):
+def test_weights_may_be_read_in_half_precision(saved):
     folder, *_, teacher = saved("sd1")
     half = read_pipeline(folder, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
     assert half.net.config.dtype == "bfloat16"
-    x = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype("f")
-    label = tokenise(teacher.net.config.text, ["a red dog"])
-    both = [jax.jit(model.denoise)(x, np.float32(1.0), label) for model in (teacher, half)]
-    assert both[1].dtype == jnp.float32
-    assert 0 < np.abs(both[0] - both[1]).max() < 0.05 * np.abs(both[0]).max()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b),
+        teacher.params, half.params,
+    )  # fmt: skip
+    x, label = np.zeros((1, 8, 8, 4), "f"), tokenise(teacher.net.config.text, ["a red dog"])
+
+    def network(params):
+        return half.net.apply({"params": params}, x, np.ones(1, "f"), label, taps=("dec_4_in1",))
+
+    out, inner = jax.eval_shape(network, half.params)
+    assert inner["dec_4_in1"].dtype == jnp.bfloat16 and out.dtype == jnp.float32
 
 
 def test_large_tensors_arrive_with_their_sharding(tmp_path, eight_devices):

@@ -43,8 +43,8 @@ def unet_config(kind: str) -> dict:
         )
     if kind == "sd2":
         return UNET | dict(
-            down_block_types=down, up_block_types=up, attention_head_dim=(2, 4),
-            cross_attention_dim=24, use_linear_projection=True,
+            down_block_types=down[:1], up_block_types=up[1:], attention_head_dim=[4],
+            cross_attention_dim=24, use_linear_projection=True, block_out_channels=(32,),
         )  # fmt: skip
     return UNET | dict(
         down_block_types=down[::-1], up_block_types=up[::-1], attention_head_dim=(2, 4),
