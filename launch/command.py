@@ -28,6 +28,7 @@ from ml_collections import config_flags
 import cheapscale
 from cheapscale.data.files import atomic_write, cache_folder, local_folder
 from cheapscale.training.compiler import choose_flags
+from cheapscale.training.exported import model_file
 from cheapscale.training.lock import only_writer
 from cheapscale.training.log import finish
 from cheapscale.training.mesh import pinned
@@ -287,6 +288,15 @@ def named_file(entry: str) -> tuple[str, str | None]:
     """(name, path) from "NAME=FILE"; for "NAME" the path is None, and the environment names it."""
     name, _, path = entry.partition("=")
     return name, path or None
+
+
+def results_folder(model: str, *parts: str) -> str:
+    """Where the results of a model lie by default: in its work directory, or in runs/NAME of a file
+    and of a model that comes with the package."""
+    file = model_file(model)
+    return str(
+        pathlib.Path("runs", file.stem).joinpath(*parts) if file else pathlib.Path(model, *parts)
+    )
 
 
 def write_record(path: str | os.PathLike | None, figures: dict) -> None:

@@ -9,12 +9,14 @@
 
 W is the work directory of a distilled or grown generator, a file of launch.export, or
 pretrained:NAME. Pictures may have any format and size. They are turned upright as their EXIF data
-say, and their central square is shrunk as training images are (or enlarged, if it is smaller). In a
-mask, white is what is painted anew. Results have the size of the generator's images.
+say, and their central square is shrunk as training images are (or enlarged, if it is smaller).
+Transparent parts count as white. In a mask, white is what is painted anew. Results have the size of
+the generator's images.
 
 `--method=invert` finds the noise of a picture by the ODE of the generator's teacher,
 `--method=optimise` by Adam. The folder --out gets the results (result*.png; of an interpolation its
-frames and a GIF), sheet.png with the pictures before and after, and edit.json.
+frames and a GIF), sheet.png with the pictures before and after, and edit.json; the results of an
+earlier edit in that folder are removed.
 """  # noqa: E501
 
 import dataclasses
@@ -30,16 +32,16 @@ from absl import flags, logging
 from PIL import Image
 
 import cheapscale
-from cheapscale.data.files import atomic_write
-from cheapscale.data.numbers import LARGEST
+from cheapscale.data.files import atomic_write, read_json
+from cheapscale.data.numbers import LARGEST, real
 from cheapscale.data.pixels import to_uint8
 from cheapscale.pagoda import edit as pagoda
 from cheapscale.teacher.sampling import check_guidance
 from cheapscale.teacher.teacher import Generator
-from cheapscale.training.exported import files_of, model_file
 from cheapscale.training.log import captioned, tile
+from cheapscale.training.loop import provenance
 from launch import edit_tasks as tasks
-from launch.command import execute, required, start
+from launch.command import execute, required, results_folder, start
 from launch.edit_measures import measure
 
 TASKS = {
@@ -107,20 +109,15 @@ def define() -> None:
     flags.DEFINE_integer("num", 64, "measure: held-out scenes.", 2, 10_000)
     flags.DEFINE_integer("optimised", 16, "measure: of these, by optimisation too.", 2, 10_000)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", 0, LARGEST)
-    flags.DEFINE_string("out", None, "Folder for the results (default: <model>/edit/<task>).")
+    text = "Folder for the results (default: <model>/edit/<task>; runs/NAME/edit/<task> of a file)."
+    flags.DEFINE_string("out", None, text)
     required("model", "runs/quickstart/grow32")
     required("task", "inpaint")
 
 
 def check_flags(given) -> None:
     """Refuse flags that are missing, or that belong to another task or method."""
-    for kind, owners in ONLY.items():
-        for owner, names in owners.items():
-            stray = ", ".join(f"--{name}" for name in names if given[name].present)
-            if stray and given[kind].value != owner:
-                raise ValueError(
-                    f"{stray}: only for --{kind}={owner}, not {given[kind].value}: leave it out"
-                )
+    check_search(given)
     number = PICTURES.get(given.task, 1)
     if given.seeds:
         two = [text for text in given.seeds if text.strip().isdecimal()]
@@ -135,6 +132,37 @@ def check_flags(given) -> None:
         )
     if given.task == "inpaint" and not given.mask:
         raise ValueError("--mask is missing: give --mask=FILE, white where to paint")
+
+
+def check_search(given) -> None:
+    """Refuse flags of another task or method, and searches that cannot be."""
+
+    def typed(names) -> str:
+        return ", ".join(f"--{name}" for name in names if given[name].present)
+
+    measures = given.task == "measure"  # by all methods
+    if measures and (stray := typed(("method", "start"))):
+        raise ValueError(f"{stray}: measure compares all of them: leave it out")
+    for kind, owners in ONLY.items():
+        for owner, names in owners.items():
+            fits = given[kind].value == owner or (measures and kind == "method")
+            if not fits and (stray := typed(names)):
+                raise ValueError(
+                    f"{stray}: only for --{kind}={owner}, not {given[kind].value}: leave it out"
+                )
+    if (
+        given.start == "inversion"
+        and given.task != "inpaint"
+        and (s := typed(("tries", "restarts")))
+    ):
+        raise ValueError(f"{s}: an inversion is one start: leave it out, or give --start=prior")
+    if given.restarts > given.tries and given["restarts"].present:
+        raise ValueError(
+            f"--restarts={given.restarts} of --tries={given.tries} starts: give a larger --tries"
+        )
+    for name in ("rate", "penalty"):
+        if given[name].value is not None:
+            real(given[name].value, f"--{name}", 0)
 
 
 def save(out: pathlib.Path, edited: tasks.Edited, moving: bool) -> None:
@@ -167,6 +195,8 @@ def edit(given) -> dict:
             f"{given.model} holds no one-step generator: name a distill or grow run as --model"
         )
     check_guidance(G, given.cfg_scale)
+    record = out / "edit.json"
+    earlier = read_json(record).get("results", ()) if record.is_file() else ()
     run = TASKS[given.task](given, model)
     search = pagoda.Search(
         G,
@@ -186,6 +216,8 @@ def edit(given) -> dict:
         teacher = {"teacher": found.workdir, "inversion": how._asdict()}
     logging.info("%s by %s; it compiles first, most of a short run", given.task, given.method)
     edited = run(search)
+    for name in earlier:
+        (out / name).unlink(missing_ok=True)
     save(out, edited, given.task == "interpolate")
     return {
         "task": given.task,
@@ -195,12 +227,12 @@ def edit(given) -> dict:
         "step": G.step,
         "cfg_scale": given.cfg_scale,
         **teacher,
-        "files": files_of({"model": given.model, "teacher": teacher.get("teacher")}),
         "out": str(out),
         "results": [f"{name}.png" for name in edited.results],
         "resolution": model.resolution,
         **jax.tree.map(lambda value: np.asarray(value).tolist(), edited.figures),
         "seconds_with_compilation": round(time.monotonic() - began, 2),
+        "provenance": provenance({"model": given.model, "teacher": teacher.get("teacher")}),
     }
 
 
@@ -208,10 +240,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Edit as the flags say; returns the summary."""
 
     def body(given) -> dict:
-        if not given.out:
-            file = model_file(given.model)
-            place = pathlib.Path("runs", file.stem) if file else pathlib.Path(given.model)
-            given.out = str(place / "edit" / given.task)
+        given.out = given.out or results_folder(given.model, "edit", given.task)
         return execute("edit", given.out, lambda: edit(given))
 
     return start(define, body, argv)

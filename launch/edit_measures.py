@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from cheapscale import features
 from cheapscale.data.pixels import psnr, to_uint8
 from cheapscale.data.resize import area_mean
 from cheapscale.data.sources import SceneSource, open_pictures
 from cheapscale.evaluation.embedding import embed
+from cheapscale.evaluation.measure import checked_name
 from cheapscale.evaluation.paired import paired
 from cheapscale.evaluation.scenes import compare_images
 from cheapscale.model import Model
 from cheapscale.pagoda import edit as pagoda
 from cheapscale.teacher.codec import factor_of
-from launch.command import named_file
 from launch.edit_tasks import Edited, Task, bicubic
+from launch.pipeline import load_judge
 
 SHOWN = 10  # pictures of each arm on the sheet
 Arms = dict[str, dict[str, np.ndarray]]  # {arm: {figure: a value for each picture}}
@@ -44,7 +44,8 @@ def measure(given, model: Model) -> Task:
         )
     if not given.judge:
         raise ValueError("--judge is missing: give --judge=mobilenet_v2=FILE")
-    judge = features.load(*named_file(given.judge))
+    judge = load_judge(given.judge)
+    checked_name(judge, model.network.meta.get("frozen_networks", {}))
     x, c = source.read(range(given.num))
     objects = [source.scene(i).objects for i in range(given.num)]
 

@@ -50,7 +50,8 @@ def conditions(
     rows = model.labels(texts, len(texts))
     check_labels(rows, known)
     if len(texts) not in counts:
-        raise ValueError(f"--{flag} was given {len(texts)} times: give {counts[0]}")
+        wanted = " or ".join(map(str, counts))
+        raise ValueError(f"--{flag} was given {len(texts)} times: give {wanted}")
     if not model.captioned and model.class_names:
         texts = [model.class_names[label] for label in rows]
     return texts, rows

@@ -46,9 +46,9 @@ from cheapscale.model import Model
 from cheapscale.models.plan import DTYPES
 from cheapscale.teacher.sampling import MOST_STEPS, ODE_OPTIONS, check_labels
 from cheapscale.teacher.teacher import Generator
-from cheapscale.training.exported import files_of, model_file
+from cheapscale.training.exported import files_of
 from cheapscale.training.log import image_grid, save_png
-from launch.command import condition_flag, execute, required, start
+from launch.command import condition_flag, execute, required, results_folder, start
 
 CASCADE_FLAGS = (
     "cascade_k", "coupled", "resize_kernel", "pivot", "pivot_resolution", "expert_rule", "tuned",
@@ -251,10 +251,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Sample as the flags say; returns the summary."""
 
     def body(given) -> dict:
-        if not given.out:
-            file = model_file(given.model)
-            place = pathlib.Path("runs", file.stem) if file else pathlib.Path(given.model)
-            given.out = str(place / "samples")
+        given.out = given.out or results_folder(given.model, "samples")
         return execute("sample", given.out, lambda: sample(given))
 
     return start(define, body, argv)

@@ -43,7 +43,8 @@ def open_rgb(file: Any) -> np.ndarray:
 def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
     """uint8 [h, w, 3] from any PIL image, or from a uint8 array [h, w] or [h, w, 1 | 3 | 4].
 
-    Transparent images are composed over white; 16-bit grey is scaled to 8 bits.
+    Transparent images are composed over white; 16-bit grey is scaled to 8 bits. Of floating-point
+    pixels nobody knows the range: ValueError.
     """
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
@@ -54,6 +55,8 @@ def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
                 f"an image must be uint8 with 1, 3 or 4 channels, not {image.dtype} {image.shape}"
             )
         image = Image.fromarray(pixels)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         deep = np.asarray(image).astype(np.float64) / 257.0  # 65535 = 257 * 255
         image = Image.fromarray(np.clip(np.rint(deep), 0, 255).astype(np.uint8))

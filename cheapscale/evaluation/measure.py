@@ -132,6 +132,6 @@ def checked_name(
     if insist:
         return f"{network.name}(used in the loss)"
     raise ValueError(
-        f"{network.name} was part of this run's training loss, so it cannot measure it: use "
-        "another network, or --insist, which marks the name of the metric"
+        f"{network.name} was part of this run's training loss, so it cannot measure it: name "
+        "another network (launch.evaluate also takes --insist, which marks the name of the metric)"
     )
