@@ -214,14 +214,14 @@ def edit(given) -> dict:
         found, how = pagoda.teacher_of(G, given.teacher), pagoda.inversion_of(G)
         search = dataclasses.replace(search, teacher=found, inversion=how)
         teacher = {"teacher": found.workdir, "inversion": how._asdict()}
-    logging.info("%s by %s; it compiles first, most of a short run", given.task, given.method)
+    logging.info("%s: it compiles first, most of a short run", given.task)
     edited = run(search)
     for name in earlier:
         (out / name).unlink(missing_ok=True)
     save(out, edited, given.task == "interpolate")
     return {
         "task": given.task,
-        "method": given.method,
+        "method": "all" if given.task == "measure" else given.method,
         "command": shlex.join(["python", "-m", "launch.edit", *sys.argv[1:]]),
         "model": given.model,
         "step": G.step,
