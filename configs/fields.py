@@ -189,7 +189,9 @@ LOSS = {  # PaGoDA (arXiv 2405.14822): L_rec + lambda L_adv
     ),
 }
 WIDTHS = Field((32,), "channels of the grown blocks, one entry per doubling", low=1)
-FREEZE = Field(True, "train only the end of the decoder, as published; False: all weights")
+FREEZE = Field(
+    True, "train only the end of the decoder, as published; False: all that a base trains"
+)
 FEATURES = {
     "names": Field(
         ("efficientnet_lite0",),

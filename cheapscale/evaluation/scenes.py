@@ -173,12 +173,16 @@ def _fit(cover: np.ndarray) -> Fit:
     The fits of each shape start at the area and centroid of the cover and of its two halves, as two
     touching objects form one piece. Gauss-Newton improves the STARTS best of them.
     """
+    if not cover.any():  # the fits of its neighbours cover all of it
+        return Fit(scenes.SHAPES[0], np.zeros(4), cover, np.inf)
     side = len(cover)
     (window,) = ndimage.find_objects(ndimage.binary_dilation(cover > 0, iterations=3).astype(int))
     axis = int(np.ptp(np.r_[window[1]]) > np.ptp(np.r_[window[0]]))
     after = np.indices(cover.shape)[axis] > ndimage.center_of_mass(cover)[axis]
+    # A line of pixels has no second half.
+    parts = [part for part in (cover, cover * after, cover * ~after) if part.any()]
     starts = []
-    for shape, part in itertools.product(scenes.SHAPES, (cover, cover * after, cover * ~after)):
+    for shape, part in itertools.product(scenes.SHAPES, parts):
         area, offset = _unit_shape(shape)
         size = 2 * math.sqrt(part.mean() / area)
         y, x = (np.asarray(ndimage.center_of_mass(part)) + 0.5) / side

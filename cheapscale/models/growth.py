@@ -32,11 +32,11 @@ class GrowthReport(NamedTuple):
     dropped: tuple[str, ...]
 
 
-def trainable_names(config: UNetConfig) -> frozenset[str]:
-    """Names of the blocks that train; without growth, all of them, and the encoder of captions if
-    it is not one of published weights."""
+def trainable_names(config: UNetConfig, freeze: bool = True) -> frozenset[str]:
+    """Names of the blocks that train; without growth, or without `freeze`, all of them, and the
+    encoder of captions if it is not one of published weights."""
     names = [block.name for block in plan(config)]
-    if not config.growth:
+    if not (config.growth and freeze):
         learnt = config.text is not None and config.text.kind == "transformer"
         return frozenset(names + ["text"] * learnt)
     # Of the base's blocks, only those of its two finest decoder levels train.
@@ -46,9 +46,9 @@ def trainable_names(config: UNetConfig) -> frozenset[str]:
     return frozenset(late + upper[1:])
 
 
-def trainable(config: UNetConfig) -> Callable[[str], bool]:
+def trainable(config: UNetConfig, freeze: bool = True) -> Callable[[str], bool]:
     """A predicate of '/'-joined leaf paths, such as "dec_16_block0/conv1/kernel"."""
-    names = trainable_names(config)
+    names = trainable_names(config, freeze)
     return lambda path: path.split("/", 1)[0] in names
 
 

@@ -84,7 +84,7 @@ def build(config) -> Stage:
         model=model,
         upstream=upstream,
         warm_start=grow,
-        trainable=growth.trainable(plan) if config.grow.freeze else None,
+        trainable=growth.trainable(plan, config.grow.freeze),
         adaptive_layer=growth.last_layer(plan),
         teacher=base["teacher"],
     )

@@ -89,6 +89,8 @@ def test_any_mode_becomes_rgb():
     np.testing.assert_allclose(to_rgb(half), 127, atol=1)
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     np.testing.assert_array_equal(to_rgb(deep), to_rgb(grey))
+    with pytest.raises(ValueError, match="floating-point numbers: save it with 8 or 16 bits"):
+        to_rgb(Image.fromarray(grey.astype(np.float32) / 255))
     palette = Image.fromarray(to_rgb(grey)).convert("P")
     assert to_rgb(palette).shape == (8, 8, 3)
     with pytest.raises(ValueError, match="1, 3 or 4 channels"):

@@ -137,6 +137,15 @@ def test_pictures_of_noise_show_no_requested_object():
     assert rates(noise, TRUTHS[:3])["all"] == 0
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("row", [0, 3])
+def test_pictures_without_an_object_are_read_without_a_warning(row):
+    picture = np.full((8, 8, 3), 0.9, np.float32)
+    assert scenes.read(picture) == []
+    picture[row] = pixels.from_uint8(np.array(data.COLOURS["red"][0]))  # a line has no halves
+    assert {found.colour for found in scenes.read(picture)} == {"red"}
+
+
 def test_only_the_changed_attribute_is_wrong(readings):
     """The picture stays; the requested scene is changed."""
     for found, truth in zip(readings, TRUTHS):

@@ -142,8 +142,13 @@ def test_a_caption_becomes_another_at_a_scale(captioned, folder, tmp_path):
 
 
 def test_interpolation_runs_from_one_seeds_sample_to_the_others(pipeline, folder, tmp_path):
-    found = run(pipeline, folder, tmp_path, "interpolate", "--seeds=3,7", "--label=star,disc",
-                "--frames=5", model="distill")  # fmt: skip
+    words = ["interpolate", "--seeds=3,7", "--label=star,disc"]
+    (tmp_path / "own.png").touch()
+    longer = run(pipeline, folder, tmp_path, *words, "--frames=6", model="distill")
+    found = run(pipeline, folder, tmp_path, *words, "--frames=5", model="distill")
+    assert longer["results"][:5] == found["results"]
+    left = {path.name for path in tmp_path.glob("*.png")}
+    assert left == {*found["results"], "sheet.png", "own.png"}  # no sixth frame of the first edit
     model = cheapscale.load(pipeline[0] / "distill")
     ends = [model.sample(1, seed=seed, labels=label).images[0] for seed, label in ((3, 5), (7, 0))]
     for name, end in zip((found["results"][0], found["results"][-1]), ends):
@@ -171,6 +176,15 @@ def test_interpolation_runs_from_one_seeds_sample_to_the_others(pipeline, folder
         ("superres", "--label=1", "was given 0 pictures, not 1: give --image=FILE"),
         ("superres", "--image=@photo.png --label=1 --mask=@all.png", "--mask: only for --task=inp"),
         ("superres", "--image=@photo.png --label=1 --rate=0.1", "--rate: only for --method=optim"),
+        ("superres", "--image=@photo.png --label=1 --method=optimise --penalty=nan",
+         "--penalty is nan: give a finite number"),
+        ("superres", "--image=@photo.png --label=1 --method=optimise --tries=1 --restarts=2",
+         "--restarts=2 of --tries=1 starts"),
+        ("superres", "--image=@photo.png --label=1 --method=optimise --start=inversion --tries=4",
+         "--tries: an inversion is one start"),
+        ("measure", "--method=optimise", "--method: measure compares all of them"),
+        ("measure", "--steps=2", "--judge is missing"),
+        ("interpolate", "--seeds=3,7 --label=1,2,3", "--label was given 3 times: give 1 or 2"),
         ("transfer", "--image=@photo.png --label=1", "--source is missing: name one of"),
         ("interpolate", "--image=@photo.png --label=1", "was given 1 pictures, not 2"),
         ("interpolate", "--seeds=3 --label=1", "--seeds=3: give two whole numbers"),

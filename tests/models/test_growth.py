@@ -78,6 +78,18 @@ def test_trainable_blocks_of_the_64px_adm_are_output_blocks_from_9():
     assert not trains("map_layer0/kernel") and not trains("dec_32_up/conv0/kernel")
 
 
+def test_without_freezing_all_trains_but_an_encoder_of_published_weights():
+    text = dict(kind="transformer", vocab=300, length=6, width=8, depth=1, heads=1, mlp=8)
+    for kind, learnt in (("transformer", True), ("clip", False)):
+        net = unet(**TINY, growth=(8,), caption_dim=8, text=text | {"kind": kind})
+        blocks = {block.name for block in plan(net.config)}
+        assert generator.trainable_names(net.config, freeze=False) - blocks == set(
+            ["text"] * learnt
+        )
+        assert blocks < generator.trainable_names(net.config, freeze=False) | {"text"}
+        assert not generator.trainable(net.config)("text/position")
+
+
 @pytest.mark.parametrize("growth", [(8,), (8, 8)])
 def test_grown_generator_starts_as_nearest_enlargement(growth):
     """Grown features are the old ones repeated, so the head reads constant patches except at seams:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from cheapscale.data.augment import flip
 from cheapscale.data.files import read_json
@@ -204,6 +205,24 @@ def test_9_frozen_weights_stay_bit_for_bit_and_have_no_optimiser_state(runs):
         base["dec_8_block0"],
     )  # fmt: skip
     assert any(jax.tree.leaves(changed))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_9_an_update_moves_the_end_of_the_decoder_or_without_freezing_all(runs, freeze):
+    config = runs["grow16"].config.copy_and_resolve_references()
+    config.grow.freeze = freeze
+    stage = run.build(config)
+    optimiser, params = stage.optimisers["generator"], weights(runs["grow16"], ema=False)
+    ones = jax.tree.map(np.ones_like, params)
+    with jax.disable_jit():
+        moved, moments = optimiser.apply(ones, optimiser.init(params), params)
+    pairs = flatten_dict(jax.tree.map(lambda a, b: [a, b], moved, params), sep="/")
+    network = unet(**stage.meta["networks"]["generator"]).config
+    every, ends = set(pairs), set(filter(trainable(network), pairs))
+    assert {p for p, (a, b) in pairs.items() if np.all(a != b)} == (ends if freeze else every)
+    still = {p for p, (a, b) in pairs.items() if np.all(a == b)}
+    assert still == (every - ends if freeze else set())
+    assert 0 < len(ends) < len(every)
 
 
 def test_12_the_discriminator_is_fresh_at_each_resolution(runs):
