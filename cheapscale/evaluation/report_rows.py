@@ -35,6 +35,7 @@ from cheapscale.teacher import Experts, Generator, Teacher, load
 from cheapscale.teacher.codec import codec_of, enter, factor_of, leave
 from cheapscale.teacher.data import match_classes
 from cheapscale.teacher.sampling import one_step, prior, round_trip, sample
+from cheapscale.training.compiler import ONCE
 from cheapscale.training.log import enlarge
 from cheapscale.training.mesh import in_batches
 
@@ -137,7 +138,8 @@ def bicubic(row: Row, resolution: int) -> Row:
 
 def step_zero(grown: Generator, smaller: Generator) -> Generator:
     """The grown generator before training: `smaller`'s weights, and fresh weights of new blocks."""
-    fresh = jax.jit(functools.partial(init_params, grown.fields))(jax.random.key(0))
+    init = jax.jit(functools.partial(init_params, grown.fields), compiler_options=ONCE)
+    fresh = init(jax.random.key(0))
     params, _ = grow_params(fresh, smaller.params, grown.net.config)
     return grown.replace(params=params)
 

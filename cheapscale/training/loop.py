@@ -27,6 +27,7 @@ from absl import logging
 
 from cheapscale.training import checkpoint as ckpt
 from cheapscale.training import mesh as sharding
+from cheapscale.training.compiler import ONCE
 from cheapscale.training.cost import Ledger, param_count
 from cheapscale.training.exported import files_of, model_file
 from cheapscale.training.lock import only_writer
@@ -87,13 +88,9 @@ def abstract_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainSta
 
 
 def fresh_state(stage: Stage, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
-    """The state at step 0, computed on the mesh: initial weights, warm start, EMA, optimisers.
-
-    Both programs run once, so they are compiled without optimisation: for the random draws of a
-    tiny U-Net's fifty shapes, XLA:CPU takes 11 to 18 s with optimisation, 3 s without (jax 0.10).
-    """
+    """The state at step 0, computed on the mesh: initial weights, warm start, EMA, optimisers."""
     places = jax.tree.map(lambda s: s.sharding, abstract_state(stage, mesh, seed))
-    quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    quickly = functools.partial(jax.jit, compiler_options=ONCE)
     init = quickly(stage.init_params, out_shardings=(places.params, places.extra))
     params, extra = init(stream_key(seed, "init", 0))
     params = jax.tree.map(jax.device_put, stage.warm_start(params), places.params)
