@@ -14,6 +14,7 @@ from cheapscale.data.files import atomic_write, read_json
 from cheapscale.data.sources import open_data
 from cheapscale.evaluation.image_sets import choice
 from cheapscale.teacher.codec import factor_of
+from cheapscale.teacher.experts import Experts
 from cheapscale.teacher.teacher import Generator, Teacher
 from cheapscale.training import exported
 from cheapscale.training.cost import param_count
@@ -29,6 +30,7 @@ FACTS = {
     "samples": ("num", "mean", "std", "float16_psnr"),
     "training": ("stage", "steps", "device_hours", "flops", "device", "commit", "config"),
 }
+KINDS = {Generator: "one-step generator", Teacher: "teacher", Experts: "set of experts"}
 INTRO = """# Models that ship with cheapscale
 
 Each is one file in float16, which every command takes in place of a work directory:
@@ -47,7 +49,7 @@ those of the original ones for the same noise.
 
 def card_of(
     path: pathlib.Path,
-    model: Teacher | Generator,
+    model: Teacher | Experts | Generator,
     *,
     samples: dict[str, float],
     figures: dict[str, dict],
@@ -71,7 +73,7 @@ def card_of(
         "sha256": sha256_of(path),
         "bytes": path.stat().st_size,
         "weights": param_count(model.params),
-        "model": "one-step generator" if isinstance(model, Generator) else "teacher",
+        "model": KINDS[type(model)],
         "resolution": model.net.config.output_resolution * factor_of(meta),
         "base": model.resolution * factor_of(meta),
         "data": meta["data"]

@@ -3,10 +3,10 @@
     python -m launch.export --model=runs/quickstart/grow32 --out=scenes32.safetensors
     python -m launch.sample --model=scenes32.safetensors --num=16
 
-The file holds the averaged weights of a pretraining, distillation, growth or cascade run in
-float16, and the description of the network, its noise process and its data. Beside it stand a
-picture of samples and the card, NAME.json: SHA-256, data and licence, training, figures, and what
-float16 changes. A shipped model is written into the package, with its figures:
+The file holds the averaged weights of a pretraining, distillation, growth or cascade run, or of a
+set of experts, in float16, and the description of the network, its noise process and its data.
+Beside it stand a picture of samples and the card, NAME.json: SHA-256, data and licence, training,
+figures, and what float16 changes. A shipped model is written into the package, with its figures:
 
     python -m launch.evaluate --model=scenes32.safetensors --workdir=runs/eval32
     python -m launch.export --model=runs/quickstart/grow32 --figures=runs/eval32/evaluate.json \\
@@ -20,6 +20,7 @@ pictures from the same noise (`interop.unconditional`):
 
 import contextlib
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,9 +31,10 @@ from cheapscale.data.pixels import psnr
 from cheapscale.interop.unconditional import write_unconditional
 from cheapscale.model import Model
 from cheapscale.pagoda.edit import inversion_of
+from cheapscale.teacher.experts import Experts, is_set, unpacked
 from cheapscale.teacher.load import load
 from cheapscale.teacher.teacher import Generator, Teacher, fingerprint
-from cheapscale.training.checkpoint import load_network, read_meta
+from cheapscale.training.checkpoint import Loaded, load_network, read_meta
 from cheapscale.training.exported import SUFFIX, pretrained, rounded, write_model
 from cheapscale.training.log import image_grid, save_png
 from launch.card import card_of, moments, read_figures, shipped, write_page
@@ -41,7 +43,7 @@ from launch.command import execute, required, start
 
 def define() -> None:
     """The command's flags."""
-    flags.DEFINE_string("model", None, "Work directory of a run.")
+    flags.DEFINE_string("model", None, "Work directory of a run, or folder of a set of experts.")
     flags.DEFINE_string("out", None, f"File to write, ending in {SUFFIX}.")
     flags.DEFINE_enum(
         "format", "safetensors", ["safetensors", "diffusers"], "One file, or diffusers' folder."
@@ -62,19 +64,24 @@ def export(given) -> dict:
         return export_folder(given, out)
     if out.suffix != SUFFIX:
         raise ValueError(f"--out={out} does not end in {SUFFIX}: give --out={out}{SUFFIX}")
-    if "cascade" in read_meta(given.model, given.step)[1]:
+    if not is_set(given.model) and "cascade" in read_meta(given.model, given.step)[1]:
         tuned = load_network(given.model, step=given.step)
         sha256 = write_model(out, tuned.params, tuned.meta | {"exported": {}}, tuned.step)
         return {"file": out.name, "sha256": sha256, "step": tuned.step}
     found = load(given.model, step=given.step)
-    small = jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded(found.params))
-    origin = {"from": found.fingerprint, "weights": fingerprint(small)}
-    meta = found.meta | {"exported": origin}
+    params, meta = found.packed() if isinstance(found, Experts) else (found.params, found.meta)
+    small = jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded(params))
+    if isinstance(found, Experts):
+        read: Any = unpacked(Loaded(small, meta, found.step, found.workdir))
+    else:
+        read = found.replace(params=small)
+    origin = {"from": found.fingerprint, "weights": fingerprint(read.params)}
+    meta = meta | {"exported": origin}
     if isinstance(found, Generator):
         with contextlib.suppress(ValueError):  # neither the run nor its latents tell
             meta["inversion"] = inversion_of(found)._asdict()
-    sha256 = write_model(out, found.params, meta, found.step)
-    samples = compare(found, small, given.num, out.with_suffix(".png")) if given.num else {}
+    sha256 = write_model(out, params, meta, found.step)
+    samples = compare(found, read, given.num, out.with_suffix(".png")) if given.num else {}
     card = card_of(
         out,
         found,
@@ -102,10 +109,12 @@ def export_folder(given, out: pathlib.Path) -> dict:
     return {"folder": str(out), "step": found.step, "teacher": found.fingerprint}
 
 
-def compare(model: Teacher | Generator, small, num: int, picture: pathlib.Path) -> dict[str, float]:
-    """Moments of samples with the weights `small`, and their PSNR in dB, mean and least, against
-    the model's own samples of the same noise; writes their picture."""
-    images, labels = Model(model.replace(params=small)).sample(num)
+def compare(
+    model: Teacher | Experts | Generator, small: Any, num: int, picture: pathlib.Path
+) -> dict[str, float]:
+    """Moments of samples of `small`, the model with rounded weights, and their PSNR in dB, mean and
+    least, against the model's own samples of the same noise; writes their picture."""
+    images, labels = Model(small).sample(num)
     again, _ = Model(model).sample(num, labels=labels)
     save_png(picture, image_grid(images, columns=min(num, 8)))
     found = np.minimum(psnr(images, again), 200.0)  # of equal images it is infinite

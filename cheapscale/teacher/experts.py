@@ -1,7 +1,7 @@
 """A set of experts with the interface of a teacher: one network for each range of noise levels
 (step-adaptive training, arXiv 2312.13307).
 
-On disk a set is a folder:
+On disk a set is a folder, or a file of launch.export:
 
     manifest.json            groups, boundaries, budgets, the search, the base's fingerprint
     group-<j>/checkpoints    the expert of group j, counted from the cleanest levels
@@ -24,8 +24,8 @@ import numpy as np
 
 from cheapscale.data.files import atomic_write, damaged, read_json
 from cheapscale.diffusion import samplers
-from cheapscale.teacher.teacher import Origin, Teacher, fingerprint, make_teacher
-from cheapscale.training.checkpoint import load_network
+from cheapscale.teacher.teacher import Origin, Teacher, fingerprint, make_teacher, unrounded
+from cheapscale.training.checkpoint import Loaded, load_network
 
 MANIFEST = "manifest.json"
 PARTS = {"edges": list, "boundaries": list, "identity": str, "teacher": str, "ledger": dict}
@@ -59,8 +59,15 @@ class Experts(flax.struct.PyTreeNode):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A short SHA-256 of all experts' weights."""
-        return fingerprint(self.params)
+        """A short SHA-256 of all experts' weights; of an exported file, of those that it rounds."""
+        return unrounded(self.meta, fingerprint(self.params))
+
+    def packed(self) -> tuple[dict, dict]:
+        """(weights by the member's number, meta) for one file, which `unpacked` reads."""
+        members = [{"meta": member.meta, "step": member.step} for member in self.members]
+        stored = {"members": members, "boundaries": list(self.boundaries)}
+        params = {str(n): member.params for n, member in enumerate(self.members)}
+        return params, self.meta | {"experts": self.meta["experts"] | stored}
 
     def parts(self, grid: np.ndarray, shift: float = 1.0) -> list[tuple[Teacher, np.ndarray]]:
         """[(expert, the part of the grid that it takes)], the expert looked up at sigma / shift."""
@@ -98,6 +105,22 @@ class Experts(flax.struct.PyTreeNode):
     def in_precision(self, dtype: str) -> "Experts":
         """The same set with networks that compute in `dtype`; "" changes nothing."""
         return self.replace(members=tuple(member.in_precision(dtype) for member in self.members))
+
+
+def is_packed(meta: dict) -> bool:
+    """Whether an exported file with this meta holds a set."""
+    return "members" in meta.get("experts", {})
+
+
+def unpacked(loaded: Loaded) -> Experts:
+    """The set in an exported file."""
+    stored = loaded.meta["experts"]
+    members = tuple(
+        make_teacher(loaded.params[str(n)], member["meta"], member["step"], loaded.workdir)
+        for n, member in enumerate(stored["members"])
+    )
+    origin = Origin(loaded.meta, loaded.step, loaded.workdir)
+    return Experts(members, tuple(stored["boundaries"]), origin)
 
 
 def expert_of(sigmas: np.ndarray, boundaries: Sequence[float]) -> np.ndarray:

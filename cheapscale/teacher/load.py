@@ -3,7 +3,14 @@
 import pathlib
 
 from cheapscale.teacher.codec import codec_of
-from cheapscale.teacher.experts import Experts, is_begun, is_set, load_experts
+from cheapscale.teacher.experts import (
+    Experts,
+    is_begun,
+    is_packed,
+    is_set,
+    load_experts,
+    unpacked,
+)
 from cheapscale.teacher.teacher import Generator, Teacher, make_generator, make_teacher
 from cheapscale.training.checkpoint import load_network
 
@@ -33,6 +40,8 @@ def load(
             )
         return decodable(load_experts(workdir, ema=ema))
     loaded = load_network(workdir, step=step, ema=ema)
+    if is_packed(loaded.meta):
+        return decodable(unpacked(loaded))
     if loaded.meta["stage"] == "prune":
         raise ValueError(
             f"{workdir} holds one expert, which covers only a part of the noise levels: name the "

@@ -130,8 +130,7 @@ class Teacher(_Model):
     def fingerprint(self) -> str:
         """A short SHA-256 of the weights; of an exported file, that of the weights it rounds, so
         that both have the same latents and experts."""
-        exported, found = self.meta.get("exported", {}), fingerprint(self.params)
-        return exported["from"] if exported.get("weights") == found else found
+        return unrounded(self.meta, fingerprint(self.params))
 
     def denoise(
         self,
@@ -260,6 +259,12 @@ def fingerprint(params: PyTree) -> str:
         digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]
+
+
+def unrounded(meta: dict, found: str) -> str:
+    """The fingerprint `found`, or that of the weights which an exported file rounds to it."""
+    exported = meta.get("exported", {})
+    return exported["from"] if exported.get("weights") == found else found
 
 
 def _rebuilt(meta: dict, name: str) -> tuple[UNet, Process]:

@@ -11,7 +11,10 @@ from setuptools.command.build_py import build_py
 import cheapscale
 from cheapscale.data.files import read_json
 from cheapscale.teacher import load
+from cheapscale.teacher.experts import join
+from cheapscale.teacher.teacher import Origin
 from cheapscale.training import checkpoint, exported, loop
+from cheapscale.training.cost import param_count
 from launch import card, export, sample
 from tests.launch.shell import ROOT
 from tests.teacher.toy_teacher import base_meta, weights
@@ -90,6 +93,32 @@ def test_a_shipped_model_has_a_complete_card_and_a_page(run, shelf, tmp_path, mo
             SystemExit, match=r"(?m)^  pretrained:toy +teacher, 8 px, scenes, 0.\d MB$"
         ):
             sample.main([f"--model={name}"])
+
+
+def test_a_set_of_experts_is_one_file(run, tmp_path):
+    first, second = (load(run).replace(params=weights(seed)) for seed in (0, 1))
+    own = {"expert": {"group": 1, "trained": [0.5, 80.0], "steps": 3}}
+    second = second.replace(origin=Origin(second.meta | own, 5, "elsewhere"))
+    members = join(first.meta, first.fingerprint, [1.0], [first, second])
+    file, again = tmp_path / "set.safetensors", tmp_path / "again.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "is_set", lambda place: True)
+        patch.setattr(export, "load", lambda place, step: members)
+        made = export.main([f"--model={run}", f"--out={file}", "--num=0"])
+    assert made["model"] == "set of experts" and made["weights"] == 2 * param_count(first.params)
+    found = load(file)
+    assert found.fingerprint == members.fingerprint and found.boundaries == (1.0,)
+    assert found.meta["experts"]["base"] == first.fingerprint
+    assert [member.step for member in found.members] == [0, 5]
+    assert found.members[1].meta["expert"] == own["expert"]
+    x, label = np.ones((1, 8, 8, 3), np.float32), np.zeros(1, np.int32)
+    for level in (0.5, 2.0):  # an expert each
+        wanted = members.denoise(x, level, label)
+        np.testing.assert_allclose(found.denoise(x, level, label), wanted, atol=5e-3)
+    words = [f"--model={file}", f"--out={again}", "--num=0"]
+    assert export.main(words)["sha256"] == made["sha256"]
+    with pytest.raises(ValueError, match="averaged weights only"):
+        load(file, ema=False)
 
 
 def test_a_file_is_no_work_directory(run, tmp_path):
