@@ -107,7 +107,8 @@ def define() -> None:
     flags.DEFINE_float("cfg_scale", 1.0, text)
     flags.DEFINE_string("judge", "", "measure: NAME=FILE of a feature network.")
     flags.DEFINE_integer("num", 64, "measure: held-out scenes.", 2, 10_000)
-    flags.DEFINE_integer("optimised", 16, "measure: of these, by optimisation too.", 2, 10_000)
+    text = "measure: of these, by optimisation too; 0: inversion alone, without inpainting."
+    flags.DEFINE_integer("optimised", 16, text, 0, 10_000)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", 0, LARGEST)
     text = "Folder for the results (default: <model>/edit/<task>; runs/NAME/edit/<task> of a file)."
     flags.DEFINE_string("out", None, text)

@@ -51,12 +51,13 @@ def measure(given, model: Model) -> Task:
 
     def run(search: pagoda.Search) -> Edited:
         few = slice(given.optimised)
-        fitted = search.by("optimise", "inversion")
         found = {
             "superres": superres(search, x, c, judge, few),
-            "inpaint": inpaint(fitted, x[few], c[few]),
             "transfer": transfer(search, x, c, objects),
         }
+        if given.optimised:
+            fitted = search.by("optimise", "inversion")
+            found["inpaint"] = inpaint(fitted, x[few], c[few])
         sheet = [("picture", image) for image in x[:SHOWN]]
         for shown, _ in found.values():
             for arm, images in shown.items():
@@ -76,13 +77,13 @@ def superres(
 ) -> tuple[dict[str, np.ndarray], Arms]:
     """({arm: images}, figures)."""
     x_lo = area_mean(x, base_of(search))
-    seen, some = pagoda.reduced(x_lo), pagoda.reduced(x_lo[few])
     images = {
         "bicubic": bicubic(x_lo, x.shape[1]),
-        "inversion": search(seen, c).images[:, 0],
-        "optimisation": search.by("optimise", "prior")(some, c[few]).images[:, 0],
-        "both": search.by("optimise", "inversion")(some, c[few]).images[:, 0],
+        "inversion": search(pagoda.reduced(x_lo), c).images[:, 0],
     }
+    for arm, start in {"optimisation": "prior", "both": "inversion"}.items() if len(c[few]) else ():
+        some = search.by("optimise", start)(pagoda.reduced(x_lo[few]), c[few])
+        images[arm] = some.images[:, 0]
     truth = embed(judge, to_uint8(x))
 
     def figures(images):
