@@ -104,7 +104,7 @@ def define() -> None:
     flags.DEFINE_integer("restarts", 2, "optimise: the best starts, which Adam improves.", 1, 1000)
     flags.DEFINE_float("penalty", 1e-3, "optimise: weight of (|z|^2 / (d sigma_max^2) - 1)^2.", 0)
     text = "Scale of a generator trained with guidance, for all that it draws."
-    flags.DEFINE_float("cfg_scale", 1.0, text)
+    flags.DEFINE_float("cfg_scale", 1.0, text, 0)
     flags.DEFINE_string("judge", "", "measure: NAME=FILE of a feature network.")
     flags.DEFINE_integer("num", 64, "measure: held-out scenes.", 2, 10_000)
     text = "measure: of these, by optimisation too; 0: inversion alone, without inpainting."

@@ -350,6 +350,7 @@ def read_weights(given: pathlib.Path, folder: pathlib.Path, net: UNet, dtype: st
     """The parameters of the U-Net and of its text encoders, on the devices."""
     expected = parameter_shapes(net)
     text, first = net.config.text, expected.pop("text")
+    assert text is not None  # pipelines have one
     second = first.pop("beside", None)
     if given.is_dir():
         tensors = Tensors(weight_files(folder / "unet", "diffusion_pytorch_model"))
@@ -363,7 +364,7 @@ def read_weights(given: pathlib.Path, folder: pathlib.Path, net: UNet, dtype: st
         params = place(Tensors([given], SINGLE), entries, expected, dtype)
         found = [(Tensors([given], prefix), names) for prefix, names in TOWERS.items()]
         towers = [tower for tower in found if len(tower[0])]
-    configs = [text, text.beside] if second is not None else [text]
+    configs = [text, text.beside] if text.beside else [text]
     if len(towers) != len(configs):
         raise ValueError(
             f"{given} has {len(towers)} text encoders, but {folder} describes {len(configs)}: put "

@@ -33,6 +33,7 @@ SECTIONS = {name.partition(".")[0] for name in fields.every_field() if "." in na
 BARE = [name for name in fields.every_field() if "_" in name and "." not in name]
 HOLE = "\0"  # stands for a value that the program puts into a text
 FLAG = re.compile(r"(?<![\w-])--(config\.)?([a-zA-Z][\w.]*\w|\w)(?:=(\S*[^\s.,:;)'\"]))?")
+PIP = re.compile(r"pip install( --[\w-]+)+")  # with flags of another program
 FIELD = re.compile(
     rf"(?<![\w./-])((?:config\.)?(?:(?:{'|'.join(sorted(SECTIONS))})(?:\.\w+)+|{'|'.join(BARE)})"
     r"|config\.\w+)\b(?!/)"
@@ -77,7 +78,7 @@ def known_flags() -> set[str]:
 
 def mistakes(text: str, defined: set[str]) -> list[str]:
     """What a text tells the user to type and no command accepts."""
-    wrong = []
+    wrong, text = [], PIP.sub("", text)
     for config, name, value in FLAG.findall(text):
         if not config and name == "arg" and HOLE not in value:
             wrong += [f"{word} is no word of --arg" for word in unknown_words(value)]

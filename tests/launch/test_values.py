@@ -25,7 +25,7 @@ COMMANDS = {
 }
 WHOLE = ("-1", "1.5", "nan", "many", "4294967301", str(2**63), str(10**30))
 NUMBERS = {
-    "sample": 9, "edit": 6, "evaluate": 12, "train": 0, "pipeline": 2, "sweep": 2, "import": 0,
+    "sample": 9, "edit": 10, "evaluate": 12, "train": 0, "pipeline": 2, "sweep": 2, "import": 0,
     "export": 2, "bench.__main__": 4,
 }  # fmt: skip
 
