@@ -146,7 +146,9 @@ def test_a_judge_sees_crops_of_large_images():
 def test_the_comparison_is_with_the_better_enlargement():
     real, names = RNG.normal(size=(30, 1, 2)), ("grow16", "distill-nearest16", "distill-bicubic16")
     found = {
-        name: report.Measured({}, {"detail": detail.patch_distance(real + shift, real)}, None, None)
+        name: report.Measured(
+            {"resolution": 16}, {"detail": detail.patch_distance(real + shift, real)}, None, None
+        )
         for name, shift in zip(names, (1, 3, 2))
     }
     config = ConfigDict({"base": "runs/distill", "data": {"resolution": 16}})
@@ -164,7 +166,7 @@ def test_the_recall_of_the_top_is_a_share_of_the_base_s():
         report.Run(f"g{n}", ConfigDict({"data": {"resolution": n}}), "", {}, 0) for n in (8, 16)
     ]
     found = {
-        name: report.Measured({"recall_m_k3": recall}, {}, None, None)
+        name: report.Measured({"recall_m_k3": recall, "resolution": 16}, {}, None, None)
         for name, recall in (("g8", 0.8), ("g16", 0.6))
     }
     (comparison,) = report.comparisons(runs, found)
@@ -202,7 +204,7 @@ def test_a_control_is_the_network_of_its_run_with_its_own_weights(pipeline, monk
     part = np.zeros((5, 8, 8, 3)), np.zeros(5, np.int32)
     noise = report_rows.Noise({"fresh": part, "train": part}, "test", 3, (), 1.0)
     drawn = {}
-    rows = dict(report_rows.rows(run, [control], None, noise, drawn))
+    rows = dict(report_rows.rows(run, [control], load(control.workdir), noise, drawn))
     assert list(rows) == ["data8", "teacher", "distill-x", "distill"] and list(drawn) == [folder]
     assert rows["distill"].again["train"].shape == (5, 8, 8, 3)
     assert generators[0].origin is generators[1].origin  # one program serves both

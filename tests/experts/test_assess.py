@@ -139,7 +139,7 @@ def test_folders_of_other_runs_are_refused(teacher, toy_set, tmp_path):
     other = assess.build(configured("assess", teacher, folder, k=0.7))
     with pytest.raises(ValueError, match="with other settings .settings.k: 0.6 -> 0.7.: give an"):
         other.done(0)
-    with pytest.raises(ValueError, match="name a service, such as http"):
+    with pytest.raises(ValueError, match="is no address: give --config.prune.llm_url=http"):
         assess.build(configured("assess", teacher, tmp_path, proposer="llm"))
 
 

@@ -29,7 +29,7 @@ class Oracle:
     """A search that finds each picture with every pixel in error by OFF; a picture's noise is its
     number."""
 
-    generator = types.SimpleNamespace(resolution=16, num_classes=8)
+    generator = types.SimpleNamespace(resolution=16, num_classes=8, meta={})
     omega = 1.0
 
     def __init__(self, x):
