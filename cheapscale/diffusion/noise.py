@@ -177,11 +177,11 @@ def vp_schedule(
     """
     if num_steps < 2:
         raise ValueError(f"a schedule needs at least 2 steps, got {num_steps}")
-    first, last = betas or beta_ends(name, num_steps)
+    ends = np.asarray(betas or beta_ends(name, num_steps))
     if name == "linear":
-        beta = np.linspace(first, last, num_steps)
+        beta = np.linspace(ends[0], ends[1], num_steps)
     elif name == "scaled_linear":
-        beta = np.linspace(first**0.5, last**0.5, num_steps) ** 2
+        beta = np.linspace(ends[0] ** 0.5, ends[1] ** 0.5, num_steps) ** 2
     elif name == "cosine":
         edges = np.cos((np.linspace(0, 1, num_steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
         beta = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
