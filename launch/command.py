@@ -11,7 +11,6 @@ So `python -m launch.train ...` and `train.main([...])` in a test or notebook do
 import contextlib
 import ctypes
 import importlib.util
-import json
 import logging as std_logging
 import os
 import pathlib
@@ -26,7 +25,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 import cheapscale
-from cheapscale.data.files import atomic_write, cache_folder, local_folder
+from cheapscale.data.files import cache_folder, local_folder, write_json
 from cheapscale.training.compiler import choose_flags
 from cheapscale.training.exported import model_file
 from cheapscale.training.lock import only_writer
@@ -302,5 +301,4 @@ def results_folder(model: str, *parts: str) -> str:
 def write_record(path: str | os.PathLike | None, figures: dict) -> None:
     """Write an experiment's figures to `path` as JSON, unless it is empty."""
     if path:
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(path, figures)

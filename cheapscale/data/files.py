@@ -81,6 +81,12 @@ def read_json(path: str | os.PathLike, *keys: str) -> dict[str, Any]:
         ) from error
 
 
+def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Write a JSON file for `read_json`, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
 @contextlib.contextmanager
 def damaged(path: str | os.PathLike) -> Iterator[None]:
     """A block that takes the content of a file apart; ValueError with its name if a part lacks."""

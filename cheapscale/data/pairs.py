@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from cheapscale.data.augment import flip as mirror
-from cheapscale.data.files import atomic_write, damaged, read_json
+from cheapscale.data.files import atomic_write, damaged, read_json, write_json
 from cheapscale.data.source import Source
 
 FORMAT = "cheapscale-pairs/1"
@@ -121,8 +121,7 @@ class PairStore:
     def begin(self) -> None:
         """Write the manifest unless it exists; `write_shard` calls this."""
         if not (self.folder / "manifest.json").exists():
-            with atomic_write(self.folder / "manifest.json") as temporary:
-                temporary.write_text(json.dumps(self.manifest, indent=1) + "\n")
+            write_json(self.folder / "manifest.json", self.manifest)
 
     def records(self, shard: int) -> range:
         """The numbers n of a shard's records."""

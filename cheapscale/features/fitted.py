@@ -31,7 +31,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict
 
 from cheapscale.data.digest import digest
-from cheapscale.data.files import atomic_write, cache_folder
+from cheapscale.data.files import atomic_write, cache_folder, write_json
 from cheapscale.data.pixels import from_uint8
 from cheapscale.features.classifier import (
     feature_network,
@@ -130,8 +130,7 @@ def read_or_fit(
     params, found = fit(source, spec)
     report = spec | found | {"sha256": weights_hash(params)}
     # The weights are written last: if they exist, the report is complete.
-    with atomic_write(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(report, indent=1))
+    write_json(path.with_suffix(".json"), report)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **flatten_dict(params, sep="/"))
     logging.info(

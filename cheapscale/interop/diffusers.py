@@ -99,18 +99,25 @@ def read_pipeline(path: str | pathlib.Path, *, dtype: str = "") -> Teacher:
             f"{folder} has an autoencoder of {channels} channels, but a U-Net of "
             f"{fields['in_channels']}: put the vae of this U-Net into the folder"
         )
-    net = unet(**fields | {"dtype": dtype or "float32"})
-    params = read_weights(given, folder, net, dtype)
-    meta = {
+    fields |= {"dtype": dtype or "float32"}
+    params = read_weights(given, folder, unet(**fields), dtype)
+    process = process_fields(folder / "scheduler" / "scheduler_config.json")
+    # Latents are scaled to unit deviation, and captions were dropped to train for guidance.
+    data = {"name": given.name, "std": 1.0, "codec": codec_entry(codec)}
+    meta = foreign_meta(fields, process, data, label_dropout=0.1)
+    return make_teacher(params, meta, workdir=str(path))
+
+
+def foreign_meta(fields: dict, process: dict, data: dict, *, label_dropout: float) -> dict:
+    """The meta of a teacher that was not trained here, with the fields of its U-Net and process."""
+    return {
         "stage": "pretrain",
-        "networks": {"net": json.loads(json.dumps(fields | {"dtype": dtype or "float32"}))},
-        "diffusion": process_fields(folder / "scheduler" / "scheduler_config.json"),
-        # Latents are scaled to unit deviation, and captions were dropped to train for guidance.
-        "data": {"name": given.name, "std": 1.0, "codec": codec_entry(codec)},
-        "config": {"pretrain": {"label_dropout": 0.1}},
+        "networks": {"net": json.loads(json.dumps(fields))},  # tuples become lists
+        "diffusion": process,
+        "data": data,
+        "config": {"pretrain": {"label_dropout": label_dropout}},
         "ledger": {"flops": 0.0, "device_seconds": 0.0},
     }
-    return make_teacher(params, meta, workdir=str(path))
 
 
 def read_codec(given: pathlib.Path, folder: pathlib.Path) -> Autoencoder:

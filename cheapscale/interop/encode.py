@@ -21,7 +21,7 @@ import pathlib
 import numpy as np
 
 from cheapscale.data.augment import flip
-from cheapscale.data.files import atomic_write, local_folder
+from cheapscale.data.files import atomic_write, local_folder, write_json
 from cheapscale.data.latents import (
     CODEC,
     FORMAT,
@@ -131,9 +131,8 @@ def begin(folder: pathlib.Path, autoencoder: Autoencoder, source: Source, manife
         codec = normalised(autoencoder, source, manifest["deviation"])
     sha256 = write_codec(folder / CODEC, codec)
     write_about(folder, source)
-    made = manifest | {"codec": {"sha256": sha256, "factor": codec.factor}}
-    with atomic_write(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(made, indent=1) + "\n")
+    entry = {"sha256": sha256, "factor": codec.factor}
+    write_json(folder / MANIFEST, manifest | {"codec": entry})
 
 
 def there(config) -> str:

@@ -10,7 +10,6 @@ A teacher is written with a scheduler that takes the steps of ours from the same
     EDM, ln(sigma) / 4      EDMEulerScheduler, those of --method=euler
 """
 
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -19,12 +18,13 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from cheapscale.data.files import atomic_write, damaged
+from cheapscale.data.files import atomic_write, damaged, write_json
 from cheapscale.diffusion.denoiser import EDM, VP
 from cheapscale.diffusion.noise import beta_ends
 from cheapscale.interop.diffusers import (
     PREDICTIONS,
     SCHEDULES,
+    foreign_meta,
     parameter_shapes,
     process_fields,
     read_config,
@@ -85,14 +85,7 @@ def read_unconditional(path: str | pathlib.Path, *, dtype: str = "") -> Teacher:
     tensors = Tensors(weight_files(where, "diffusion_pytorch_model"))
     old = any(name.endswith(".query.weight") for name in tensors)
     params = place(tensors, unet_entries(net.config, old), parameter_shapes(net), dtype)
-    meta = {
-        "stage": "pretrain",
-        "networks": {"net": json.loads(json.dumps(fields))},
-        "diffusion": process,
-        "data": {"name": folder.name},
-        "config": {"pretrain": {"label_dropout": 0.0}},
-        "ledger": {"flops": 0.0, "device_seconds": 0.0},
-    }
+    meta = foreign_meta(fields, process, {"name": folder.name}, label_dropout=0.0)
     return make_teacher(params, meta, workdir=str(path))
 
 
@@ -149,12 +142,12 @@ def write_unconditional(folder: str | pathlib.Path, teacher: Teacher) -> None:
     state = tensors_of(_with_null(teacher), list(_entries(config)))
     with atomic_write(folder / "unet" / "diffusion_pytorch_model.safetensors") as temporary:
         temporary.write_bytes(safetensors.numpy.save(state, {"format": "pt"}))
-    _write_json(folder / "unet" / "config.json", fields)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "unet" / "config.json", fields)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     # DDIMPipeline does not scale its input, as EDM's networks need; they have no pipeline.
     if scheduler["_class_name"] == "DDIMScheduler" and not config.num_classes:
         parts = {"unet": ["diffusers", KIND], "scheduler": ["diffusers", "DDIMScheduler"]}
-        _write_json(folder / "model_index.json", {"_class_name": "DDIMPipeline"} | parts)
+        write_json(folder / "model_index.json", {"_class_name": "DDIMPipeline"} | parts)
 
 
 def config_of(teacher: Teacher) -> dict[str, Any]:
@@ -237,8 +230,3 @@ def _with_null(teacher: Teacher) -> dict[str, np.ndarray]:
     if "map_label/kernel" in flat:
         flat["map_label/kernel"] = np.pad(flat["map_label/kernel"], ((0, 1), (0, 0)))
     return flat
-
-
-def _write_json(path: pathlib.Path, fields: dict) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(fields, indent=2) + "\n")

@@ -12,7 +12,6 @@ assigned to networks, so that sampling and inversion solve the same ODE.
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -22,7 +21,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from cheapscale.data.files import atomic_write, damaged, read_json
+from cheapscale.data.files import damaged, read_json, write_json
 from cheapscale.diffusion import samplers
 from cheapscale.teacher.teacher import Origin, Teacher, fingerprint, make_teacher, unrounded
 from cheapscale.training.checkpoint import Loaded, load_network
@@ -196,8 +195,7 @@ def group_folder(folder: str | pathlib.Path, group: int) -> str:
 
 def write_manifest(folder: str | pathlib.Path, manifest: dict) -> None:
     """Write manifest.json, whole or not at all."""
-    with atomic_write(pathlib.Path(folder) / MANIFEST) as temporary:
-        temporary.write_text(json.dumps({"version": VERSION} | manifest, indent=1) + "\n")
+    write_json(pathlib.Path(folder) / MANIFEST, {"version": VERSION} | manifest)
 
 
 def read_manifest(folder: str | pathlib.Path) -> dict:
