@@ -19,6 +19,7 @@ from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 INVERT = {"batch_size": 200, "invert.nodes": 12, "invert.noise": 0.05}
 # A mirrored picture would need another caption. The first images suffice for pairs, half an hour.
 TEXT = {"data.flip": False, "data.options.size": 4000}
+AS_IS = {"data.flip": False}  # no mirrored pictures: half the pairs to invert
 SMALL = {"features.input_size": 32}  # of 64 px EfficientNet would take half of an update
 SIZES = {
     "quick": {
@@ -37,12 +38,12 @@ SIZES = {
     "ablation": {
         "model": {8: "tiny8", 16: "tiny16", 32: "tiny32"},
         "options": {"size": 600, "single": True},
-        "pretrain": common.decayed(800, 2e-3, 64),
-        "invert": INVERT | {"invert.per_shard": 200},
-        "regress": common.decayed(400, 2e-3, 32),
-        "distill": common.decayed(250, 1e-3, 16, common.SHORT_GAN),
-        "regress_grown": common.decayed(300, 2e-3, 16),
-        "grow": common.decayed(150, 1e-3, 16, common.SHORT_GAN),
+        "pretrain": common.decayed(1000, 2e-3, 32, common.LEVELS),
+        "invert": INVERT | {"invert.per_shard": 200} | AS_IS,
+        "regress": common.decayed(300, 2e-3, 32, AS_IS),
+        "distill": common.decayed(100, 1e-3, 16, common.SHORT_GAN | SMALL | AS_IS),
+        "regress_grown": common.decayed(300, 2e-3, 16, AS_IS),
+        "grow": common.decayed(100, 1e-3, 16, common.SHORT_GAN | SMALL | AS_IS),
     },
     # One object in each picture, 16 to 64 px, with features of a real network: hours.
     "gallery": common.gallery({"data.flip": False})

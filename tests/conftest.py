@@ -17,7 +17,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile far more than they compute. Without the fusion emitters a U-Net's training step
 # compiles in a third of the time; two test processes share two cores, so one thread each.
 os.environ["CHEAPSCALE_TEST_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_max_isa=SSE4_2 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false"
 )
 os.environ["XLA_FLAGS"] = (
@@ -29,6 +30,8 @@ os.environ.setdefault("CHEAPSCALE_CACHE", str(ROOT / ".pytest_cache" / "cheapsca
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+
+from cheapscale.features import classifier, fitted  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The folder that the commands use too, so that both test processes and subprocesses share it.
@@ -49,6 +52,15 @@ def first_device():
         for name in COUNTED:
             found = len(one) if name.endswith("count") else one
             patch.setattr(jax, name, lambda *args, found=found, **options: found)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_levels():
+    """Classifiers that fit in a GAN's test have two of their four levels: half to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "WIDTHS", classifier.WIDTHS[:2])
+        patch.setattr(fitted, "VERSION", -fitted.VERSION)  # cached under other names
         yield
 
 

@@ -6,11 +6,20 @@ import numpy as np
 import optax
 import pytest
 
+from cheapscale.features import classifier
 from cheapscale.features.classifier import Classifier
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_levels():
+    """All four levels, of which tests/conftest.py leaves two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "WIDTHS", (1, 2, 3, 4))
+        yield
+
+
 @pytest.fixture(scope="module")
-def small():
+def small(all_levels):
     model = Classifier(num_classes=3, width=8, input_size=16)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     return model, params, jax.jit(lambda p, x: model.apply({"params": p}, x))

@@ -35,7 +35,7 @@ class Colours:
 
 
 def test_an_image_is_nearest_to_its_caption_and_the_cache_is_read(tmp_path, monkeypatch):
-    options = {"steps": 60, "batch_size": 16, "cache_dir": tmp_path}
+    options = {"steps": 50, "batch_size": 8, "cache_dir": tmp_path}
     source = Colours()
     found = module.fit_contrastive(source, purpose="metric", **options)
     x = np.stack([source[i]["image"] for i in range(1, 17, 2)])  # the metric was fitted on even ids

@@ -99,7 +99,7 @@ def test_experts_share_a_teacher_but_no_set(tmp_path):
 
 
 def test_the_time_left_counts_shared_stages_once_and_finished_ones_not(tmp_path):
-    arms = ["", ",invert.nodes=10", ",distill.total_steps=100"]
+    arms = ["", ",invert.nodes=10", ",distill.total_steps=50"]
     chains = [
         sweep.chain(
             "configs/scenes.py", f"size=ablation,pipeline=one_step{arm},seed=0", tmp_path, "r"
