@@ -24,7 +24,10 @@ from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 
 SIZES = {
     "cpu": common.CPU | {"model": "tiny16", "split": "train[:40%]"},
-    "gallery": common.CPU | common.gallery(),
+    # At 64 px the discriminator wins against lambda 0.2, and pictures come out smooth.
+    "gallery": common.CPU
+    | common.gallery()
+    | {"grow64": common.decayed(900, 5e-4, 16, {"grow.adversarial_weight": 0.6})},
     "gpu": common.GPU | {"model": "wide16"},
     # 128 px as 16 x 16 latents of an autoencoder by 8, such as TAESD; PaGoDA grows 8 (64 px) to 16.
     "latents": common.CPU

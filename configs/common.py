@@ -266,9 +266,10 @@ def image_config(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet)
     """The config of one stage on a data set; words of `arg`: ARGUMENTS, and any field.
 
     sizes: {size: row}, see configs/scenes.py. A row has `model`, the name of a preset, or of
-    several by their resolution; for each stage {field: value} that differ from the defaults; and
-    optionally `split`, `options` and `top`. `latents`: pixels of one latent; then stage encode
-    reads the data set, and the others its latents, in data_dir.
+    several by their resolution; for each stage {field: value} that differ from the defaults, and
+    for "grow64", say, those of one resolution; and optionally `split`, `options` and `top`.
+    `latents`: pixels of one latent; then stage encode reads the data set, and the others its
+    latents, in data_dir.
     """
     args, changes = parse(arg)
     row, stage = pick(args.size, sizes), args.stage
@@ -303,6 +304,7 @@ def image_config(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet)
     if "features" in config:
         config.features.input_size = input_size(config.data.resolution * row.get("latents", 1))
     change(config, row.get("regress_grown" if grown and stage == "regress" else stage, {}))
+    change(config, row.get(f"{stage}{config.data.resolution}", {}))
     if stage == "cascade":
         config.cascade.tune = args.tune
         config.optim.lr *= TUNING_RATE.get(args.tune, 1)

@@ -80,6 +80,13 @@ def test_a_field_of_one_stage_leaves_the_others_alone():
             stage_configs("configs/scenes.py", wrong, "runs")
 
 
+def test_a_size_may_set_one_resolution_of_a_stage_apart():
+    clothing = module("clothing")
+    for side, word, weight in ((32, "", 0.2), (64, "", 0.6), (64, ",grow.adversarial_weight=1", 1)):
+        config = clothing.get_config(f"size=gallery,stage=grow,resolution={side}{word}")
+        assert config.grow.adversarial_weight == weight and config.grow.adaptive
+
+
 def test_a_size_may_begin_at_several_resolutions():
     file = module("scenes")
     assert file.get_config("size=ablation,base=32").model.channel_mult == (1, 2, 2)
