@@ -7,7 +7,8 @@ Hardware: size=cpu (1,227 images) about 40 minutes on 2 cores; size=gallery (all
 
     python -m launch.pipeline --config=configs/clothing.py --arg=data_dir=DIR --workdir=runs/photos
 
-size=latents: a model on the latents of an autoencoder, here TAESD's two files, at 128 px.
+size=latents: a model on the latents of an autoencoder at 128 px, here of TAESD's two files. One of
+these pictures alone: stage=autoencode, then its work directory as encode.autoencoder.
 
     python -m launch.train --config=configs/clothing.py:size=latents,stage=encode,data_dir=DIR \\
         --config.encode.autoencoder=taesd_encoder.safetensors+taesd_decoder.safetensors \\
@@ -35,6 +36,7 @@ SIZES = {
         "model": {16: "tiny16", 8: "tiny8"},
         "top": 16,
         "latents": 8,
+        "autoencode": common.decayed(4000, 1e-3, 8, {"features.input_size": 128}),
         "encode": {"batch_size": 16, "encode.per_shard": 512},
         "pretrain": common.decayed(3000, 2e-3, 64, {"ema.decay": 0.9995}),
         "invert": {"batch_size": 125, "invert.nodes": 18, "invert.noise": 0.05},

@@ -268,13 +268,13 @@ def image_config(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet)
     sizes: {size: row}, see configs/scenes.py. A row has `model`, the name of a preset, or of
     several by their resolution; for each stage {field: value} that differ from the defaults, and
     for "grow64", say, those of one resolution; and optionally `split`, `options` and `top`.
-    `latents`: pixels of one latent; then stage encode reads the data set, and the others its
-    latents, in data_dir.
+    `latents`: pixels of one latent; then stages autoencode and encode read the data set, and the
+    others its latents, in data_dir.
     """
     args, changes = parse(arg)
     row, stage = pick(args.size, sizes), args.stage
     name = model_name(row, args)
-    if stage not in row and stage not in ("assess", "encode"):
+    if stage not in row and stage not in ("assess", "encode", "autoencode"):
         raise ValueError(f"size {args.size!r} has no stage {stage}: choose another size")
     model = preset(name)
     base = model["resolution"]
@@ -284,7 +284,7 @@ def image_config(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet)
         data_dir=args.data_dir,
         split=row.get("split", "train"),
         eval_split=data.eval_split,
-        resolution=args.resolution or (2 * base if stage == "cascade" else base),
+        resolution=args.resolution or first_size(stage, base, row.get("top", data.top)),
         flip=data.flip,
     )
     config.data.options = data.options | row.get("options", {})
@@ -302,7 +302,8 @@ def image_config(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet)
         known = growth_widths(name, args.top or row.get("top", data.top))
         config.grow.widths = widths(known, config.data.resolution, base if args.jump else 0)
     if "features" in config:
-        config.features.input_size = input_size(config.data.resolution * row.get("latents", 1))
+        pixels = 1 if stage == "autoencode" else row.get("latents", 1)
+        config.features.input_size = input_size(config.data.resolution * pixels)
     change(config, row.get("regress_grown" if grown and stage == "regress" else stage, {}))
     change(config, row.get(f"{stage}{config.data.resolution}", {}))
     if stage == "cascade":
@@ -327,17 +328,23 @@ def image_config(arg: str | None = "", *, sizes: dict[str, dict], data: DataSet)
     return config
 
 
+def first_size(stage: str, base: int, top: int) -> int:
+    """The resolution of a stage that is given none."""
+    return {"cascade": 2 * base, "autoencode": top}.get(stage, base)
+
+
 def read_latents(config: ConfigDict, row: dict, args: ConfigDict) -> None:
-    """Set the data of a stage of a row with `latents`: for stage encode pictures, at the size of
-    the row's top and its halves down to the smallest base; else their latents."""
-    if config.stage != "encode":
+    """Set the data of a stage of a row with `latents`: for stages autoencode and encode pictures of
+    the row's top, for encode also of its halves down to the smallest base; else their latents."""
+    if config.stage not in ("autoencode", "encode"):
         config.data.update(name="latents", split=row.get("split", "train").partition("[")[0])
         config.data.flip, config.data.options = False, {}
         return
     bases = row["model"] if isinstance(row["model"], dict) else [preset(row["model"])["resolution"]]
     top = args.top or row["top"]
     config.data.resolution = args.resolution or top * row["latents"]
-    config.encode.levels = 1 + (top // min(bases)).bit_length() - 1
+    if config.stage == "encode":
+        config.encode.levels = 1 + (top // min(bases)).bit_length() - 1
 
 
 def input_size(resolution: int) -> int:
@@ -391,6 +398,8 @@ def smoke(config: ConfigDict, base: int) -> None:
         classes = 0 if "unlabelled" in options else 8
         config.model.update(resolution=8, channels=16, channel_mult=(1, 2), num_blocks=1)
         config.model.update(attention=(), group_size=4, num_classes=classes, dtype="float32")
+    if "autoencode" in config:
+        config.autoencode.update(channels=8, levels=1, blocks=1)
     if "grow" in config:
         config.grow.widths = (16,) * len(config.grow.widths)
     if "features" in config:

@@ -128,9 +128,19 @@ PRETRAIN = {
     "augment": Field(0.0, "probability of each of EDM's augmentations", low=0, high=1),
     "antithetic": Field(False, "antithetic pairs of noise levels, as for experts"),
 }
+AUTOENCODE = {
+    "start": Field("", "autoencoder that is trained further, as in encode.autoencoder; empty: new"),
+    "decoder_only": Field(False, "keep the encoder, so that its latents stay valid"),
+    "channels": Field(64, "channels of a new autoencoder", low=1),
+    "levels": Field(3, "how often it halves the pictures", low=1, high=8),
+    "blocks": Field(3, "blocks of each level", low=1),
+    "latent_channels": Field(4, "channels of its latents", low=1),
+}
 ENCODE = {
     "autoencoder": Field(
-        "", "diffusers folder (a pipeline, or its vae), file of a VAE, or TAESD's ENCODER+DECODER"
+        "",
+        "diffusers folder (a pipeline, or its vae), file of a VAE, TAESD's ENCODER+DECODER, or the "
+        "work directory of stage autoencode",
     ),
     "folder": Field("", "folder of the latent data set, then data.data_dir with data.name=latents"),
     "levels": Field(1, "sizes of the pictures, each half of the one before", low=1, high=8),
@@ -293,6 +303,14 @@ GENERATOR = {
     "features": FEATURES, "discriminator": DISCRIMINATOR, "compute": COMPUTE,
 }  # fmt: skip
 STAGES: dict[str, dict[str, Any]] = {
+    "autoencode": {
+        "optim": OPTIM, "optim_discriminator": OPTIM, "features": FEATURES,
+        "discriminator": DISCRIMINATOR, "autoencode": AUTOENCODE | {
+            name: LOSS[name]
+            for name in ("feature_weight", "pixel_weight", "lpips_weight", "adversarial_weight",
+                         "adaptive", "squared_norms", "gan_loss")
+        },
+    },
     "encode": {"encode": ENCODE},
     "pretrain": {
         "model": MODEL, "text": TEXT, "diffusion": DIFFUSION, "optim": OPTIM, "pretrain": PRETRAIN,
@@ -321,6 +339,10 @@ PAGODA = {  # the published code's optimisers
 }  # fmt: skip
 # Where a stage's default differs from its field's.
 STAGE_DEFAULTS = {
+    "autoencode": {
+        "optim.warmup_steps": 100, "optim_discriminator.name": "radam",
+        "optim_discriminator.lr": 2e-3, "autoencode.adversarial_weight": 0.0,
+    },
     "pretrain": {"optim.warmup_steps": 100},
     "regress": {
         "optim.warmup_steps": 100, "regress.adversarial_weight": 0.0, "regress.feature_weight": 0.0,

@@ -10,6 +10,7 @@ Running the same command again resumes. After SIGTERM the command saves its stat
 is also written to the work directory.
 """
 
+import functools
 import pathlib
 
 from absl import flags
@@ -18,7 +19,8 @@ from ml_collections import ConfigDict
 from cheapscale.cascade import tune
 from cheapscale.experts import assess, prune
 from cheapscale.interop import encode
-from cheapscale.pagoda import distill, grow, invert
+from cheapscale.interop.autoencoders import read_autoencoder
+from cheapscale.pagoda import autoencode, distill, grow, invert
 from cheapscale.teacher import pretrain
 from cheapscale.training import jobs, loop
 from cheapscale.training.stage import Job, Stage
@@ -26,7 +28,11 @@ from configs import fields
 from launch import dry_run
 from launch.command import config_flag, execute, required, start
 
+# Neither stage autoencode nor its pictures depend on the scale that an autoencoder's files say.
 STAGES = {
+    "autoencode": lambda config: autoencode.build(
+        config, functools.partial(read_autoencoder, scale=1.0)
+    ),
     "encode": encode.build,
     "pretrain": pretrain.build,
     "invert": invert.build,

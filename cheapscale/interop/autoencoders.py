@@ -26,7 +26,7 @@ from cheapscale.models.autoencoder import (
     TinyConfig,
     init_autoencoder,
 )
-from cheapscale.teacher.codec import is_codec, read_codec
+from cheapscale.teacher.codec import is_codec, read_codec, trained
 
 PyTree = Any
 
@@ -53,14 +53,17 @@ RENAMED = (  # latent diffusion's names, and those of diffusers before 0.18
 
 def read_autoencoder(path: str | os.PathLike, *, scale: float | None = None) -> Autoencoder:
     """The autoencoder of a diffusers folder (of a whole pipeline, or its "vae"), of one file, of
-    TAESD's two files ENCODER+DECODER, or of a latent data set of ours (autoencoder.safetensors).
+    TAESD's two files ENCODER+DECODER, of a work directory of stage autoencode, or of a latent data
+    set of ours (autoencoder.safetensors).
 
-    scale: of the latents, instead of the one that the folder or file says. Raises ValueError where
-    a file does not say it, and for folders and files that are no autoencoder.
+    scale: of the latents, instead of the one that the folder or file says; a run's is 1. Raises
+    ValueError where a file does not say it, and for folders and files that are no autoencoder.
     """
     folder = pathlib.Path(path)
     if is_codec(folder):
         return read_codec(folder)
+    if (folder / "checkpoints").is_dir():
+        return trained(folder, scale or 1.0)
     if folder.is_dir():
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
         config, fields = read_config(folder)

@@ -20,7 +20,14 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cheapscale.data.files import atomic_write
-from cheapscale.models.autoencoder import Autoencoder, KLConfig, TinyConfig, decode_tiled
+from cheapscale.models.autoencoder import (
+    Autoencoder,
+    Config,
+    KLConfig,
+    TinyConfig,
+    decode_tiled,
+)
+from cheapscale.training.checkpoint import load_network
 from cheapscale.training.exported import sha256_of
 from cheapscale.training.mesh import in_batches
 
@@ -30,11 +37,22 @@ BATCH = 16  # pictures that are encoded or decoded at once
 TILE = 64  # latents a side; larger canvases are decoded in tiles
 
 
+def described(config: Config) -> dict[str, Any]:
+    """JSON values of the sizes of an autoencoder: {"kind", "config"}."""
+    (kind,) = [name for name, known in CONFIGS.items() if isinstance(config, known)]
+    return {"kind": kind, "config": dataclasses.asdict(config)}
+
+
+def from_fields(fields: dict[str, Any]) -> Config:
+    """The sizes that `described` wrote."""
+    lists = fields["config"].items()
+    config = {name: tuple(v) if isinstance(v, list) else v for name, v in lists}
+    return CONFIGS[fields["kind"]](**config)
+
+
 def write_codec(path: str | os.PathLike, codec: Autoencoder) -> str:
     """Write an autoencoder with its scale to one .safetensors file; returns its SHA-256."""
-    (kind,) = [name for name, known in CONFIGS.items() if isinstance(codec.config, known)]
-    fields = {"kind": kind, "config": dataclasses.asdict(codec.config)}
-    fields |= {"scale": codec.scale, "shift": codec.shift}
+    fields = described(codec.config) | {"scale": codec.scale, "shift": codec.shift}
     flat = flatten_dict(jax.device_get(codec.params), sep="/")
     arrays = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in flat.items()}
     with atomic_write(path) as temporary:
@@ -60,12 +78,25 @@ def read_codec(path: str | os.PathLike) -> Autoencoder:
         raise ValueError(f"{path} is no file of stage encode: give its autoencoder.safetensors")
     with safetensors.safe_open(path, "np") as file:
         fields = json.loads(file.metadata()["autoencoder"])
-    lists = fields["config"].items()
-    config = {name: tuple(v) if isinstance(v, list) else v for name, v in lists}
     params = unflatten_dict(safetensors.numpy.load_file(path), sep="/")
     scale, shift = tuple(fields["scale"]), tuple(fields["shift"])
-    params = jax.tree.map(jnp.asarray, params)
-    return Autoencoder(params, CONFIGS[fields["kind"]](**config), scale, shift)
+    return Autoencoder(jax.tree.map(jnp.asarray, params), from_fields(fields), scale, shift)
+
+
+def trained(workdir: str | os.PathLike, scale: float) -> Autoencoder:
+    """The averaged weights of a run of stage autoencode, with one scale for all channels.
+
+    Raises ValueError for a run of another stage, FileNotFoundError for one without a checkpoint.
+    """
+    loaded = load_network(workdir)
+    if loaded.meta["stage"] != "autoencode":
+        raise ValueError(
+            f"{workdir} is the work directory of stage {loaded.meta['stage']}: give one of stage "
+            "autoencode, or the files of an autoencoder"
+        )
+    config = from_fields(loaded.meta["networks"]["generator"])
+    channels, params = config.latent_channels, jax.tree.map(jnp.asarray, loaded.params)
+    return Autoencoder(params, config, (scale,) * channels, (0.0,) * channels)
 
 
 def codec_of(meta: dict[str, Any]) -> Autoencoder | None:

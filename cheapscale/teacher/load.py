@@ -52,6 +52,11 @@ def load(
             f"{workdir} holds weights tuned for larger canvases, not a whole model: name its "
             "teacher, and this folder as --tuned beside --cascade"
         )
+    if loaded.meta["stage"] == "autoencode":
+        raise ValueError(
+            f"{workdir} holds an autoencoder, which draws nothing: make latents with it by stage "
+            f"encode (--config.encode.autoencoder={workdir}) and train on those"
+        )
     make = make_generator if "generator" in loaded.meta["networks"] else make_teacher
     return decodable(make(*loaded))
 

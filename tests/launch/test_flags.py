@@ -32,7 +32,7 @@ def config(*words):
         ((f"{SCENES}prune", "--config.optim.lr=low"), "optim.lr=low: 'low' is not a number: give"),
         ((f"{SCENES}pretrain", "--config.features.paths.x=F"), "no field of stage pretrain"),
         ((f"{SCENES}invert", "--config.seed.x=1"), "--config.seed.x is no field of stage invert"),
-        ((f"{SCENES}shrink",), "stage 'shrink' is unknown: choose one of encode, pretrain"),
+        ((f"{SCENES}shrink",), "stage 'shrink' is unknown: choose one of autoencode, encode"),
         ((f"{SCENES}assess,levels=one",), "levels=one: 'one' is not a whole number: give"),
         (("--config=nowhere.py",), "No such file or directory: 'nowhere.py': name a config file"),
         (("--confg=3",), "Unknown command line flag 'confg'. Did you mean: config ?"),
