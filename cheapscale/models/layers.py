@@ -16,6 +16,8 @@ from einops import rearrange
 
 Initialiser = Callable[..., jax.Array]
 
+MOST_LOGITS = 2**28  # of attention that are held at once: 1 GiB of float32
+
 
 def uniform(scale: float, mode: str = "fan_in") -> Initialiser:
     """Uniform initialiser of variance scale / fan; scale 0 gives zeros. mode: fan_in | fan_avg."""
@@ -84,15 +86,28 @@ def attention(
     -> [b, m, heads * e].
 
     Channels are laid out (head, dim); logits [b, heads, m, n] are scaled by 1 / sqrt(d), and `bias`
-    is added to them.
+    (broadcast against them) is added. More than MOST_LOGITS logits are computed for a part of the
+    queries at a time, and again in the backward pass; a `bias` that differs by query prevents that.
     """
     q, k, v = (rearrange(a, "b n (heads d) -> b n heads d", heads=heads) for a in (q, k, v))
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-    # Logits and softmax are float32: in bfloat16 a large logit would lose its fraction.
-    logits = logits / math.sqrt(q.shape[-1])
-    weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
-    mixed = jnp.einsum("bhqk,bkhe->bqhe", weights.astype(v.dtype), v)
-    return rearrange(mixed, "b n heads d -> b n (heads d)")
+
+    def mixed(q: jax.Array) -> jax.Array:
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+        # Logits and softmax are float32: in bfloat16 a large logit would lose its fraction.
+        logits = logits / math.sqrt(q.shape[-1])
+        weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
+        return jnp.einsum("bhqk,bkhe->bqhe", weights.astype(v.dtype), v)
+
+    b, m = q.shape[:2]
+    parts = min(math.ceil(b * heads * m * k.shape[1] / MOST_LOGITS), m)
+    if parts > 1 and (bias is None or bias.shape[-2] == 1):
+        parts = next(p for p in range(parts, m + 1) if m % p == 0)
+        chunks = rearrange(q, "b (parts m) heads d -> parts b m heads d", parts=parts)
+        out = jax.lax.map(jax.checkpoint(mixed), chunks)
+        out = rearrange(out, "parts b m heads e -> b (parts m) heads e")
+    else:
+        out = mixed(q)
+    return rearrange(out, "b n heads e -> b n (heads e)")
 
 
 def downsample(x: jax.Array, taps: tuple[int, ...]) -> jax.Array:

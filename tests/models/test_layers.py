@@ -50,6 +50,32 @@ def test_attention_per_head_with_narrower_values():
         np.testing.assert_allclose(out[..., 2 * head :][..., :2], weights @ vh[..., :2], atol=1e-5)
 
 
+@pytest.mark.parametrize("most, parts", [(150, 3), (149, 3), (1, 15)])
+def test_attention_in_parts_is_attention_with_the_same_gradient(most, parts, monkeypatch):
+    """Queries do not see each other. 15 of them divide into 3 equal parts, but not into 2 (150)."""
+    q, k, v, bias = (
+        normal(0, 2, 15, 6),
+        normal(1, 2, 5, 6),
+        normal(2, 2, 5, 4),
+        normal(3, 2, 1, 1, 5),
+    )
+
+    def output_and_slope(q):
+        def total(q):
+            out = layers.attention(q, k, v, heads=2, bias=bias)
+            return (out**2).sum(), out
+
+        return jax.value_and_grad(total, has_aux=True)(q)
+
+    (_, whole), slope = output_and_slope(q)
+    monkeypatch.setattr(layers, "MOST_LOGITS", most)  # of 2 * 2 * 15 * 5
+    (_, out), slope_in_parts = output_and_slope(q)
+    np.testing.assert_allclose(out, whole, rtol=1e-6)
+    np.testing.assert_allclose(slope_in_parts, slope, rtol=1e-5, atol=1e-6)
+    program = str(jax.make_jaxpr(output_and_slope)(q))
+    assert f"length={parts}" in program
+
+
 def test_convolution_is_its_definition():
     x, kernel = normal(0, 2, 5, 4, 3), normal(1, 3, 3, 3, 6)
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
