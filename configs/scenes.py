@@ -19,6 +19,7 @@ from configs.sweeps import sweep  # noqa: F401  launch.sweep reads it here
 INVERT = {"batch_size": 200, "invert.nodes": 12, "invert.noise": 0.05}
 # A mirrored picture would need another caption. The first images suffice for pairs, half an hour.
 TEXT = {"data.flip": False, "data.options.size": 4000}
+STRONG = {"grow.adversarial_weight": 0.6}  # with 0.2 so few updates leave growth smooth
 AS_IS = {"data.flip": False}  # no mirrored pictures: half the pairs to invert
 SMALL = {"features.input_size": 32}  # of 64 px EfficientNet would take half of an update
 SIZES = {
@@ -30,7 +31,7 @@ SIZES = {
         "regress": common.decayed(2000, 2e-3, 32),
         "distill": common.decayed(100, 1e-3, 16, common.SHORT_GAN | SMALL),
         "regress_grown": common.decayed(700, 2e-3, 16),
-        "grow": common.decayed(100, 1e-3, 16, common.SHORT_GAN | SMALL),
+        "grow": common.decayed(100, 1e-3, 16, common.SHORT_GAN | SMALL | STRONG),
         "cascade": common.train(300, 1e-3, 16),
         "prune": common.train(200, 1e-3, 64),
     },

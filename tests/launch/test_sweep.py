@@ -16,9 +16,9 @@ def test_runs_are_named_by_their_number_and_words():
     runs = sweep.planned("configs/scenes.py", "pairs", "size=quick")
     assert len(runs) == 9 and len(dict(runs)) == 9
     assert runs[1] == (
-        "01-pipeline=one_step_data_proportion=0.1_data_proportion=0.1_seed=0",
-        "size=quick,pipeline=one_step,regress.data_proportion=0.1,distill.data_proportion=0.1,"
-        "seed=0",
+        "01-pipeline=one_step_size=3000_data_proportion=0.1_data_proportion=0.1_seed=0",
+        "size=quick,pipeline=one_step,data.options.size=3000,regress.data_proportion=0.1,"
+        "distill.data_proportion=0.1,seed=0",
     )
 
 
@@ -125,9 +125,9 @@ def test_results_are_named_by_what_sets_an_arm_apart_and_read_as_far_as_they_are
         (tmp_path / runs[number][0] / "measured.json").write_text(json.dumps(figures))
     found = sweep.results(runs, arg, tmp_path)
     assert [(row["arm"], row["seed"], row["figures"]["kid"]) for row in found] == [
-        ("pipeline=one_step", 0, 0.0),
-        ("regress.data_proportion=0.01,distill.data_proportion=0.01", 0, 2.0),
-        ("pipeline=one_step", 1, 3.0),
+        ("pipeline=one_step,data.options.size=3000", 0, 0.0),
+        ("regress.data_proportion=0.02,distill.data_proportion=0.02", 0, 2.0),
+        ("pipeline=one_step,data.options.size=3000", 1, 3.0),
     ]  # fmt: skip
 
 
