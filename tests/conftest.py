@@ -36,7 +36,7 @@ from cheapscale.features import classifier, fitted  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The folder that the commands use too, so that both test processes and subprocesses share it.
 jax.config.update("jax_compilation_cache_dir", f"{os.environ['CHEAPSCALE_CACHE']}/jax")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)  # to write one takes time
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which pytest never parses
 

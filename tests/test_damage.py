@@ -1,6 +1,6 @@
 """Damaged files: every reader ends with a result or one ValueError, in bounded time and memory.
 
-More than 10,000 copies of small files of every format that the program reads, damaged by chance
+Thousands of copies of small files of every format that the program reads, damaged by chance
 (tests/mutations.py). A reader that raises anything else, hangs, or allocates what a header only
 claims, fails here with the seed of the copy.
 """
@@ -109,14 +109,14 @@ SAFE = safetensors.numpy.save(WEIGHTS)
 FORMATS = [PICTURES[0], SET, SAFE, torch_zip(), torch_legacy(), b'{"labels": [["a.png", 1]]}']
 # name: (suffix, whole files, reader, number of damaged copies)
 READERS = {
-    "pictures": (".img", PICTURES, read_picture, 4000),
-    "sets of images": (".npz", [SET], lambda path: file_images(str(path), 0, 2), 2000),
-    "pivots": (".npz", [SET], lambda path: read_pivots(str(path), np.arange(2)), 1500),
-    "class tables": (".npy", [npy(np.ones((3, 2))), npz(a=np.ones((3, 2)))], read_table, 1000),
-    "safetensors": (".safetensors", [SAFE], read_weights, 2000),
-    "weights.npz": (".npz", [npz(**WEIGHTS)], read_weights, 1500),
-    "PyTorch's zip": (".pt", [torch_zip()], read_weights, 2000),
-    "PyTorch's legacy": (".pth", [torch_legacy()], read_weights, 2000),
+    "pictures": (".img", PICTURES, read_picture, 1600),
+    "sets of images": (".npz", [SET], lambda path: file_images(str(path), 0, 2), 800),
+    "pivots": (".npz", [SET], lambda path: read_pivots(str(path), np.arange(2)), 600),
+    "class tables": (".npy", [npy(np.ones((3, 2))), npz(a=np.ones((3, 2)))], read_table, 400),
+    "safetensors": (".safetensors", [SAFE], read_weights, 800),
+    "weights.npz": (".npz", [npz(**WEIGHTS)], read_weights, 600),
+    "PyTorch's zip": (".pt", [torch_zip()], read_weights, 800),
+    "PyTorch's legacy": (".pth", [torch_legacy()], read_weights, 800),
 }
 
 
@@ -171,13 +171,13 @@ def test_damage_behind_right_checksums(name, tmp_path):
         return packed({"a.npy": mutate(rng, header, FORMATS), "b.npy": header})
 
     path = tmp_path / ("file.pt" if name == "pickles" else "file.npz")
-    check(in_file(path, read_weights), damaged, 1500)
+    check(in_file(path, read_weights), damaged, 600)
 
 
 def test_damaged_statistics(tmp_path):
     whole = statistics(tmp_path)
     path = tmp_path / "file.npz"
-    check(in_file(path, load_statistics), lambda rng: mutate(rng, whole, FORMATS), 1000)
+    check(in_file(path, load_statistics), lambda rng: mutate(rng, whole, FORMATS), 400)
     parts = {name: npy(array) for name, array in np.load(io.BytesIO(whole)).items()}
 
     def damaged(rng):
@@ -185,7 +185,7 @@ def test_damaged_statistics(tmp_path):
         return packed({f"{n}.npy": c for n, c in parts.items()} | {
             f"{name}.npy": mutate(rng, parts[name], FORMATS)})  # fmt: skip
 
-    check(in_file(path, load_statistics), damaged, 500)
+    check(in_file(path, load_statistics), damaged, 200)
 
 
 def test_damaged_json_documents(tmp_path):
@@ -214,7 +214,7 @@ def test_damaged_json_documents(tmp_path):
     )  # fmt: skip
     for path, whole, read in documents:
         in_file(path, read)(whole)
-        check(in_file(path, read), lambda rng, whole=whole: mutate(rng, whole, FORMATS), 1000)
+        check(in_file(path, read), lambda rng, whole=whole: mutate(rng, whole, FORMATS), 400)
 
 
 def protobuf(number, content):
@@ -264,7 +264,7 @@ def test_damaged_words_and_fields():
     def parse(content):
         fields.check(scenes.get_config(content.decode("latin1")))
 
-    check(parse, lambda rng: mutate(rng, words, FORMATS), 1000)
+    check(parse, lambda rng: mutate(rng, words, FORMATS), 400)
     plain = fields.defaults("grow").to_dict()
     values = (None, True, -1, 2**70, float("nan"), float("inf"), "", "x" * 1000, (), ("a", 1), [[]],
               {}, {"a": {"b": 1}}, b"x", 1e308)  # fmt: skip
@@ -281,4 +281,4 @@ def test_damaged_words_and_fields():
                 place[last if rng.random() < 0.9 else "any"] = values[rng.integers(len(values))]
         return config
 
-    check(fields.check, damaged, 1000)
+    check(fields.check, damaged, 400)

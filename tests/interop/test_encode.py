@@ -115,7 +115,7 @@ def trained(made):
     root = made[0]
     places = {name: root / name for name in ("pretrain", "invert", "regress")}
     for stage, folder in places.items():
-        config = clothing.get_config(f"size=latents,base=8,smoke,stage={stage}")
+        config = clothing.get_config(f"size=latents,base=8,smoke,levels=1,stage={stage}")
         config.data.update(name="latents", data_dir=str(root / "data"), flip=False)
         config.data.options = {}
         for name, place in (("teacher", "pretrain"), ("latents", "pairs")):

@@ -239,10 +239,10 @@ def test_12_the_discriminator_is_fresh_at_each_resolution(runs):
 def test_13_14_lambda_is_adaptive_at_the_base_and_by_default_one_when_growing(runs):
     growing = fields.defaults("grow").grow
     assert (growing.adversarial_weight, growing.adaptive) == (1.0, False)
-    for name, stage in (("distill", "distill"), ("grow16", "grow")):
+    for name, stage, factor in (("distill", "distill", 0.2), ("grow16", "grow", 0.6)):
         config, metrics = runs[name].config[stage], runs[name].meta["metrics"]
-        assert config.adversarial_weight == 0.2 and config.adaptive
-        assert 0.2 * 0.01 <= metrics["lambda"] <= 0.2 * 10
+        assert config.adversarial_weight == factor and config.adaptive
+        assert factor * 0.01 <= metrics["lambda"] <= factor * 10
         # no gradient penalty, no path length, no other term
         assert {m for m in metrics if m.startswith("loss")} == {
             "loss",

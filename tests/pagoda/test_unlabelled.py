@@ -48,6 +48,8 @@ def all_stages(root):
             config.base, config.grow.widths = str(root / "distill"), (8,)
         if "discriminator" in config:
             config[config.stage].feature_weight = 0.0
+        if stage == "distill":  # growth has the discriminator
+            config.distill.adversarial_weight = 0.0
         if "teacher" in config:
             config.teacher = str(root / "pretrain")
         if "latents" in config:
